@@ -1,0 +1,153 @@
+//! Squared distances between the heads of a layer, from one pass over its weights.
+
+use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView2, s};
+
+use crate::{Error, LayerHeads, Result};
+
+/// The heads of a layer as H long rows: whatever can be read in pieces can be compared.
+///
+/// [`LayerHeads`] is one; a checkpoint's mapped tensors are another, decoded piece by piece.
+pub trait HeadRows: Sync {
+    /// Number of rows, H.
+    fn n_heads(&self) -> usize;
+
+    /// Length of a row.
+    fn row_len(&self) -> usize;
+
+    /// Writes the elements of row `head` from `start` on into `out`.
+    ///
+    /// # Panics
+    /// When there is no such head or `start + out.len()` exceeds the row.
+    fn read(&self, head: usize, start: usize, out: &mut [f32]);
+}
+
+/// Key weights, value weights, key bias and value bias of a head, one after the other.
+impl HeadRows for LayerHeads {
+    fn n_heads(&self) -> usize {
+        self.key().n_heads()
+    }
+
+    fn row_len(&self) -> usize {
+        parts(self).map(|part| part.len() / self.n_heads()).sum()
+    }
+
+    fn read(&self, head: usize, mut start: usize, mut out: &mut [f32]) {
+        for part in parts(self) {
+            let len = part.len() / self.n_heads();
+            if start < len && !out.is_empty() {
+                let now = out.len().min(len - start);
+                let (head_part, rest) = out.split_at_mut(now);
+                head_part.copy_from_slice(&part[head * len + start..][..now]);
+                out = rest;
+                start = len;
+            }
+            start -= len.min(start);
+        }
+        assert!(out.is_empty(), "read past the end of a head");
+    }
+}
+
+/// The contiguous arrays that make up the rows, each (H, something).
+fn parts(heads: &LayerHeads) -> impl Iterator<Item = &[f32]> {
+    let (k, v) = (heads.key(), heads.value());
+    [Some(k.weight_slice()), Some(v.weight_slice()), k.bias_slice(), v.bias_slice()].into_iter().flatten()
+}
+
+/// Columns multiplied at once: 32 heads of them are 64 KiB, which stays in the first caches, and the sums of so
+/// few products are right to 1e-7 in f32.
+const TILE: usize = 512;
+/// Tiles summed by one task. Fixed, so that the order of the sum does not depend on the number of threads.
+const TILES_PER_TASK: usize = 32;
+/// Pairs nearer than this, as a share of their two energies, are recomputed from the rows in f64: the
+/// difference of two nearly equal f32 sums has no digits left.
+const NEAR: f64 = 0.25;
+
+/// `D_ij = ‖x_i − x_j‖²` (H, H) between the rows, and the energy `Σ_i ‖x_i‖²`.
+///
+/// One Gram matrix, f32 products summed in f64, near pairs again from the rows in f64: right to 1e-6
+/// relative however close two heads are (docs/method.md, "Accuracy").
+///
+/// # Errors
+/// [`Error::NotFinite`] when a row holds NaN or an infinity, or values whose squares overflow f32.
+pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
+    let n = rows.n_heads();
+    let gram = gram(rows);
+    if !gram.iter().all(|v| v.is_finite()) {
+        return Err(Error::NotFinite { what: "keys and values of a layer".to_string() });
+    }
+    let mut distances = Array2::zeros((n, n));
+    let mut near = Vec::new();
+    for i in 0..n {
+        for j in i + 1..n {
+            let energies = gram[[i, i]] + gram[[j, j]];
+            let distance = energies - gram[[i, j]] - gram[[j, i]];
+            if distance < NEAR * energies {
+                near.push((i, j));
+            }
+            distances[[i, j]] = distance;
+        }
+    }
+    let exact = map_tasks(near.len(), |t| direct_distance(rows, near[t]));
+    for (&(i, j), distance) in near.iter().zip(exact) {
+        distances[[i, j]] = distance;
+    }
+    for i in 0..n {
+        for j in 0..i {
+            distances[[i, j]] = distances[[j, i]];
+        }
+    }
+    Ok((distances, gram.diag().sum()))
+}
+
+/// `x xᵀ` of the rows, (H, H).
+fn gram(rows: &dyn HeadRows) -> Array2<f64> {
+    let (n, len) = (rows.n_heads(), rows.row_len());
+    let columns = TILE * TILES_PER_TASK;
+    let partial = map_tasks(len.div_ceil(columns), |task| {
+        let mut tile = Array2::<f32>::zeros((n, TILE));
+        let mut product = Array2::<f32>::zeros((n, n));
+        let mut sum = Array2::<f64>::zeros((n, n));
+        let end = len.min((task + 1) * columns);
+        for start in (task * columns..end).step_by(TILE) {
+            let width = TILE.min(end - start);
+            for (head, mut row) in tile.rows_mut().into_iter().enumerate() {
+                if let Some(row) = row.as_slice_mut() {
+                    rows.read(head, start, &mut row[..width]);
+                }
+            }
+            let tile: ArrayView2<'_, f32> = tile.slice(s![.., ..width]);
+            general_mat_mul(1.0, &tile, &tile.t(), 0.0, &mut product);
+            sum.zip_mut_with(&product, |sum, &product| *sum += f64::from(product));
+        }
+        sum
+    });
+    partial.into_iter().fold(Array2::zeros((n, n)), |sum, part| sum + part)
+}
+
+fn direct_distance(rows: &dyn HeadRows, (i, j): (usize, usize)) -> f64 {
+    let len = rows.row_len();
+    let (mut a, mut b) = ([0.0; TILE], [0.0; TILE]);
+    let tile_distance = |start: usize| {
+        let width = TILE.min(len - start);
+        rows.read(i, start, &mut a[..width]);
+        rows.read(j, start, &mut b[..width]);
+        let squares = a[..width].iter().zip(&b[..width]).map(|(&x, &y)| {
+            let difference = f64::from(x) - f64::from(y);
+            difference * difference
+        });
+        squares.sum::<f64>()
+    };
+    (0..len).step_by(TILE).map(tile_distance).sum()
+}
+
+/// `f(0), …, f(n − 1)` in order, on all threads where the feature `rayon` allows.
+fn map_tasks<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    #[cfg(feature = "rayon")]
+    {
+        use rayon::prelude::*;
+        (0..n).into_par_iter().map(f).collect()
+    }
+    #[cfg(not(feature = "rayon"))]
+    (0..n).map(f).collect()
+}

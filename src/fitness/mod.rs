@@ -1,0 +1,58 @@
+//! The quality that a partition of one layer loses.
+
+mod gram;
+mod weight_sharing;
+
+use std::fmt::Debug;
+
+use ndarray::ArrayView2;
+
+use crate::{Partition, Result};
+
+pub use gram::{HeadRows, squared_distances};
+pub use weight_sharing::WeightSharingError;
+
+/// The quality lost by a partition of one layer; bound to that layer when it is made.
+///
+/// Smaller is better; errors are finite and not negative.
+pub trait FitnessFn: Debug + Send + Sync {
+    /// Number of KV heads of the layer, H.
+    fn n_heads(&self) -> usize;
+
+    /// The error of a partition.
+    ///
+    /// # Errors
+    /// [`Error::PartitionSize`](crate::Error::PartitionSize) when it covers another number of heads, and
+    /// whatever the fitness itself can fail with.
+    fn evaluate(&self, partition: &Partition) -> Result<f64>;
+
+    /// What the error is a share of, in the same unit: makes layers comparable
+    /// ([`CostScale::EnergyShare`](crate::CostScale::EnergyShare)). `None` where there is no such thing.
+    fn energy(&self) -> Option<f64> {
+        None
+    }
+
+    /// The fitness as a sum over groups, where it is one: opens clustering and exact search.
+    fn separable(&self) -> Option<&dyn SeparableFitness> {
+        None
+    }
+}
+
+/// A fitness that is a sum of errors of groups.
+pub trait SeparableFitness: FitnessFn {
+    /// The error of one group; `members` ascending; 0 for a single head. Costly ones memoise behind `&self`.
+    ///
+    /// # Errors
+    /// Whatever the fitness itself can fail with.
+    fn group_error(&self, members: &[usize]) -> Result<f64>;
+
+    /// D (H, H), symmetric with a zero diagonal, where `error(g) = Σ_{i,j∈g} D_ij / 2|g|` holds exactly.
+    fn pairwise(&self) -> Option<ArrayView2<'_, f64>> {
+        None
+    }
+
+    /// A D that approximates the error in the same form: good enough to start a search from.
+    fn pairwise_proxy(&self) -> Option<ArrayView2<'_, f64>> {
+        self.pairwise()
+    }
+}

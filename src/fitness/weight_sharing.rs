@@ -1,0 +1,100 @@
+use ndarray::{Array2, ArrayView2};
+
+use super::gram::{HeadRows, squared_distances};
+use super::{FitnessFn, SeparableFitness};
+use crate::{Error, Partition, Result};
+
+/// The weight-sharing error of the paper (arXiv 2406.10247):
+/// `WSE(P) = Σ_g Σ_{i∈g} ‖K_i − K̄_g‖² + ‖V_i − V̄_g‖²`, with `K̄_g`, `V̄_g` the group means.
+///
+/// Evaluated from the squared distances `D_ij = ‖K_i − K_j‖² + ‖V_i − V_j‖²` alone, as
+/// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`: the weights are read once, then no evaluation depends on d or h. Biases count as
+/// one more input column. Unit: squared weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightSharingError {
+    distances: Array2<f64>,
+    energy: f64,
+}
+
+impl WeightSharingError {
+    /// The WSE of a layer, from its [`LayerHeads`](crate::LayerHeads) or any other rows.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32; [`Error::HeadCount`].
+    pub fn new(rows: &dyn HeadRows) -> Result<Self> {
+        let (distances, energy) = squared_distances(rows)?;
+        Self::from_distances(distances, energy)
+    }
+
+    /// The WSE of heads of which only the squared distances D (H, H) and the energy `Σ_i ‖K_i‖² + ‖V_i‖²` are
+    /// known.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless D is square, [`Error::HeadCount`], [`Error::NotFinite`] unless D is symmetric,
+    /// finite and at least 0 with a zero diagonal, and the energy finite and at least 0.
+    pub fn from_distances(distances: Array2<f64>, energy: f64) -> Result<Self> {
+        let (n, m) = distances.dim();
+        if n != m {
+            return Err(Error::shape("squared distances", &[n, n], &[n, m]));
+        }
+        Partition::singletons(n)?;
+        let legal = |(i, j): (usize, usize), d: f64| {
+            d.is_finite() && d >= 0.0 && d == distances[[j, i]] && (i != j || d == 0.0)
+        };
+        if !distances.indexed_iter().all(|(at, &d)| legal(at, d)) || !(energy.is_finite() && energy >= 0.0) {
+            return Err(Error::NotFinite { what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string() });
+        }
+        Ok(Self { distances, energy })
+    }
+
+    /// The squared distances D, (H, H).
+    pub fn distances(&self) -> ArrayView2<'_, f64> {
+        self.distances.view()
+    }
+}
+
+impl FitnessFn for WeightSharingError {
+    fn n_heads(&self) -> usize {
+        self.distances.nrows()
+    }
+
+    fn evaluate(&self, partition: &Partition) -> Result<f64> {
+        if partition.n_heads() != self.n_heads() {
+            return Err(Error::PartitionSize { expected: self.n_heads(), found: partition.n_heads() });
+        }
+        Ok(partition.groups().iter().map(|members| group_error(self.distances.view(), members)).sum())
+    }
+
+    /// `Σ_i ‖K_i‖² + ‖V_i‖²`.
+    fn energy(&self) -> Option<f64> {
+        Some(self.energy)
+    }
+
+    fn separable(&self) -> Option<&dyn SeparableFitness> {
+        Some(self)
+    }
+}
+
+impl SeparableFitness for WeightSharingError {
+    fn group_error(&self, members: &[usize]) -> Result<f64> {
+        let n_heads = self.n_heads();
+        if let Some(&head) = members.iter().find(|&&m| m >= n_heads) {
+            return Err(Error::HeadOutOfRange { head, n_heads });
+        }
+        Ok(group_error(self.distances.view(), members))
+    }
+
+    fn pairwise(&self) -> Option<ArrayView2<'_, f64>> {
+        Some(self.distances.view())
+    }
+}
+
+/// `Σ_{i,j∈g} D_ij / 2|g|`, each pair once.
+fn group_error(distances: ArrayView2<'_, f64>, members: &[usize]) -> f64 {
+    let mut sum = 0.0;
+    for (a, &i) in members.iter().enumerate() {
+        let row = distances.row(i);
+        sum += members[..a].iter().map(|&j| row[j]).sum::<f64>();
+    }
+    sum / members.len().max(1) as f64
+}

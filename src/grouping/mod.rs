@@ -1,0 +1,18 @@
+//! Rules that form groups without a search: the baselines.
+
+mod uniform;
+
+use std::fmt::Debug;
+
+use crate::{LayerHeads, Partition, Result};
+
+pub use uniform::UniformGqa;
+
+/// A rule that puts the KV heads of one layer into k groups.
+pub trait Grouping: Debug + Send + Sync {
+    /// The partition into k groups; `None` where the rule has no such partition.
+    ///
+    /// # Errors
+    /// [`Error::GroupCount`](crate::Error::GroupCount) for k outside `1..=H`.
+    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>>;
+}

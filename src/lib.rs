@@ -1,0 +1,34 @@
+//! placeholder
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod allocator;
+mod budget;
+
+// pub mod checkpoint;
+mod error;
+mod fitness;
+mod front;
+mod grouping;
+mod heads;
+mod optimizer;
+mod partition;
+
+mod plan;
+mod pooler;
+mod run;
+
+pub use ndarray;
+
+pub use allocator::{Allocator, CostScale, LayerCosts, UniformAllocation};
+pub use budget::{Budget, Limits, kv_bytes_per_token};
+pub use error::{Error, Result};
+pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squared_distances};
+pub use front::{Front, FrontPoint, dominates};
+pub use grouping::{Grouping, UniformGqa};
+pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
+pub use optimizer::Optimizer;
+pub use partition::{Cardinality, Partition, SearchSpace};
+
+pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};
+pub use pooler::{FirstHead, KvPooler, MeanPooler};
+pub use run::{Observer, Progress, Run};

@@ -1,0 +1,64 @@
+//! Rules that merge the KV heads of a layer.
+
+mod first;
+mod mean;
+
+use std::fmt::Debug;
+
+use ndarray::{Array2, Array3};
+
+use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
+
+pub use first::FirstHead;
+pub use mean::MeanPooler;
+
+/// A rule that merges the KV heads of one layer, group by group.
+///
+/// Pooling is per layer, so that what a layer needs once is computed once.
+pub trait KvPooler: Debug + Send + Sync {
+    /// The shared heads: row g of key and value belongs to group g.
+    ///
+    /// # Errors
+    /// [`Error::PartitionSize`] when the partition is of another number of heads, and whatever the rule itself
+    /// can fail with.
+    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer>;
+}
+
+/// Pools keys and values head by head with one linear rule; the query side stays.
+///
+/// `merge(rows, out)` writes the shared row of a group, given the same row of all its members.
+fn pool_rows(
+    heads: &LayerHeads,
+    partition: &Partition,
+    merge: impl Fn(&[&[f32]], &mut [f32]),
+) -> Result<PooledLayer> {
+    if partition.n_heads() != heads.n_heads() {
+        return Err(Error::PartitionSize { expected: heads.n_heads(), found: partition.n_heads() });
+    }
+    let groups = partition.groups();
+    let pool = |projection: &Projection| -> Result<Projection> {
+        let (_, h, d) = projection.weight().dim();
+        let weight = pool_flat(projection.weight_slice(), h * d, &groups, &merge);
+        let bias = projection.bias_slice().map(|b| pool_flat(b, h, &groups, &merge));
+        let shaped = |e: ndarray::ShapeError| Error::plugin(e);
+        Projection::new(
+            Array3::from_shape_vec((groups.len(), h, d), weight).map_err(shaped)?,
+            bias.map(|b| Array2::from_shape_vec((groups.len(), h), b)).transpose().map_err(shaped)?,
+        )
+    };
+    Ok(PooledLayer { key: pool(heads.key())?, value: pool(heads.value())?, query: None, output: None })
+}
+
+fn pool_flat(
+    rows: &[f32],
+    row_len: usize,
+    groups: &[Vec<usize>],
+    merge: impl Fn(&[&[f32]], &mut [f32]),
+) -> Vec<f32> {
+    let mut pooled = vec![0.0; groups.len() * row_len];
+    for (group, out) in groups.iter().zip(pooled.chunks_exact_mut(row_len)) {
+        let members: Vec<_> = group.iter().map(|&i| &rows[i * row_len..][..row_len]).collect();
+        merge(&members, out);
+    }
+    pooled
+}

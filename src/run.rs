@@ -1,0 +1,90 @@
+//! What a computation is given besides its data: a seed, and somebody to report to.
+
+use std::fmt;
+use std::ops::ControlFlow;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+
+use crate::{Error, Result};
+
+/// How far a stage of a computation has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// Name of the stage, for people: `"layers"`, `"nsga2"`, ….
+    pub stage: &'a str,
+    /// Steps done.
+    pub done: u64,
+    /// Steps in all.
+    pub total: u64,
+}
+
+/// Watches a computation and may stop it. Closures `Fn(&Progress) -> ControlFlow<()>` are observers.
+pub trait Observer {
+    /// Called between steps, always from the thread that started the computation.
+    /// `ControlFlow::Break` ends it with [`Error::Cancelled`].
+    fn observe(&self, progress: &Progress<'_>) -> ControlFlow<()>;
+}
+
+impl<F: Fn(&Progress<'_>) -> ControlFlow<()>> Observer for F {
+    fn observe(&self, progress: &Progress<'_>) -> ControlFlow<()> {
+        self(progress)
+    }
+}
+
+/// A seed and, if wanted, an observer. `Copy`, handed down by value.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    seed: u64,
+    observer: Option<&'a dyn Observer>,
+}
+
+impl<'a> Run<'a> {
+    /// A silent run. The same seed gives the same result on any number of threads.
+    pub fn new(seed: u64) -> Self {
+        Self { seed, observer: None }
+    }
+
+    /// The same run, watched.
+    pub fn with_observer(self, observer: &'a dyn Observer) -> Self {
+        Self { observer: Some(observer), ..self }
+    }
+
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The run of part `stream` of the work: its seed depends on this seed and on `stream` alone,
+    /// so layer 7 gets the same one whatever ran before it.
+    pub fn fork(self, stream: u64) -> Self {
+        // SplitMix64's finaliser (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195).
+        let mut z = self.seed ^ stream.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        Self { seed: z ^ (z >> 31), ..self }
+    }
+
+    /// Reports that `done` of `total` steps of `stage` are over.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] when the observer breaks.
+    pub fn step(&self, stage: &str, done: u64, total: u64) -> Result<()> {
+        let Some(observer) = self.observer else { return Ok(()) };
+        match observer.observe(&Progress { stage, done, total }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+
+    /// The generator of this run; ChaCha8, whose output is fixed across platforms and releases.
+    pub(crate) fn rng(&self) -> ChaCha8Rng {
+        ChaCha8Rng::seed_from_u64(self.seed)
+    }
+}
+
+impl fmt::Debug for Run<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").field("seed", &self.seed).field("observed", &self.observer.is_some()).finish()
+    }
+}
