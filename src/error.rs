@@ -34,7 +34,9 @@ pub enum Error {
         kv_heads: usize,
     },
     /// A rotation turns an odd number of dimensions, or more than a head has.
-    #[error("a rotation of {dims} dimensions does not fit heads of {head_dim} (it must be even and no larger)")]
+    #[error(
+        "a rotation of {dims} dimensions does not fit heads of {head_dim} (it must be even and no larger)"
+    )]
     Rotation {
         /// Rotated dimensions asked for.
         dims: usize,
@@ -120,13 +122,17 @@ pub enum Error {
         expected: &'static str,
     },
     /// The energy of a layer is needed to compare it with others, and its fitness has none.
-    #[error("layer {layer}: its fitness names no energy, so its error cannot be taken as a share; use the raw cost")]
+    #[error(
+        "layer {layer}: its fitness names no energy, so its error cannot be taken as a share; use the raw cost"
+    )]
     NoEnergy {
         /// Index of the layer.
         layer: usize,
     },
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
-    #[error("a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)")]
+    #[error(
+        "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"
+    )]
     BudgetRange(f64),
     /// A budget below everything that the limits allow.
     #[error("{asked} KV heads in all are not reachable here; reachable: {}", List(reachable))]

@@ -4,7 +4,6 @@
 mod allocator;
 mod budget;
 
-// pub mod checkpoint;
 mod error;
 mod fitness;
 mod front;
@@ -12,6 +11,7 @@ mod grouping;
 mod heads;
 mod optimizer;
 mod partition;
+mod pipeline;
 
 mod plan;
 mod pooler;
@@ -19,16 +19,17 @@ mod run;
 
 pub use ndarray;
 
-pub use allocator::{Allocator, CostScale, LayerCosts, UniformAllocation};
+pub use allocator::{Allocator, CostScale, LayerCosts, LayerSelection, UniformAllocation};
 pub use budget::{Budget, Limits, kv_bytes_per_token};
 pub use error::{Error, Result};
 pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squared_distances};
 pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
-pub use optimizer::Optimizer;
+pub use optimizer::{Nsga2, Optimizer};
 pub use partition::{Cardinality, Partition, SearchSpace};
 
+pub use pipeline::{MakeFitness, Qcqa, Search};
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};
 pub use pooler::{FirstHead, KvPooler, MeanPooler};
 pub use run::{Observer, Progress, Run};

@@ -86,19 +86,20 @@ impl Partition {
         }
     }
 
-    /// Relabels in place; the labels must be below their number. The searches' fast road in.
-    pub(crate) fn canonical(mut labels: Box<[u16]>) -> Self {
-        let mut small = [UNSEEN; 64];
-        let mut large;
-        let map = if labels.len() <= small.len() {
-            &mut small[..labels.len()]
-        } else {
-            large = vec![UNSEEN; labels.len()];
-            &mut large[..]
+    /// The partition of labels below `bound`: the searches' fast road in.
+    pub(crate) fn canonical(mut labels: Box<[u16]>, bound: usize) -> Self {
+        let mut small = [UNSEEN; 128];
+        let mut large = Vec::new();
+        let new_label = match small.get_mut(..bound) {
+            Some(small) => small,
+            None => {
+                large.resize(bound, UNSEEN);
+                &mut large[..]
+            }
         };
         let mut n_groups = 0;
         for label in &mut labels {
-            let new = &mut map[usize::from(*label)];
+            let new = &mut new_label[usize::from(*label)];
             if *new == UNSEEN {
                 *new = n_groups;
                 n_groups += 1;
@@ -106,6 +107,29 @@ impl Partition {
             *label = *new;
         }
         Self { n_groups, labels }
+    }
+
+    /// Hands each group's members, ascending, to `f`, in the order of the groups; allocates twice, whatever k.
+    pub(crate) fn for_each_group(&self, mut f: impl FnMut(&[u16])) {
+        let mut ends = vec![0u16; self.n_groups() + 1];
+        for &label in &self.labels {
+            ends[usize::from(label) + 1] += 1;
+        }
+        for g in 1..ends.len() {
+            ends[g] += ends[g - 1];
+        }
+        // ends[g] is where group g starts; filling moves it to where the group ends.
+        let mut members = vec![0u16; self.n_heads()];
+        for (head, &label) in self.labels.iter().enumerate() {
+            let end = &mut ends[usize::from(label)];
+            members[usize::from(*end)] = head as u16;
+            *end += 1;
+        }
+        let mut start = 0;
+        for &end in &ends[..self.n_groups()] {
+            f(&members[start..usize::from(end)]);
+            start = usize::from(end);
+        }
     }
 
     /// Number of heads, H.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Cardinality, Error, Partition, Result};
+use crate::{Cardinality, CostScale, Error, Partition, Result};
 
 /// A partition for every layer, with what made it.
 ///
@@ -52,7 +52,7 @@ pub struct Source {
 }
 
 /// How a plan was decided, with every setting resolved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Method {
     /// Name of the method: `gqa`, `mqa`, `qcqa-ec`, `qcqa-ac`, or a pipeline's own.
@@ -73,7 +73,7 @@ pub struct Method {
     /// The allocator.
     pub allocation: String,
     /// How layers were made comparable.
-    pub cost: String,
+    pub cost: CostScale,
     /// The pooler that `convert` uses.
     pub pooler: String,
     /// The target whose limits the search obeyed, if any.
@@ -128,7 +128,10 @@ impl Plan {
         for (i, layer) in self.layers.iter().enumerate() {
             let found = layer.groups.n_heads();
             says(found == kv_heads, format!("layer {i} groups {found} heads, its source has {kv_heads}"))?;
-            says(layer.error.is_finite() && layer.error >= 0.0, format!("layer {i} has the error {}", layer.error))?;
+            says(
+                layer.error.is_finite() && layer.error >= 0.0,
+                format!("layer {i} has the error {}", layer.error),
+            )?;
         }
         let kv_heads = self.kv_heads();
         says(

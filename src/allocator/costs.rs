@@ -1,9 +1,12 @@
 use std::collections::BTreeSet;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{Error, Front, Limits, Result};
 
 /// How the errors of different layers are made comparable before they are added up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum CostScale {
     /// The error as it is: the paper's choice. Layers of large weights then take the whole budget.
@@ -114,7 +117,10 @@ impl LayerCosts {
 
     /// The k that every layer may have, ascending.
     pub fn common(&self) -> Vec<usize> {
-        self.choices(0).map(|(k, _)| k).filter(|&k| (1..self.n_layers()).all(|l| self.get(l, k).is_some())).collect()
+        self.choices(0)
+            .map(|(k, _)| k)
+            .filter(|&k| (1..self.n_layers()).all(|l| self.get(l, k).is_some()))
+            .collect()
     }
 
     /// All totals of KV heads that a choice can have, ascending.

@@ -1,7 +1,7 @@
 //! Choosing the number of groups of every layer.
 
 mod costs;
-//mod selection;
+mod selection;
 mod uniform;
 
 use std::fmt::Debug;
@@ -9,6 +9,7 @@ use std::fmt::Debug;
 use crate::{Result, Run};
 
 pub use costs::{CostScale, LayerCosts};
+pub use selection::LayerSelection;
 
 pub use uniform::UniformAllocation;
 

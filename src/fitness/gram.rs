@@ -142,7 +142,7 @@ fn direct_distance(rows: &dyn HeadRows, (i, j): (usize, usize)) -> f64 {
 }
 
 /// `f(0), …, f(n − 1)` in order, on all threads where the feature `rayon` allows.
-fn map_tasks<T: Send>(n: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+fn map_tasks<T: Send>(n: usize, f: impl Fn(usize) -> T + Send + Sync) -> Vec<T> {
     #[cfg(feature = "rayon")]
     {
         use rayon::prelude::*;

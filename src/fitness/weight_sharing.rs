@@ -42,9 +42,23 @@ impl WeightSharingError {
             d.is_finite() && d >= 0.0 && d == distances[[j, i]] && (i != j || d == 0.0)
         };
         if !distances.indexed_iter().all(|(at, &d)| legal(at, d)) || !(energy.is_finite() && energy >= 0.0) {
-            return Err(Error::NotFinite { what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string() });
+            return Err(Error::NotFinite {
+                what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string(),
+            });
         }
-        Ok(Self { distances, energy })
+        Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
+    }
+
+    /// `Σ_{i,j∈g} D_ij / 2|g|`, each pair once.
+    fn error_of(&self, members: impl ExactSizeIterator<Item = usize> + Clone) -> f64 {
+        let n = self.n_heads();
+        let distances = self.distances.as_slice().expect("contiguous since it was made");
+        let mut sum = 0.0;
+        for (at, i) in members.clone().enumerate().skip(1) {
+            let row = &distances[i * n..][..n];
+            sum += members.clone().take(at).map(|j| row[j]).sum::<f64>();
+        }
+        sum / members.len().max(1) as f64
     }
 
     /// The squared distances D, (H, H).
@@ -62,7 +76,9 @@ impl FitnessFn for WeightSharingError {
         if partition.n_heads() != self.n_heads() {
             return Err(Error::PartitionSize { expected: self.n_heads(), found: partition.n_heads() });
         }
-        Ok(partition.groups().iter().map(|members| group_error(self.distances.view(), members)).sum())
+        let mut error = 0.0;
+        partition.for_each_group(|members| error += self.error_of(members.iter().map(|&i| usize::from(i))));
+        Ok(error)
     }
 
     /// `Σ_i ‖K_i‖² + ‖V_i‖²`.
@@ -81,20 +97,10 @@ impl SeparableFitness for WeightSharingError {
         if let Some(&head) = members.iter().find(|&&m| m >= n_heads) {
             return Err(Error::HeadOutOfRange { head, n_heads });
         }
-        Ok(group_error(self.distances.view(), members))
+        Ok(self.error_of(members.iter().copied()))
     }
 
     fn pairwise(&self) -> Option<ArrayView2<'_, f64>> {
         Some(self.distances.view())
     }
-}
-
-/// `Σ_{i,j∈g} D_ij / 2|g|`, each pair once.
-fn group_error(distances: ArrayView2<'_, f64>, members: &[usize]) -> f64 {
-    let mut sum = 0.0;
-    for (a, &i) in members.iter().enumerate() {
-        let row = distances.row(i);
-        sum += members[..a].iter().map(|&j| row[j]).sum::<f64>();
-    }
-    sum / members.len().max(1) as f64
 }

@@ -1,14 +1,14 @@
 //! Searches for the best partition of a layer at every number of groups.
 
-// mod nsga2;
+mod nsga2;
 
 use std::fmt::Debug;
 
 use crate::fitness::FitnessFn;
 use crate::{Front, Result, Run, SearchSpace};
 
-
-
+pub use nsga2::Nsga2;
+pub(crate) use nsga2::engine;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
 pub trait Optimizer: Debug + Send + Sync {

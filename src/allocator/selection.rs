@@ -1,0 +1,160 @@
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Allocator, LayerCosts};
+use crate::optimizer::engine::{Problem, Settings, evolve};
+use crate::{Result, Run};
+
+/// The paper's stage 2 (arXiv 2406.10247, Algorithm 2): every layer either has k groups or stays MHA.
+///
+/// For each k an NSGA-II over one bit a layer (two-point crossover, bit flips; objectives: KV heads, summed cost)
+/// finds what to group; the choice of least summed cost within the budget wins, over all k. A layer that cannot
+/// have k groups, or cannot stay MHA (a fixed one), has no bit.
+///
+/// Every grouped layer saves the same H − k heads, so the least cost for each number of grouped layers is had by
+/// grouping the cheapest ones. The first population holds those: stage 2 never ends above them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerSelection {
+    /// Individuals.
+    pub population: usize,
+    /// Generations.
+    pub generations: usize,
+    /// Probability that a child has two parents.
+    pub crossover: f64,
+}
+
+impl Default for LayerSelection {
+    fn default() -> Self {
+        Self { population: 100, generations: 100, crossover: 0.9 }
+    }
+}
+
+impl Allocator for LayerSelection {
+    fn allocate(&self, costs: &LayerCosts, kv_heads: usize, run: Run<'_>) -> Result<Vec<usize>> {
+        let settings = Settings {
+            population: self.population,
+            generations: self.generations,
+            crossover: self.crossover,
+        };
+        settings.check()?;
+        let largest = (0..costs.n_layers()).map(|l| costs.n_heads(l)).max().unwrap_or(0);
+        let mut best: Option<(f64, usize, Vec<usize>)> = None;
+        for k in 1..=largest {
+            let Some(problem) = Stage2::new(costs, k) else { continue };
+            evolve(
+                &problem,
+                problem.cheapest_first(),
+                settings,
+                "layer selection",
+                run.fork(k as u64),
+                |bits, _| {
+                    let ks = problem.group_counts(bits);
+                    let (total, cost) = (ks.iter().sum::<usize>(), costs.total(&ks));
+                    if let Some(cost) = cost.filter(|_| total <= kv_heads && problem.legal(bits)) {
+                        // At equal cost the smaller cache, then the plan found first.
+                        if best.as_ref().is_none_or(|(c, t, _)| (cost, total) < (*c, *t)) {
+                            best = Some((cost, total, ks));
+                        }
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+        best.map(|(_, _, ks)| ks).ok_or_else(|| costs.unreachable(kv_heads))
+    }
+}
+
+/// Which layers have k groups.
+struct Stage2<'a> {
+    costs: &'a LayerCosts,
+    k: usize,
+    /// The layers with a bit.
+    free: Vec<usize>,
+    /// What every layer has while its bit is 0, or always where it has none.
+    rest: Vec<usize>,
+}
+
+impl<'a> Stage2<'a> {
+    /// `None` where some layer can neither have k groups nor anything else that is given.
+    fn new(costs: &'a LayerCosts, k: usize) -> Option<Self> {
+        let mut free = Vec::new();
+        let mut rest = Vec::new();
+        for layer in 0..costs.n_layers() {
+            let mha = costs.n_heads(layer);
+            let mut choices = costs.choices(layer).map(|(k, _)| k);
+            rest.push(match (costs.get(layer, k), costs.get(layer, mha)) {
+                (Some(_), Some(_)) if k != mha => {
+                    free.push(layer);
+                    mha
+                }
+                (_, Some(_)) => mha,
+                (Some(_), None) => k,
+                (None, None) => choices.next().filter(|_| choices.next().is_none())?,
+            });
+        }
+        Some(Self { costs, k, free, rest })
+    }
+
+    /// The layers' group counts under these bits.
+    fn group_counts(&self, bits: &[bool]) -> Vec<usize> {
+        let mut ks = self.rest.clone();
+        for (&layer, _) in self.free.iter().zip(bits).filter(|(_, bit)| **bit) {
+            ks[layer] = self.k;
+        }
+        ks
+    }
+
+    /// One k for all layers, where that is asked for.
+    fn legal(&self, bits: &[bool]) -> bool {
+        let ks = self.group_counts(bits);
+        !self.costs.same_k() || ks.iter().all(|&k| k == ks[0])
+    }
+
+    /// No layer grouped, the cheapest one, the two cheapest, …, all of them.
+    fn cheapest_first(&self) -> Vec<Box<[bool]>> {
+        let mut order: Vec<usize> = (0..self.free.len()).collect();
+        let rise = |at: usize| {
+            let layer = self.free[at];
+            self.costs.get(layer, self.k).unwrap_or(0.0)
+                - self.costs.get(layer, self.rest[layer]).unwrap_or(0.0)
+        };
+        order.sort_by(|&a, &b| rise(a).total_cmp(&rise(b)));
+        let mut bits = vec![false; self.free.len()].into_boxed_slice();
+        let mut first = vec![bits.clone()];
+        for at in order {
+            bits[at] = true;
+            first.push(bits.clone());
+        }
+        first
+    }
+}
+
+impl Problem for Stage2<'_> {
+    type Genome = Box<[bool]>;
+
+    fn random(&self, rng: &mut ChaCha8Rng) -> Self::Genome {
+        (0..self.free.len()).map(|_| rng.random()).collect()
+    }
+
+    fn cross(&self, a: &Self::Genome, b: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
+        let mut cut = || rng.random_range(0..=a.len() as u32) as usize;
+        let (one, two) = (cut(), cut());
+        let mut child = a.clone();
+        let window = one.min(two)..one.max(two);
+        child[window.clone()].copy_from_slice(&b[window]);
+        child
+    }
+
+    fn mutate(&self, genome: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
+        let rate = 1.0 / genome.len().max(1) as f64;
+        genome.iter().map(|&bit| bit ^ rng.random_bool(rate)).collect()
+    }
+
+    fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>> {
+        let score = |bits: &Self::Genome| {
+            let ks = self.group_counts(bits);
+            [ks.iter().sum::<usize>() as f64, self.costs.total(&ks).unwrap_or(f64::INFINITY)]
+        };
+        Ok(genomes.iter().map(score).collect())
+    }
+}

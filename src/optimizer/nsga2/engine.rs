@@ -1,0 +1,157 @@
+//! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017).
+
+use std::collections::HashSet;
+use std::hash::Hash;
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::sort::{Standing, standings};
+use crate::{Error, Result, Run};
+
+/// What evolves: a genome with its operators, and two objectives to minimise.
+pub(crate) trait Problem {
+    type Genome: Clone + Eq + Hash;
+
+    /// An individual from anywhere in the search space.
+    fn random(&self, rng: &mut ChaCha8Rng) -> Self::Genome;
+
+    /// A child that takes after both.
+    fn cross(&self, a: &Self::Genome, b: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
+
+    /// A neighbour.
+    fn mutate(&self, genome: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
+
+    /// The objectives of each genome, in order.
+    fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>>;
+}
+
+/// The knobs of NSGA-II.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub(crate) population: usize,
+    pub(crate) generations: usize,
+    pub(crate) crossover: f64,
+}
+
+impl Settings {
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { population, crossover, .. } = *self;
+        if population < 2 {
+            return Err(Error::Setting {
+                name: "population",
+                value: population.to_string(),
+                expected: "at least 2",
+            });
+        }
+        if !(0.0..=1.0).contains(&crossover) {
+            return Err(Error::Setting {
+                name: "crossover",
+                value: crossover.to_string(),
+                expected: "a probability, 0 to 1",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Draws for one new individual before a generation does with fewer: small spaces run out of new ones.
+const TRIES: usize = 8;
+
+/// Evolves `first`, filled up with random individuals, and shows every individual to `visit` once evaluated.
+///
+/// Variation is serial and evaluation may be parallel, so the threads do not change what is found. Only
+/// offspring are evaluated; no two individuals of a population are equal.
+pub(crate) fn evolve<P: Problem>(
+    problem: &P,
+    first: Vec<P::Genome>,
+    settings: Settings,
+    stage: &str,
+    run: Run<'_>,
+    mut visit: impl FnMut(&P::Genome, [f64; 2]) -> Result<()>,
+) -> Result<()> {
+    settings.check()?;
+    let Settings { population, generations, crossover } = settings;
+    let mut rng = run.rng();
+    let mut known = HashSet::new();
+    let mut genomes = Vec::new();
+    for genome in first {
+        if known.insert(genome.clone()) {
+            genomes.push(genome);
+        }
+    }
+    fill(&mut genomes, &mut known, population, || problem.random(&mut rng));
+    let mut points = problem.objectives(&genomes)?;
+    for (genome, &point) in genomes.iter().zip(&points) {
+        visit(genome, point)?;
+    }
+    let mut standing = survive(&mut genomes, &mut points, population);
+
+    for generation in 0..generations {
+        run.step(stage, generation as u64, generations as u64)?;
+        known.clear();
+        known.extend(genomes.iter().cloned());
+        let mut offspring = Vec::with_capacity(population);
+        fill(&mut offspring, &mut known, population, || {
+            let a = tournament(&standing, &mut rng);
+            let b = tournament(&standing, &mut rng);
+            if a != b && rng.random_bool(crossover) {
+                let child = problem.cross(&genomes[a], &genomes[b], &mut rng);
+                problem.mutate(&child, &mut rng)
+            } else {
+                problem.mutate(&genomes[a], &mut rng)
+            }
+        });
+        let scores = problem.objectives(&offspring)?;
+        for (genome, &point) in offspring.iter().zip(&scores) {
+            visit(genome, point)?;
+        }
+        genomes.append(&mut offspring);
+        points.extend(scores);
+        standing = survive(&mut genomes, &mut points, population);
+    }
+    run.step(stage, generations as u64, generations as u64)
+}
+
+/// Draws until `genomes` has `wanted` members, all of them new, or nothing new comes any more.
+fn fill<G: Clone + Eq + Hash>(
+    genomes: &mut Vec<G>,
+    known: &mut HashSet<G>,
+    wanted: usize,
+    mut draw: impl FnMut() -> G,
+) {
+    for _ in 0..TRIES * wanted {
+        if genomes.len() >= wanted {
+            break;
+        }
+        let genome = draw();
+        if known.insert(genome.clone()) {
+            genomes.push(genome);
+        }
+    }
+}
+
+/// Keeps the `population` best by rank, the last front by crowding distance.
+fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usize) -> Vec<Standing> {
+    let standing = standings(points);
+    if genomes.len() <= population {
+        return standing;
+    }
+    let mut order: Vec<usize> = (0..genomes.len()).collect();
+    order.sort_by(|&a, &b| {
+        let (a, b) = (standing[a], standing[b]);
+        a.rank.cmp(&b.rank).then(b.crowding.total_cmp(&a.crowding))
+    });
+    order.truncate(population);
+    let mut slots: Vec<_> = genomes.drain(..).map(Some).collect();
+    genomes.extend(order.iter().filter_map(|&i| slots[i].take()));
+    *points = order.iter().map(|&i| points[i]).collect();
+    order.iter().map(|&i| standing[i]).collect()
+}
+
+/// Binary tournament: the better of two, the first on a draw.
+fn tournament(standing: &[Standing], rng: &mut ChaCha8Rng) -> usize {
+    let draw = |rng: &mut ChaCha8Rng| rng.random_range(0..standing.len() as u32) as usize;
+    let (a, b) = (draw(rng), draw(rng));
+    if standing[b].beats(&standing[a]) { b } else { a }
+}

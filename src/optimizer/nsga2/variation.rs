@@ -1,0 +1,206 @@
+//! Operators on partitions. All of them act on groups, never on label values, and stay in the search space.
+
+use rand::Rng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::{Cardinality, Partition, Result, SearchSpace};
+
+/// A search space of one layer, with what its operators need.
+#[derive(Debug)]
+pub(super) struct Variation {
+    n_heads: usize,
+    cardinality: Cardinality,
+    /// The numbers of groups to search, ascending.
+    counts: Vec<usize>,
+    max_groups: usize,
+    max_size: usize,
+}
+
+impl Variation {
+    pub(super) fn new(space: &SearchSpace, n_heads: usize) -> Result<Self> {
+        let mut counts = space.group_counts(n_heads)?;
+        let max_groups = space.groups_at_most(n_heads);
+        if counts.len() > 1 {
+            counts.retain(|&k| k <= max_groups);
+        }
+        let max_size = space.size_at_most(n_heads);
+        Ok(Self { n_heads, cardinality: space.cardinality, counts, max_groups, max_size })
+    }
+
+    /// The numbers of groups that the operators produce.
+    pub(super) fn counts(&self) -> &[usize] {
+        &self.counts
+    }
+
+    /// A random partition into k groups.
+    pub(super) fn random(&self, k: usize, rng: &mut ChaCha8Rng) -> Partition {
+        let mut heads: Vec<u16> = (0..self.n_heads as u16).collect();
+        heads.shuffle(rng);
+        let mut labels = vec![0; self.n_heads].into_boxed_slice();
+        let size = self.n_heads / k;
+        for (at, &head) in heads.iter().enumerate() {
+            labels[usize::from(head)] = match self.cardinality {
+                Cardinality::Equal => (at / size) as u16,
+                // The first k heads open the groups, the others go anywhere.
+                Cardinality::Arbitrary if at < k => at as u16,
+                Cardinality::Arbitrary => below(k, rng),
+            };
+        }
+        self.finish(labels, k, rng)
+    }
+
+    /// Some of `b`'s groups whole, and of `a` what they leave.
+    pub(super) fn cross(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+        match self.cardinality {
+            Cardinality::Arbitrary => self.inject(a, b, rng),
+            Cardinality::Equal => self.interleave(a, b, rng),
+        }
+    }
+
+    /// One small change: a head moves, two heads change places, two groups merge, a group splits.
+    pub(super) fn mutate(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+        let mut labels = partition.labels().to_vec().into_boxed_slice();
+        let k = partition.n_groups();
+        match self.cardinality {
+            Cardinality::Equal if rng.random_bool(0.1) => return self.regroup(partition, rng),
+            Cardinality::Equal => self.swap(&mut labels, rng),
+            Cardinality::Arbitrary => match rng.random_range(0..8u32) {
+                0 if k > 1 => merge(&mut labels, k, rng),
+                1 => split(&mut labels, k, rng),
+                2 => self.swap(&mut labels, rng),
+                _ => {
+                    let head = usize::from(below(self.n_heads, rng));
+                    labels[head] = below(k, rng);
+                }
+            },
+        }
+        self.finish(labels, k + 1, rng)
+    }
+
+    /// Each group of `b` enters with probability ½; the fragments of `a` it cuts through shrink.
+    fn inject(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+        let offset = a.n_groups() as u16;
+        let coins: Vec<bool> = (0..b.n_groups()).map(|_| rng.random_bool(0.5)).collect();
+        let pairs = a.labels().iter().zip(b.labels());
+        let labels = pairs.map(|(&a, &b)| if coins[usize::from(b)] { offset + b } else { a }).collect();
+        self.finish(labels, a.n_groups() + b.n_groups(), rng)
+    }
+
+    /// Each group of `a` stays with probability ½; the other heads fill its remaining groups in the order of
+    /// `b`'s groups, so that neighbours in `b` stay together. As many groups as `a`, all of one size.
+    fn interleave(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+        let k = a.n_groups();
+        let size = self.n_heads / k;
+        let stays: Vec<bool> = (0..k).map(|_| rng.random_bool(0.5)).collect();
+        let mut free: Vec<usize> = (0..self.n_heads).filter(|&i| !stays[a.group_of(i)]).collect();
+        let turn: Vec<u32> = (0..b.n_groups()).map(|_| rng.random()).collect();
+        free.sort_by_key(|&i| (turn[b.group_of(i)], b.group_of(i)));
+        let open: Vec<u16> = (0..k as u16).filter(|&g| !stays[usize::from(g)]).collect();
+        let mut labels = a.labels().to_vec().into_boxed_slice();
+        for (at, &head) in free.iter().enumerate() {
+            labels[head] = open[at / size];
+        }
+        Partition::canonical(labels, k)
+    }
+
+    /// Other equal groups: the heads, group by group in random order, are cut into another number of pieces.
+    fn regroup(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+        let k = self.counts[usize::from(below(self.counts.len(), rng))];
+        let mut groups = partition.groups();
+        groups.shuffle(rng);
+        let mut labels = vec![0; self.n_heads].into_boxed_slice();
+        for (at, &head) in groups.iter().flatten().enumerate() {
+            labels[head] = (at * k / self.n_heads) as u16;
+        }
+        Partition::canonical(labels, k)
+    }
+
+    /// Two heads of different groups change places.
+    fn swap(&self, labels: &mut [u16], rng: &mut ChaCha8Rng) {
+        let first = usize::from(below(self.n_heads, rng));
+        let start = usize::from(below(self.n_heads, rng));
+        let other =
+            (0..self.n_heads).map(|i| (start + i) % self.n_heads).find(|&i| labels[i] != labels[first]);
+        if let Some(other) = other {
+            labels.swap(first, other);
+        }
+    }
+
+    /// Brings labels below `bound` back into the space and makes a partition of them.
+    fn finish(&self, mut labels: Box<[u16]>, bound: usize, rng: &mut ChaCha8Rng) -> Partition {
+        if self.max_groups == self.n_heads && self.max_size == self.n_heads {
+            return Partition::canonical(labels, bound);
+        }
+        let bound = bound.max(self.max_groups);
+        self.repair(&mut labels, bound, rng);
+        Partition::canonical(labels, bound)
+    }
+
+    /// Heads leave groups that are too large, then the smallest groups dissolve while there are too many.
+    ///
+    /// Both always find room, because the space holds a partition: H ≤ max_groups · max_size.
+    fn repair(&self, labels: &mut [u16], bound: usize, rng: &mut ChaCha8Rng) {
+        let mut sizes = vec![0; bound];
+        for &label in labels.iter() {
+            sizes[usize::from(label)] += 1;
+        }
+        let mut k = sizes.iter().filter(|&&s| s > 0).count();
+        while let Some(full) = sizes.iter().position(|&s| s > self.max_size) {
+            let empty = sizes.iter().position(|&s| s == 0);
+            let Some(to) = self.roomy(&sizes, full, rng).or(empty) else { break };
+            k += usize::from(sizes[to] == 0);
+            move_one(labels, &mut sizes, full, to, rng);
+        }
+        while k > self.max_groups {
+            let occupied = sizes.iter().enumerate().filter(|(_, s)| **s > 0);
+            let Some((least, _)) = occupied.min_by_key(|(_, s)| **s) else { break };
+            while sizes[least] > 0 {
+                let Some(to) = self.roomy(&sizes, least, rng) else { return };
+                move_one(labels, &mut sizes, least, to, rng);
+            }
+            k -= 1;
+        }
+    }
+
+    /// A random group besides `from` that has members and room for one more.
+    fn roomy(&self, sizes: &[usize], from: usize, rng: &mut ChaCha8Rng) -> Option<usize> {
+        let rooms: Vec<_> =
+            (0..sizes.len()).filter(|&g| g != from && (1..self.max_size).contains(&sizes[g])).collect();
+        (!rooms.is_empty()).then(|| rooms[usize::from(below(rooms.len(), rng))])
+    }
+}
+
+/// A random number below `n`.
+fn below(n: usize, rng: &mut ChaCha8Rng) -> u16 {
+    rng.random_range(0..n as u32) as u16
+}
+
+/// Two of k groups become one.
+fn merge(labels: &mut [u16], k: usize, rng: &mut ChaCha8Rng) {
+    let from = below(k, rng);
+    let to = (from + 1 + below(k - 1, rng)) % k as u16;
+    for label in labels.iter_mut().filter(|l| **l == from) {
+        *label = to;
+    }
+}
+
+/// Some members of a random head's group leave it for a new one, label k.
+fn split(labels: &mut [u16], k: usize, rng: &mut ChaCha8Rng) {
+    let group = labels[usize::from(below(labels.len(), rng))];
+    for label in labels.iter_mut().filter(|l| **l == group) {
+        if rng.random_bool(0.5) {
+            *label = k as u16;
+        }
+    }
+}
+
+/// A random member of group `from` goes to group `to`.
+fn move_one(labels: &mut [u16], sizes: &mut [usize], from: usize, to: usize, rng: &mut ChaCha8Rng) {
+    let nth = usize::from(below(sizes[from], rng));
+    if let Some(label) = labels.iter_mut().filter(|l| usize::from(**l) == from).nth(nth) {
+        *label = to as u16;
+        sizes[from] -= 1;
+        sizes[to] += 1;
+    }
+}

@@ -1,0 +1,203 @@
+//! The whole model, layer by layer: heads → fitness → front → allocation → plan.
+
+use std::fmt;
+
+use crate::allocator::{Allocator, CostScale, LayerCosts};
+use crate::fitness::{FitnessFn, WeightSharingError};
+use crate::grouping::Grouping;
+use crate::optimizer::Optimizer;
+use crate::{
+    Budget, Error, Front, LayerHeads, LayerPlan, Limits, Method, Plan, PlanBudget, Result, Run, SearchSpace,
+    Source,
+};
+
+/// How the partitions of a layer come about.
+#[derive(Debug, Clone, Copy)]
+pub enum Search<'a> {
+    /// By searching for the least error.
+    Optimizer(&'a dyn Optimizer),
+    /// By a rule, for every k of the space for which it has a partition.
+    Grouping(&'a dyn Grouping),
+}
+
+impl Search<'_> {
+    /// The best partitions of one layer, one for each k of the space that can be had.
+    ///
+    /// # Errors
+    /// What the optimizer, the grouping and the fitness report; [`Error::InvalidFitness`].
+    pub fn front(
+        &self,
+        heads: &LayerHeads,
+        fitness: &dyn FitnessFn,
+        space: &SearchSpace,
+        run: Run<'_>,
+    ) -> Result<Front> {
+        let grouping = match self {
+            Self::Optimizer(optimizer) => return optimizer.optimize(fitness, space, run),
+            Self::Grouping(grouping) => grouping,
+        };
+        let mut front = Front::new(fitness)?;
+        for k in space.group_counts(heads.n_heads())? {
+            if let Some(partition) = grouping.group(heads, k)?.filter(|p| space.admits(p)) {
+                front.offer(&partition, fitness.evaluate(&partition)?)?;
+            }
+        }
+        Ok(front)
+    }
+}
+
+/// Makes the fitness function of a layer.
+pub type MakeFitness<'a> = dyn Fn(&LayerHeads) -> Result<Box<dyn FitnessFn>> + 'a;
+
+/// The pipeline over a whole model, composed of plugins: fronts from layers, plans from fronts.
+///
+/// Starts with the weight-sharing error, mean pooling, costs as shares of the layers' energies and no limits.
+#[derive(Clone)]
+pub struct Qcqa<'a> {
+    search: Search<'a>,
+    allocator: &'a dyn Allocator,
+    fitness: &'a MakeFitness<'a>,
+    cost: CostScale,
+    limits: Limits,
+    method: Method,
+}
+
+impl<'a> Qcqa<'a> {
+    /// A pipeline that forms groups by `search` and chooses the layers' k by `allocator`.
+    pub fn new(search: Search<'a>, allocator: &'a dyn Allocator) -> Self {
+        let method = Method {
+            name: "custom".into(),
+            fitness: "wse".into(),
+            pooler: "mean".into(),
+            ..Method::default()
+        };
+        let wse = &|heads: &LayerHeads| Ok(Box::new(WeightSharingError::new(heads)?) as Box<dyn FitnessFn>);
+        Self {
+            search,
+            allocator,
+            fitness: wse,
+            cost: CostScale::default(),
+            limits: Limits::default(),
+            method,
+        }
+    }
+
+    /// Uses another fitness function; `name` is what plans call it.
+    pub fn with_fitness(mut self, name: &str, make: &'a MakeFitness<'a>) -> Self {
+        self.method.fitness = name.into();
+        Self { fitness: make, ..self }
+    }
+
+    /// Makes layers comparable in another way.
+    pub fn with_cost(self, cost: CostScale) -> Self {
+        Self { cost, ..self }
+    }
+
+    /// Obeys the limits of a target or a user.
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// What plans say about the method: its name, and the pooler and target they are meant for.
+    pub fn described(mut self, name: &str, pooler: &str, target: Option<&str>) -> Self {
+        self.method.name = name.into();
+        self.method.pooler = pooler.into();
+        self.method.target = target.map(str::to_string);
+        self
+    }
+
+    /// The front of every layer; one layer is held at a time.
+    ///
+    /// Layer i is searched with `run.fork(i)`, so its front does not depend on the others.
+    ///
+    /// # Errors
+    /// What the layers, the search and the fitness report; [`Error::Cancelled`].
+    pub fn fronts<I>(&self, layers: I, run: Run<'_>) -> Result<Vec<Front>>
+    where
+        I: IntoIterator<Item = Result<LayerHeads>, IntoIter: ExactSizeIterator>,
+    {
+        let layers = layers.into_iter();
+        let total = layers.len() as u64;
+        let mut fronts = Vec::new();
+        for (i, heads) in layers.enumerate() {
+            run.step("layers", i as u64, total)?;
+            let heads = heads?;
+            let fitness = (self.fitness)(&heads)?;
+            fronts.push(self.search.front(
+                &heads,
+                fitness.as_ref(),
+                &self.limits.space,
+                run.fork(i as u64),
+            )?);
+        }
+        run.step("layers", total, total)?;
+        Ok(fronts)
+    }
+
+    /// The plan that takes from every layer's front the point that the allocator chooses.
+    ///
+    /// # Errors
+    /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator
+    /// report, [`Error::PlanInconsistent`] when `source` does not describe these fronts.
+    pub fn plan(&self, fronts: &[Front], budget: Budget, source: Source, run: Run<'_>) -> Result<Plan> {
+        let (layers, heads) = (source.layers, source.kv_heads);
+        if fronts.len() != layers {
+            return Err(Error::LayerCount { what: "fronts", expected: layers, found: fronts.len() });
+        }
+        let costs = LayerCosts::new(fronts, self.cost, &self.limits)?;
+        let most = budget.kv_heads(layers, heads)?;
+        let ks = self.allocator.allocate(&costs, most, run)?;
+        let points = fronts.iter().zip(&ks).map(|(front, &k)| {
+            let point = front.get(k).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })?;
+            Ok(LayerPlan {
+                groups: point.partition.clone(),
+                error: point.error,
+                lower_bound: point.lower_bound,
+            })
+        });
+        let layers: Vec<LayerPlan> = points.collect::<Result<_>>()?;
+        let kv_heads = ks.iter().sum();
+        let all = (source.layers * heads) as f64;
+        let asked = match budget {
+            Budget::Fraction(fraction) => fraction,
+            Budget::Heads(n) => n as f64 / all,
+        };
+        let plan = Plan {
+            version: Plan::VERSION,
+            qcqa: env!("CARGO_PKG_VERSION").into(),
+            source,
+            method: self.method(),
+            seed: run.seed(),
+            budget: PlanBudget { asked, reached: kv_heads as f64 / all, kv_heads },
+            layers,
+        };
+        plan.check()?;
+        Ok(plan)
+    }
+
+    /// The resolved method, as plans record it.
+    pub fn method(&self) -> Method {
+        Method {
+            search: match self.search {
+                Search::Optimizer(optimizer) => format!("{optimizer:?}"),
+                Search::Grouping(grouping) => format!("{grouping:?}"),
+            },
+            cardinality: self.limits.space.cardinality,
+            max_groups: self.limits.space.max_groups,
+            max_group_size: self.limits.space.max_group_size,
+            fixed: self.limits.fixed.clone(),
+            allocation: format!("{:?}", self.allocator),
+            cost: self.cost,
+            ..self.method.clone()
+        }
+    }
+}
+
+impl fmt::Debug for Qcqa<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Qcqa")
+            .field("method", &self.method())
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
