@@ -18,6 +18,7 @@ pub struct Partition {
     labels: Box<[u16]>,
 }
 
+/// A label that has no canonical one yet.
 const UNSEEN: u16 = u16::MAX;
 
 impl Partition {
@@ -109,8 +110,9 @@ impl Partition {
         Self { n_groups, labels }
     }
 
-    /// Hands each group's members, ascending, to `f`, in the order of the groups; allocates twice, whatever k.
-    pub(crate) fn for_each_group(&self, mut f: impl FnMut(&[u16])) {
+    /// The heads group by group, ascending within each, and where each group ends in that list.
+    pub(crate) fn members(&self) -> (Vec<u16>, Vec<u16>) {
+        // `ends[g + 1]` counts group g, then says where it starts; filling moves the starts to the ends.
         let mut ends = vec![0u16; self.n_groups() + 1];
         for &label in &self.labels {
             ends[usize::from(label) + 1] += 1;
@@ -118,18 +120,19 @@ impl Partition {
         for g in 1..ends.len() {
             ends[g] += ends[g - 1];
         }
-        // ends[g] is where group g starts; filling moves it to where the group ends.
         let mut members = vec![0u16; self.n_heads()];
         for (head, &label) in self.labels.iter().enumerate() {
             let end = &mut ends[usize::from(label)];
             members[usize::from(*end)] = head as u16;
             *end += 1;
         }
-        let mut start = 0;
-        for &end in &ends[..self.n_groups()] {
-            f(&members[start..usize::from(end)]);
-            start = usize::from(end);
-        }
+        ends.pop();
+        (members, ends)
+    }
+
+    /// The labels, to be changed and made a partition again.
+    pub(crate) fn into_labels(self) -> Box<[u16]> {
+        self.labels
     }
 
     /// Number of heads, H.

@@ -145,9 +145,10 @@ impl Problem for Stage2<'_> {
         child
     }
 
-    fn mutate(&self, genome: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
-        let rate = 1.0 / genome.len().max(1) as f64;
-        genome.iter().map(|&bit| bit ^ rng.random_bool(rate)).collect()
+    fn mutate(&self, mut bits: Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
+        let rate = 1.0 / bits.len().max(1) as f64;
+        bits.iter_mut().for_each(|bit| *bit ^= rng.random_bool(rate));
+        bits
     }
 
     fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>> {

@@ -49,16 +49,26 @@ impl WeightSharingError {
         Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
     }
 
-    /// `Σ_{i,j∈g} D_ij / 2|g|`, each pair once.
-    fn error_of(&self, members: impl ExactSizeIterator<Item = usize> + Clone) -> f64 {
+    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head walks the chain of its group's earlier members.
+    /// The searches live off this.
+    fn error_of(&self, partition: &Partition) -> f64 {
+        const NONE: u16 = u16::MAX;
         let n = self.n_heads();
         let distances = self.distances.as_slice().expect("contiguous since it was made");
-        let mut sum = 0.0;
-        for (at, i) in members.clone().enumerate().skip(1) {
-            let row = &distances[i * n..][..n];
-            sum += members.clone().take(at).map(|j| row[j]).sum::<f64>();
+        let mut groups = vec![(NONE, 0u16, 0.0f64); partition.n_groups()];
+        let mut before = vec![NONE; n];
+        for ((head, &label), row) in partition.labels().iter().enumerate().zip(distances.chunks_exact(n)) {
+            let (last, size, sum) = &mut groups[usize::from(label)];
+            let mut other = *last;
+            before[head] = other;
+            while other != NONE {
+                *sum += row[usize::from(other)];
+                other = before[usize::from(other)];
+            }
+            *last = head as u16;
+            *size += 1;
         }
-        sum / members.len().max(1) as f64
+        groups.iter().map(|&(_, size, sum)| sum / f64::from(size)).sum()
     }
 
     /// The squared distances D, (H, H).
@@ -76,9 +86,7 @@ impl FitnessFn for WeightSharingError {
         if partition.n_heads() != self.n_heads() {
             return Err(Error::PartitionSize { expected: self.n_heads(), found: partition.n_heads() });
         }
-        let mut error = 0.0;
-        partition.for_each_group(|members| error += self.error_of(members.iter().map(|&i| usize::from(i))));
-        Ok(error)
+        Ok(self.error_of(partition))
     }
 
     /// `Σ_i ‖K_i‖² + ‖V_i‖²`.
@@ -97,7 +105,9 @@ impl SeparableFitness for WeightSharingError {
         if let Some(&head) = members.iter().find(|&&m| m >= n_heads) {
             return Err(Error::HeadOutOfRange { head, n_heads });
         }
-        Ok(self.error_of(members.iter().copied()))
+        let rows = members.iter().enumerate();
+        let pairs = rows.flat_map(|(at, &i)| members[..at].iter().map(move |&j| (i, j)));
+        Ok(pairs.map(|pair| self.distances[pair]).sum::<f64>() / members.len().max(1) as f64)
     }
 
     fn pairwise(&self) -> Option<ArrayView2<'_, f64>> {

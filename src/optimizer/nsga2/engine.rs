@@ -1,7 +1,7 @@
 //! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017).
 
 use std::collections::HashSet;
-use std::hash::Hash;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -11,7 +11,7 @@ use crate::{Error, Result, Run};
 
 /// What evolves: a genome with its operators, and two objectives to minimise.
 pub(crate) trait Problem {
-    type Genome: Clone + Eq + Hash;
+    type Genome: Clone + Hash;
 
     /// An individual from anywhere in the search space.
     fn random(&self, rng: &mut ChaCha8Rng) -> Self::Genome;
@@ -20,7 +20,7 @@ pub(crate) trait Problem {
     fn cross(&self, a: &Self::Genome, b: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
 
     /// A neighbour.
-    fn mutate(&self, genome: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
+    fn mutate(&self, genome: Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
 
     /// The objectives of each genome, in order.
     fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>>;
@@ -58,10 +58,22 @@ impl Settings {
 /// Draws for one new individual before a generation does with fewer: small spaces run out of new ones.
 const TRIES: usize = 8;
 
+/// All individuals that were ever evaluated, by a 64-bit hash: nothing is evaluated twice.
+#[derive(Default)]
+struct Known(HashSet<u64>);
+
+impl Known {
+    fn is_new(&mut self, genome: &impl Hash) -> bool {
+        let mut hasher = DefaultHasher::new();
+        genome.hash(&mut hasher);
+        self.0.insert(hasher.finish())
+    }
+}
+
 /// Evolves `first`, filled up with random individuals, and shows every individual to `visit` once evaluated.
 ///
 /// Variation is serial and evaluation may be parallel, so the threads do not change what is found. Only
-/// offspring are evaluated; no two individuals of a population are equal.
+/// offspring are evaluated, and only ones that never were before; it ends early when none are left to be found.
 pub(crate) fn evolve<P: Problem>(
     problem: &P,
     first: Vec<P::Genome>,
@@ -73,13 +85,9 @@ pub(crate) fn evolve<P: Problem>(
     settings.check()?;
     let Settings { population, generations, crossover } = settings;
     let mut rng = run.rng();
-    let mut known = HashSet::new();
-    let mut genomes = Vec::new();
-    for genome in first {
-        if known.insert(genome.clone()) {
-            genomes.push(genome);
-        }
-    }
+    let mut known = Known::default();
+    let mut genomes = first;
+    genomes.retain(|genome| known.is_new(genome));
     fill(&mut genomes, &mut known, population, || problem.random(&mut rng));
     let mut points = problem.objectives(&genomes)?;
     for (genome, &point) in genomes.iter().zip(&points) {
@@ -89,19 +97,20 @@ pub(crate) fn evolve<P: Problem>(
 
     for generation in 0..generations {
         run.step(stage, generation as u64, generations as u64)?;
-        known.clear();
-        known.extend(genomes.iter().cloned());
         let mut offspring = Vec::with_capacity(population);
         fill(&mut offspring, &mut known, population, || {
             let a = tournament(&standing, &mut rng);
             let b = tournament(&standing, &mut rng);
-            if a != b && rng.random_bool(crossover) {
-                let child = problem.cross(&genomes[a], &genomes[b], &mut rng);
-                problem.mutate(&child, &mut rng)
+            let child = if a != b && rng.random_bool(crossover) {
+                problem.cross(&genomes[a], &genomes[b], &mut rng)
             } else {
-                problem.mutate(&genomes[a], &mut rng)
-            }
+                genomes[a].clone()
+            };
+            problem.mutate(child, &mut rng)
         });
+        if offspring.is_empty() {
+            break;
+        }
         let scores = problem.objectives(&offspring)?;
         for (genome, &point) in offspring.iter().zip(&scores) {
             visit(genome, point)?;
@@ -114,39 +123,40 @@ pub(crate) fn evolve<P: Problem>(
 }
 
 /// Draws until `genomes` has `wanted` members, all of them new, or nothing new comes any more.
-fn fill<G: Clone + Eq + Hash>(
-    genomes: &mut Vec<G>,
-    known: &mut HashSet<G>,
-    wanted: usize,
-    mut draw: impl FnMut() -> G,
-) {
+fn fill<G: Hash>(genomes: &mut Vec<G>, known: &mut Known, wanted: usize, mut draw: impl FnMut() -> G) {
     for _ in 0..TRIES * wanted {
         if genomes.len() >= wanted {
             break;
         }
         let genome = draw();
-        if known.insert(genome.clone()) {
+        if known.is_new(&genome) {
             genomes.push(genome);
         }
     }
 }
 
-/// Keeps the `population` best by rank, the last front by crowding distance.
+/// Keeps the `population` best by rank, of the last front that fits in part the loneliest; the order stays.
 fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usize) -> Vec<Standing> {
-    let standing = standings(points);
+    let mut standing = standings(points);
     if genomes.len() <= population {
         return standing;
     }
-    let mut order: Vec<usize> = (0..genomes.len()).collect();
-    order.sort_by(|&a, &b| {
-        let (a, b) = (standing[a], standing[b]);
-        a.rank.cmp(&b.rank).then(b.crowding.total_cmp(&a.crowding))
-    });
-    order.truncate(population);
-    let mut slots: Vec<_> = genomes.drain(..).map(Some).collect();
-    genomes.extend(order.iter().filter_map(|&i| slots[i].take()));
-    *points = order.iter().map(|&i| points[i]).collect();
-    order.iter().map(|&i| standing[i]).collect()
+    let mut sizes = vec![0; standing.iter().map(|s| s.rank + 1).max().unwrap_or(0)];
+    for s in &standing {
+        sizes[s.rank] += 1;
+    }
+    let mut kept = 0;
+    let whole = sizes.iter().take_while(|&&size| kept + size <= population && { kept += size; true }).count();
+    let mut last: Vec<usize> = (0..points.len()).filter(|&i| standing[i].rank == whole).collect();
+    last.sort_unstable_by(|&i, &j| standing[j].crowding.total_cmp(&standing[i].crowding).then(i.cmp(&j)));
+    let mut stays: Vec<bool> = standing.iter().map(|s| s.rank < whole).collect();
+    last.iter().take(population - kept).for_each(|&i| stays[i] = true);
+    let mut flags = stays.iter().cycle();
+    let mut keep = || flags.next().copied().unwrap_or(false);
+    genomes.retain(|_| keep());
+    points.retain(|_| keep());
+    standing.retain(|_| keep());
+    standing
 }
 
 /// Binary tournament: the better of two, the first on a draw.

@@ -100,7 +100,7 @@ impl Problem for Stage1<'_> {
         self.variation.cross(a, b, rng)
     }
 
-    fn mutate(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+    fn mutate(&self, partition: Partition, rng: &mut ChaCha8Rng) -> Partition {
         self.variation.mutate(partition, rng)
     }
 

@@ -59,21 +59,18 @@ impl Variation {
     }
 
     /// One small change: a head moves, two heads change places, two groups merge, a group splits.
-    pub(super) fn mutate(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
-        let mut labels = partition.labels().to_vec().into_boxed_slice();
+    pub(super) fn mutate(&self, partition: Partition, rng: &mut ChaCha8Rng) -> Partition {
         let k = partition.n_groups();
-        match self.cardinality {
-            Cardinality::Equal if rng.random_bool(0.1) => return self.regroup(partition, rng),
-            Cardinality::Equal => self.swap(&mut labels, rng),
-            Cardinality::Arbitrary => match rng.random_range(0..8u32) {
-                0 if k > 1 => merge(&mut labels, k, rng),
-                1 => split(&mut labels, k, rng),
-                2 => self.swap(&mut labels, rng),
-                _ => {
-                    let head = usize::from(below(self.n_heads, rng));
-                    labels[head] = below(k, rng);
-                }
-            },
+        let trivial = k == 1 || k == self.n_heads;
+        if self.cardinality == Cardinality::Equal && (trivial || rng.random_bool(0.1)) {
+            return self.regroup(&partition, rng);
+        }
+        let mut labels = partition.into_labels();
+        match (self.cardinality, rng.random_range(0..8u32)) {
+            (Cardinality::Equal, _) | (_, 0) => swap(&mut labels, rng),
+            (_, 1) => merge(&mut labels, k, rng),
+            (_, 2) => split(&mut labels, k, rng),
+            _ => labels[usize::from(below(self.n_heads, rng))] = below(k, rng),
         }
         self.finish(labels, k + 1, rng)
     }
@@ -81,9 +78,9 @@ impl Variation {
     /// Each group of `b` enters with probability ½; the fragments of `a` it cuts through shrink.
     fn inject(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
         let offset = a.n_groups() as u16;
-        let coins: Vec<bool> = (0..b.n_groups()).map(|_| rng.random_bool(0.5)).collect();
+        let enters = coins(b.n_groups(), rng);
         let pairs = a.labels().iter().zip(b.labels());
-        let labels = pairs.map(|(&a, &b)| if coins[usize::from(b)] { offset + b } else { a }).collect();
+        let labels = pairs.map(|(&a, &b)| if heads_up(&enters, b) { offset + b } else { a }).collect();
         self.finish(labels, a.n_groups() + b.n_groups(), rng)
     }
 
@@ -92,14 +89,17 @@ impl Variation {
     fn interleave(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
         let k = a.n_groups();
         let size = self.n_heads / k;
-        let stays: Vec<bool> = (0..k).map(|_| rng.random_bool(0.5)).collect();
-        let mut free: Vec<usize> = (0..self.n_heads).filter(|&i| !stays[a.group_of(i)]).collect();
-        let turn: Vec<u32> = (0..b.n_groups()).map(|_| rng.random()).collect();
-        free.sort_by_key(|&i| (turn[b.group_of(i)], b.group_of(i)));
-        let open: Vec<u16> = (0..k as u16).filter(|&g| !stays[usize::from(g)]).collect();
+        let stays = coins(k, rng);
+        let (mut order, ends) = b.members();
+        order.rotate_left(usize::from(ends[usize::from(below(ends.len(), rng))]));
         let mut labels = a.labels().to_vec().into_boxed_slice();
-        for (at, &head) in free.iter().enumerate() {
-            labels[head] = open[at / size];
+        let mut open = (0..k as u16).filter(|&g| !heads_up(&stays, g)).flat_map(|g| std::iter::repeat_n(g, size));
+        for head in order {
+            let label = &mut labels[usize::from(head)];
+            if !heads_up(&stays, *label) {
+                // As many places are open as heads are free.
+                *label = open.next().unwrap_or(*label);
+            }
         }
         Partition::canonical(labels, k)
     }
@@ -114,17 +114,6 @@ impl Variation {
             labels[head] = (at * k / self.n_heads) as u16;
         }
         Partition::canonical(labels, k)
-    }
-
-    /// Two heads of different groups change places.
-    fn swap(&self, labels: &mut [u16], rng: &mut ChaCha8Rng) {
-        let first = usize::from(below(self.n_heads, rng));
-        let start = usize::from(below(self.n_heads, rng));
-        let other =
-            (0..self.n_heads).map(|i| (start + i) % self.n_heads).find(|&i| labels[i] != labels[first]);
-        if let Some(other) = other {
-            labels.swap(first, other);
-        }
     }
 
     /// Brings labels below `bound` back into the space and makes a partition of them.
@@ -176,8 +165,32 @@ fn below(n: usize, rng: &mut ChaCha8Rng) -> u16 {
     rng.random_range(0..n as u32) as u16
 }
 
-/// Two of k groups become one.
+/// A fair coin for each of n groups, 64 to the word.
+fn coins(n: usize, rng: &mut ChaCha8Rng) -> Vec<u64> {
+    (0..n.div_ceil(64)).map(|_| rng.random()).collect()
+}
+
+/// How the coin of group `g` fell.
+fn heads_up(coins: &[u64], g: u16) -> bool {
+    coins[usize::from(g) / 64] >> (g % 64) & 1 == 1
+}
+
+/// Two heads of different groups, where there are such, change places.
+fn swap(labels: &mut [u16], rng: &mut ChaCha8Rng) {
+    let n = labels.len();
+    let first = usize::from(below(n, rng));
+    let start = usize::from(below(n, rng));
+    let other = (start..n).chain(0..start).find(|&i| labels[i] != labels[first]);
+    if let Some(other) = other {
+        labels.swap(first, other);
+    }
+}
+
+/// Two of k groups, where there are two, become one.
 fn merge(labels: &mut [u16], k: usize, rng: &mut ChaCha8Rng) {
+    if k < 2 {
+        return;
+    }
     let from = below(k, rng);
     let to = (from + 1 + below(k - 1, rng)) % k as u16;
     for label in labels.iter_mut().filter(|l| **l == from) {
