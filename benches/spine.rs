@@ -6,11 +6,11 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array3;
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::StandardNormal;
-use qcqa::{
-    CostScale, LayerCosts, LayerHeads, LayerSelection, Limits, Nsga2, Optimizer, Projection, Run, SearchSpace,
-    UniformAllocation, WeightSharingError, squared_distances,
-};
 use qcqa::{Allocator, Front};
+use qcqa::{
+    CostScale, LayerCosts, LayerHeads, LayerSelection, Limits, Nsga2, Optimizer, Projection, Run,
+    SearchSpace, UniformAllocation, WeightSharingError, squared_distances,
+};
 use std::hint::black_box;
 
 fn layer(heads: usize, head_dim: usize, inputs: usize) -> LayerHeads {

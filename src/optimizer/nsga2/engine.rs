@@ -146,7 +146,15 @@ fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usiz
         sizes[s.rank] += 1;
     }
     let mut kept = 0;
-    let whole = sizes.iter().take_while(|&&size| kept + size <= population && { kept += size; true }).count();
+    let whole = sizes
+        .iter()
+        .take_while(|&&size| {
+            kept + size <= population && {
+                kept += size;
+                true
+            }
+        })
+        .count();
     let mut last: Vec<usize> = (0..points.len()).filter(|&i| standing[i].rank == whole).collect();
     last.sort_unstable_by(|&i, &j| standing[j].crowding.total_cmp(&standing[i].crowding).then(i.cmp(&j)));
     let mut stays: Vec<bool> = standing.iter().map(|s| s.rank < whole).collect();

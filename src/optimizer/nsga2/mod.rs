@@ -63,11 +63,15 @@ impl Nsga2 {
         front: &mut Front,
         run: Run<'_>,
     ) -> Result<()> {
-        let problem = Stage1 { fitness, variation: Variation::new(space, fitness.n_heads())? };
+        let n_heads = fitness.n_heads();
+        if space.group_counts(n_heads)? == [n_heads] {
+            return Ok(());
+        }
+        let problem = Stage1 { fitness, variation: Variation::new(space, n_heads)? };
         let mut rng = run.fork(0).rng();
         let mut first: Vec<_> = front.iter().map(|p| p.partition.clone()).collect();
         for &k in problem.variation.counts() {
-            first.extend(UniformGqa::partition(fitness.n_heads(), k)?);
+            first.extend(UniformGqa::partition(n_heads, k)?);
             first.push(problem.variation.random(k, &mut rng));
         }
         let settings = Settings {

@@ -18,12 +18,11 @@ pub(super) struct Variation {
 }
 
 impl Variation {
+    /// Operators of a space that holds more than the partition without sharing.
     pub(super) fn new(space: &SearchSpace, n_heads: usize) -> Result<Self> {
         let mut counts = space.group_counts(n_heads)?;
         let max_groups = space.groups_at_most(n_heads);
-        if counts.len() > 1 {
-            counts.retain(|&k| k <= max_groups);
-        }
+        counts.retain(|&k| k <= max_groups);
         let max_size = space.size_at_most(n_heads);
         Ok(Self { n_heads, cardinality: space.cardinality, counts, max_groups, max_size })
     }
@@ -93,7 +92,8 @@ impl Variation {
         let (mut order, ends) = b.members();
         order.rotate_left(usize::from(ends[usize::from(below(ends.len(), rng))]));
         let mut labels = a.labels().to_vec().into_boxed_slice();
-        let mut open = (0..k as u16).filter(|&g| !heads_up(&stays, g)).flat_map(|g| std::iter::repeat_n(g, size));
+        let mut open =
+            (0..k as u16).filter(|&g| !heads_up(&stays, g)).flat_map(|g| std::iter::repeat_n(g, size));
         for head in order {
             let label = &mut labels[usize::from(head)];
             if !heads_up(&stays, *label) {

@@ -1,0 +1,200 @@
+//! A downstream crate's plugin of each trait, mixed with ours and used through `dyn`.
+
+mod common;
+
+use common::layer;
+use ndarray::Array3;
+use qcqa::{
+    Allocator, Budget, CostScale, Error, FirstHead, FitnessFn, Front, Grouping, KvPooler, LayerCosts,
+    LayerHeads, LayerSelection, MeanPooler, Nsga2, Optimizer, Partition, Plan, PooledLayer, Projection, Qcqa,
+    Result, Run, Search, SearchSpace, SeparableFitness, UniformAllocation, UniformGqa, WeightSharingError,
+};
+
+/// Every k-th head together.
+#[derive(Debug)]
+struct Strided;
+
+impl Grouping for Strided {
+    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>> {
+        if heads.n_heads() % k != 0 {
+            return Ok(None);
+        }
+        Partition::from_labels(&(0..heads.n_heads()).map(|i| i % k).collect::<Vec<_>>()).map(Some)
+    }
+}
+
+/// The largest group counts: not separable, without an energy.
+#[derive(Debug)]
+struct LargestGroup(usize);
+
+impl FitnessFn for LargestGroup {
+    fn n_heads(&self) -> usize {
+        self.0
+    }
+    fn evaluate(&self, partition: &Partition) -> Result<f64> {
+        Ok((partition.sizes().into_iter().max().unwrap_or(0) - 1) as f64)
+    }
+}
+
+/// A separable fitness without pairwise form: the norms' range in each group.
+#[derive(Debug)]
+struct NormRange(Vec<f64>);
+
+impl FitnessFn for NormRange {
+    fn n_heads(&self) -> usize {
+        self.0.len()
+    }
+    fn evaluate(&self, partition: &Partition) -> Result<f64> {
+        partition.groups().iter().map(|g| self.group_error(g)).sum()
+    }
+    fn separable(&self) -> Option<&dyn SeparableFitness> {
+        Some(self)
+    }
+}
+
+impl SeparableFitness for NormRange {
+    fn group_error(&self, members: &[usize]) -> Result<f64> {
+        let norms = || members.iter().map(|&i| self.0[i]);
+        Ok(norms().fold(f64::MIN, f64::max) - norms().fold(f64::MAX, f64::min))
+    }
+}
+
+/// Offers a single partition.
+#[derive(Debug)]
+struct OnlyMqa;
+
+impl Optimizer for OnlyMqa {
+    fn optimize(&self, fitness: &dyn FitnessFn, _: &SearchSpace, run: Run<'_>) -> Result<Front> {
+        run.step("only mqa", 0, 1)?;
+        let mut front = Front::new(fitness)?;
+        let one = Partition::one_group(fitness.n_heads())?;
+        front.offer(&one, fitness.evaluate(&one)?)?;
+        Ok(front)
+    }
+}
+
+/// Forgets everything.
+#[derive(Debug)]
+struct Zero;
+
+impl KvPooler for Zero {
+    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+        let (_, h, d) = heads.key().weight().dim();
+        let zero = || Projection::new(Array3::zeros((partition.n_groups(), h, d)), None);
+        Ok(PooledLayer { key: zero()?, value: zero()?, query: None, output: None })
+    }
+}
+
+/// Shares only in the last layer.
+#[derive(Debug)]
+struct LastLayer;
+
+impl Allocator for LastLayer {
+    fn allocate(&self, costs: &LayerCosts, kv_heads: usize, _: Run<'_>) -> Result<Vec<usize>> {
+        let last = costs.n_layers() - 1;
+        let mut ks: Vec<_> = (0..=last).map(|l| costs.n_heads(l)).collect();
+        let rest: usize = ks[..last].iter().sum();
+        let fits = costs.choices(last).map(|(k, _)| k).filter(|k| rest + k <= kv_heads).max();
+        ks[last] = fits.ok_or(Error::BudgetUnreachable { asked: kv_heads, reachable: costs.reachable() })?;
+        Ok(ks)
+    }
+}
+
+fn layers() -> impl ExactSizeIterator<Item = Result<LayerHeads>> {
+    (0..3u8).map(|i| Ok(layer(i.into(), 6, 2, 5, false)))
+}
+
+#[test]
+fn every_search_meets_every_allocator() {
+    let optimizers: [Box<dyn Optimizer>; 2] = [Box::new(Nsga2::default()), Box::new(OnlyMqa)];
+    let groupings: [Box<dyn Grouping>; 2] = [Box::new(UniformGqa), Box::new(Strided)];
+    let allocators: [Box<dyn Allocator>; 3] =
+        [Box::new(UniformAllocation), Box::new(LayerSelection::default()), Box::new(LastLayer)];
+    let searches = optimizers.iter().map(|o| Search::Optimizer(o.as_ref()));
+    for search in searches.chain(groupings.iter().map(|g| Search::Grouping(g.as_ref()))) {
+        for allocator in &allocators {
+            let qcqa = Qcqa::new(search, allocator.as_ref());
+            let fronts = qcqa.fronts(layers(), Run::new(1)).unwrap();
+            let plan =
+                qcqa.plan(&fronts, Budget::Heads(14), common::source(3, 6, 2, 5), Run::new(1)).unwrap();
+            assert!(plan.kv_heads() <= 14);
+            assert_eq!(plan.budget.kv_heads, plan.kv_heads());
+            // What a plan records is what the weights say.
+            for (heads, layer) in layers().zip(&plan.layers) {
+                let expected = common::plain_wse(&heads.unwrap(), &layer.groups);
+                assert!((layer.error - expected).abs() <= 1e-6 * expected);
+            }
+            let json = serde_json::to_string(&plan).unwrap();
+            assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), plan);
+        }
+    }
+}
+
+#[test]
+fn a_fitness_of_ones_own_drives_the_search() {
+    let make = |heads: &LayerHeads| Ok(Box::new(LargestGroup(heads.n_heads())) as Box<dyn FitnessFn>);
+    let nsga2 = Nsga2::default();
+    let qcqa = Qcqa::new(Search::Optimizer(&nsga2), &UniformAllocation).with_fitness("largest group", &make);
+    let fronts = qcqa.fronts(layers(), Run::new(1)).unwrap();
+    assert!(fronts.iter().all(|f| f.error(2) == Some(2.0) && f.error(3) == Some(1.0)));
+    // It has no energy to take a share of, and says what to do about it.
+    let share = qcqa.plan(&fronts, Budget::Fraction(0.5), common::source(3, 6, 2, 5), Run::new(1));
+    assert!(matches!(share, Err(Error::NoEnergy { layer: 0 })));
+    let raw = qcqa.with_cost(CostScale::Raw);
+    let plan = raw.plan(&fronts, Budget::Fraction(0.5), common::source(3, 6, 2, 5), Run::new(1)).unwrap();
+    assert_eq!(plan.group_counts(), [3, 3, 3]);
+    assert_eq!(plan.method.fitness, "largest group");
+}
+
+#[test]
+fn a_separable_fitness_of_ones_own_is_found_behind_dyn() {
+    let fitness: Box<dyn FitnessFn> = Box::new(NormRange(vec![1.0, 5.0, 1.1, 5.2]));
+    let front = Nsga2::default().optimize(fitness.as_ref(), &SearchSpace::arbitrary(), Run::new(0)).unwrap();
+    assert_eq!(front.get(2).unwrap().partition.groups(), [[0, 2], [1, 3]]);
+    let separable = fitness.separable().unwrap();
+    assert!(separable.pairwise().is_none() && separable.pairwise_proxy().is_none());
+}
+
+#[test]
+fn poolers_are_told_apart_by_what_they_make() {
+    let heads = layer(4, 4, 2, 3, true);
+    let partition = Partition::from_labels(&[0, 1, 0, 1]).unwrap();
+    let mean = MeanPooler.pool(&heads, &partition).unwrap();
+    let first = FirstHead.pool(&heads, &partition).unwrap();
+    let (k, bias) = (heads.key().weight(), heads.key().bias().unwrap());
+    for ((g, r, c), &pooled) in mean.key.weight().indexed_iter() {
+        let expected = (f64::from(k[[g, r, c]]) + f64::from(k[[g + 2, r, c]])) / 2.0;
+        assert_eq!(pooled, expected as f32);
+        assert_eq!(first.key.weight()[[g, r, c]], k[[g, r, c]]);
+    }
+    let expected = (f64::from(bias[[1, 0]]) + f64::from(bias[[3, 0]])) / 2.0;
+    assert_eq!(mean.key.bias().unwrap()[[1, 0]], expected as f32);
+    for pooler in [&MeanPooler as &dyn KvPooler, &FirstHead] {
+        let pooled = pooler.pool(&heads, &partition).unwrap();
+        pooled.check(&heads, 2).unwrap();
+        assert!(pooled.query.is_none() && pooled.output.is_none());
+        assert!(pooler.pool(&heads, &Partition::singletons(3).unwrap()).is_err());
+        let alone = pooler.pool(&heads, &Partition::singletons(4).unwrap()).unwrap();
+        assert_eq!((&alone.key, &alone.value), (heads.key(), heads.value()));
+    }
+    // A pooler that drops the bias does not pass.
+    let zero = Zero.pool(&heads, &partition).unwrap();
+    assert!(matches!(zero.check(&heads, 2), Err(Error::Shape { .. })));
+    assert!(matches!(mean.check(&heads, 3), Err(Error::Shape { .. })));
+}
+
+#[test]
+fn a_plugins_own_error_comes_through() {
+    #[derive(Debug)]
+    struct Failing;
+    impl Grouping for Failing {
+        fn group(&self, _: &LayerHeads, _: usize) -> Result<Option<Partition>> {
+            Err(Error::plugin("the moon is in the wrong phase"))
+        }
+    }
+    let heads = layer(0, 4, 2, 3, false);
+    let fitness = WeightSharingError::new(&heads).unwrap();
+    let error =
+        Search::Grouping(&Failing).front(&heads, &fitness, &SearchSpace::equal(), Run::new(0)).unwrap_err();
+    assert_eq!(error.to_string(), "the moon is in the wrong phase");
+}
