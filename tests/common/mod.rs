@@ -1,5 +1,5 @@
 //! Models, small and made up, for the tests of checkpoints.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
