@@ -1,19 +1,16 @@
-//! Bad input is refused by name, before anything is written; nothing is ever lost.
+//! Bad checkpoints and plans are refused by name, before anything is written.
 #![cfg(feature = "checkpoint")]
 
 mod common;
 
-use std::cell::Cell;
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::Path;
 
-use common::{Model, Tensor, encode, plan, same_plan, snapshot};
-use qcqa::checkpoint::{Checkpoint, CheckpointError, Expanded, Layout, Stock, Target, WriteOptions, convert, read_plan};
-use qcqa::{Error, KvPooler, LayerHeads, Limits, MeanPooler, Partition, Plan, PooledLayer, Progress, Run};
+use common::{Model, Tensor, encode, llama, not_written, plan, ready, same_plan, says};
+use qcqa::checkpoint::{Checkpoint, Expanded, Stock, WriteOptions, convert, read_plan};
+use qcqa::{MeanPooler, Partition, Plan, Run};
 use safetensors::Dtype;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// The error of opening a model after its directory was spoiled.
 fn refused(model: &Model, spoil: impl FnOnce(&Path)) -> String {
@@ -21,17 +18,6 @@ fn refused(model: &Model, spoil: impl FnOnce(&Path)) -> String {
     model.write(directory.path());
     spoil(directory.path());
     Checkpoint::open(directory.path()).unwrap_err().to_string()
-}
-
-#[track_caller]
-fn says(message: &str, parts: &[&str]) {
-    for part in parts {
-        assert!(message.contains(part), "{part:?} is not in {message:?}");
-    }
-}
-
-fn llama() -> Model {
-    Model::new("llama", Dtype::BF16, 6, false)
 }
 
 const KEY: &str = "model.layers.1.self_attn.k_proj.weight";
@@ -43,8 +29,12 @@ fn directories() {
     says(&message(&directory.path().join("none")), &["none is not a directory"]);
     says(&message(directory.path()), &["cannot read", "config.json"]);
     let lost = |path: &Path| fs::remove_file(path.join("model.safetensors")).unwrap();
-    says(&refused(&llama(), lost), &["neither model.safetensors nor", "found pytorch_model.bin, stray.safetensors"]);
-    let misnamed = |path: &Path| fs::rename(path.join("model.safetensors"), path.join("weights.safetensors")).unwrap();
+    says(
+        &refused(&llama(), lost),
+        &["neither model.safetensors nor", "found pytorch_model.bin, stray.safetensors"],
+    );
+    let misnamed =
+        |path: &Path| fs::rename(path.join("model.safetensors"), path.join("weights.safetensors")).unwrap();
     says(&refused(&llama(), misnamed), &["neither model.safetensors nor", "weights.safetensors"]);
     let folder = |path: &Path| {
         lost(path);
@@ -57,7 +47,10 @@ fn directories() {
 fn configurations() {
     let with = |key: &str, value: Value| refused(&llama().set(key, value), |_| ());
     says(&with("num_attention_heads", Value::Null), &["config.json", "`num_attention_heads` is missing"]);
-    says(&with("num_hidden_layers", json!(0)), &["`num_hidden_layers` must be a whole number from 1 on, found 0"]);
+    says(
+        &with("num_hidden_layers", json!(0)),
+        &["`num_hidden_layers` must be a whole number from 1 on, found 0"],
+    );
     says(&with("hidden_size", json!(-24)), &["`hidden_size`", "found -24"]);
     says(&with("hidden_size", json!("24")), &["`hidden_size`", "found \"24\""]);
     says(&with("num_key_value_heads", json!(4)), &["a divisor of the 6 query heads", "found 4"]);
@@ -70,11 +63,15 @@ fn configurations() {
     says(&with("tie_word_embeddings", json!(3)), &["`tie_word_embeddings`", "found 3"]);
     let odd = llama().set("head_dim", Value::Null).set("hidden_size", json!(25));
     says(&refused(&odd, |_| ()), &["`hidden_size` must be a multiple of the 6 query heads", "found 25"]);
-    let text = |text: &'static str| refused(&llama(), |path| fs::write(path.join("config.json"), text).unwrap());
+    let text =
+        |text: &'static str| refused(&llama(), |path| fs::write(path.join("config.json"), text).unwrap());
     says(&text("{\"model_type\": "), &["config.json", "EOF"]);
     says(&text("[]"), &["config.json", "expected a map"]);
     // A count that the files do not back: it ends at the first layer that is not there, at once.
-    says(&with("num_hidden_layers", json!(u64::MAX)), &["model.layers.2.self_attn.q_proj.weight is missing", "[24, 24]"]);
+    says(
+        &with("num_hidden_layers", json!(u64::MAX)),
+        &["model.layers.2.self_attn.q_proj.weight is missing", "[24, 24]"],
+    );
     says(&with("num_attention_heads", json!(u64::MAX - 5)), &["found"]);
     // mistral has 8 KV heads where nothing is said, which 6 query heads cannot share.
     let mut silent = llama().set("model_type", json!("mistral"));
@@ -98,7 +95,10 @@ fn weight_files() {
     says(&spoilt(Vec::clear), &[file, "0 bytes"]);
     says(&spoilt(|b| b.push(0)), &[file, "not fully covered"]);
     says(&spoilt(|b| b[..8].fill(0xff)), &[file, "header too large"]);
-    says(&spoilt(|b| b[..8].copy_from_slice(&99_000_000_u64.to_le_bytes())), &[file, "invalid header length"]);
+    says(
+        &spoilt(|b| b[..8].copy_from_slice(&99_000_000_u64.to_le_bytes())),
+        &[file, "invalid header length"],
+    );
     says(&spoilt(|b| b[8] = b'?'), &[file, "invalid JSON"]);
     let overlap = |path: &Path| {
         let header = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
@@ -123,16 +123,26 @@ fn indices() {
     };
     let gone = |path: &Path| fs::remove_file(path.join("model-00002-of-00002.safetensors")).unwrap();
     says(&refused(&sharded, gone), &["index.json", "names model-00002-of-00002.safetensors", "no such file"]);
-    says(&spoilt(|i| i["weight_map"][KEY] = "../model-00001-of-00002.safetensors".into()), &[KEY, "plain name"]);
+    says(
+        &spoilt(|i| i["weight_map"][KEY] = "../model-00001-of-00002.safetensors".into()),
+        &[KEY, "plain name"],
+    );
     says(&spoilt(|i| i["weight_map"][KEY] = "/etc/passwd".into()), &[KEY, "plain name"]);
     says(&spoilt(|i| i["weight_map"][KEY] = "config.json".into()), &[KEY, "plain name"]);
     says(&spoilt(|i| i["weight_map"][KEY] = "other.safetensors".into()), &["names other.safetensors", KEY]);
     says(&spoilt(|i| i["weight_map"][KEY] = 3.into()), &["`weight_map`", KEY]);
-    says(&spoilt(|i| i["weight_map"]["ghost"] = "model-00001-of-00002.safetensors".into()), &["tensor ghost", "does not"]);
+    says(
+        &spoilt(|i| i["weight_map"]["ghost"] = "model-00001-of-00002.safetensors".into()),
+        &["tensor ghost", "does not"],
+    );
     says(&spoilt(|i| i["weight_map"] = json!({})), &["`weight_map`", "nothing in it"]);
     says(&spoilt(|i| *i = json!({})), &["`weight_map`", "found nothing"]);
     let doubled = |path: &Path| {
-        fs::copy(path.join("model-00001-of-00002.safetensors"), path.join("model-00002-of-00002.safetensors")).unwrap();
+        fs::copy(
+            path.join("model-00001-of-00002.safetensors"),
+            path.join("model-00002-of-00002.safetensors"),
+        )
+        .unwrap();
     };
     says(&refused(&sharded, doubled), &["is both in", "00001-of-00002", "00002-of-00002"]);
 }
@@ -145,7 +155,10 @@ fn tensors() {
         refused(&model, |_| ())
     };
     says(&with(|m| drop(m.tensors.remove(KEY))), &[KEY, "is missing", "[24, 24]"]);
-    says(&with(|m| m.tensor(KEY).shape = vec![12, 48]), &["model.safetensors", KEY, "[24, 24]", "found [12, 48]"]);
+    says(
+        &with(|m| m.tensor(KEY).shape = vec![12, 48]),
+        &["model.safetensors", KEY, "[24, 24]", "found [12, 48]"],
+    );
     let eight_bits = |m: &mut Model| {
         *m.tensor(KEY) = Tensor { dtype: Dtype::I8, shape: vec![24, 24], bytes: vec![0; 576] };
     };
@@ -169,7 +182,9 @@ fn tensors() {
 
 #[test]
 fn numbers_that_are_none() {
-    for (dtype, number) in [(Dtype::BF16, f32::NAN), (Dtype::F16, f32::INFINITY), (Dtype::F32, f32::NEG_INFINITY)] {
+    for (dtype, number) in
+        [(Dtype::BF16, f32::NAN), (Dtype::F16, f32::INFINITY), (Dtype::F32, f32::NEG_INFINITY)]
+    {
         for part in ["k", "v", "q", "o"] {
             let name = format!("model.layers.1.self_attn.{part}_proj.weight");
             let mut model = Model::new("llama", dtype, 6, false);
@@ -186,32 +201,12 @@ fn numbers_that_are_none() {
             let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
             let run = Run::new(0);
             let out = root.path().join("out");
-            let error = convert(&source, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), run).unwrap_err();
+            let error =
+                convert(&source, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), run).unwrap_err();
             says(&error.to_string(), &parts);
             assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
         }
     }
-}
-
-/// A source, and the plan of one query group in each half.
-fn ready() -> (TempDir, Checkpoint, Plan) {
-    let root = tempfile::tempdir().unwrap();
-    llama().write(&root.path().join("in"));
-    let source = Checkpoint::open(root.path().join("in")).unwrap();
-    let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
-    (root, source, plan)
-}
-
-/// The error of a conversion, the same in a dry run, after which nothing has changed.
-fn not_written(root: &TempDir, source: &Checkpoint, plan: &Plan, target: &dyn Target, out: &Path, force: bool) -> String {
-    let before = snapshot(root.path());
-    let [dry, wet] = [true, false].map(|dry_run| {
-        let options = WriteOptions { force, dry_run };
-        convert(source, plan, &MeanPooler, target, out, options, Run::new(0)).unwrap_err().to_string()
-    });
-    assert_eq!(dry, wet);
-    assert_eq!(snapshot(root.path()), before);
-    dry
 }
 
 #[test]
@@ -223,7 +218,10 @@ fn plans_for_another_model() {
         change(&mut plan);
         not_written(&root, &source, &plan, &Stock, &out, false)
     };
-    says(&with(|p| p.source.model_type = "mistral".into()), &["another model", "model_type is mistral", "has llama"]);
+    says(
+        &with(|p| p.source.model_type = "mistral".into()),
+        &["another model", "model_type is mistral", "has llama"],
+    );
     says(&with(|p| p.source.hidden = 32), &["hidden size is 32", "has 24"]);
     says(&with(|p| p.source.head_dim = 8), &["head_dim is 8", "has 4"]);
     says(&with(|p| p.source.query_heads = 12), &["number of query heads is 12", "has 6"]);
@@ -244,9 +242,18 @@ fn plans_that_are_none() {
         fs::write(&path, value.to_string()).unwrap();
         read_plan(&path).unwrap_err().to_string()
     };
-    says(&read(|p| p["layers"][0]["groups"] = json!([[0, 1], [3, 4, 5]])), &["plan.json", "head 5 does not exist"]);
-    says(&read(|p| p["layers"][0]["groups"] = json!([[0, 1], [2, 3, 4]])), &["plan.json", "layer 0 groups 5 heads"]);
-    says(&read(|p| p["layers"][1]["groups"] = json!([[0, 1, 2], [2, 4, 5]])), &["plan.json", "head 2", "more than one"]);
+    says(
+        &read(|p| p["layers"][0]["groups"] = json!([[0, 1], [3, 4, 5]])),
+        &["plan.json", "head 5 does not exist"],
+    );
+    says(
+        &read(|p| p["layers"][0]["groups"] = json!([[0, 1], [2, 3, 4]])),
+        &["plan.json", "layer 0 groups 5 heads"],
+    );
+    says(
+        &read(|p| p["layers"][1]["groups"] = json!([[0, 1, 2], [2, 4, 5]])),
+        &["plan.json", "head 2", "more than one"],
+    );
     says(&read(|p| p["layers"][1]["groups"] = json!([[0, 1, 2], []])), &["plan.json", "empty"]);
     says(&read(|p| p["layers"][1]["error"] = json!(-1.0)), &["plan.json", "layer 1", "-1"]);
     says(&read(|p| p["version"] = json!(9)), &["plan.json", "version 9", "update qcqa"]);
@@ -269,7 +276,8 @@ fn plans_that_stock_cannot_hold() {
     let groups = |groups: &[&[usize]]| Partition::from_groups(6, groups).unwrap();
     let (three, two) = (groups(&[&[0, 1], &[2, 3], &[4, 5]]), groups(&[&[0, 1, 2], &[3, 4, 5]]));
     let uneven = groups(&[&[0, 1, 2, 3], &[4, 5]]);
-    let refused = |layers: &[Partition]| not_written(&root, &source, &plan(&source, layers), &Stock, &out, false);
+    let refused =
+        |layers: &[Partition]| not_written(&root, &source, &plan(&source, layers), &Stock, &out, false);
     let hints = ["--target expanded", "--target stock"];
     let message = refused(&[two.clone(), three]);
     says(&message, &["layer 1 has 3 groups", "2 of layer 0"]);
@@ -277,160 +285,14 @@ fn plans_that_stock_cannot_hold() {
     let message = refused(&[two, uneven.clone()]);
     says(&message, &["layer 1 has groups of [4, 2] heads"]);
     says(&message, &hints);
-    convert(&source, &plan(&source, &[uneven.clone(), uneven]), &MeanPooler, &Expanded, &out, WriteOptions::default(), Run::new(0))
-        .unwrap();
-}
-
-/// A target that mixes up its heads.
-#[derive(Debug)]
-struct Confused(Layout);
-
-impl Target for Confused {
-    fn name(&self) -> &'static str {
-        "confused"
-    }
-    fn limits(&self) -> Limits {
-        Limits::default()
-    }
-    fn saves_memory(&self) -> bool {
-        true
-    }
-    fn check(&self, _: &Plan) -> Result<(), CheckpointError> {
-        Ok(())
-    }
-    fn layout(&self, _: &Partition, _: usize) -> Layout {
-        self.0.clone()
-    }
-    fn configure(&self, _: &mut serde_json::Map<String, Value>, _: &Plan) {}
-}
-
-#[test]
-fn layouts_that_mix_up_heads() {
-    let (root, source, plan) = ready();
-    let refused = |kv_rows: &[usize], query_order: &[usize]| {
-        let target = Confused(Layout { kv_rows: kv_rows.to_vec(), query_order: query_order.to_vec() });
-        not_written(&root, &source, &plan, &target, &root.path().join("out"), false)
-    };
-    says(&refused(&[0, 1], &[0, 1, 3, 2, 4, 5]), &["confused", "layer 0", "query head 3 would read group 0 instead of 1"]);
-    says(&refused(&[0, 1], &[0, 1, 2, 3, 4, 4]), &["no permutation of 6"]);
-    says(&refused(&[0, 0, 1, 1], &[0, 1, 2, 3, 4, 5]), &["cannot be shared evenly by 4"]);
-    says(&refused(&[], &[0, 1, 2, 3, 4, 5]), &["by 0 KV heads"]);
-}
-
-#[test]
-fn outputs_in_the_way() {
-    let (root, source, plan) = ready();
-    let input = root.path().join("in");
-    let refused = |out: &Path, force: bool| not_written(&root, &source, &plan, &Stock, out, force);
-    for force in [false, true] {
-        says(&refused(&input, force), &["must not lie within"]);
-        says(&refused(&input.join("extra/../new/out"), force), &["cannot write"]);
-        says(&refused(&input.join("new/out"), force), &["must not lie within"]);
-        says(&refused(root.path(), force), &["must not lie within"]);
-        says(&refused(&input.join("config.json/out"), force), &["must not lie within"]);
-    }
-    let full = root.path().join("full");
-    fs::create_dir(&full).unwrap();
-    fs::write(full.join("diary.txt"), "dear").unwrap();
-    says(&refused(&full, false), &["full exists", "--force"]);
-    says(&refused(&full, true), &["full is not a model directory"]);
-    says(&refused(&full.join("diary.txt"), true), &["is not a model directory"]);
-    says(&refused(&full.join("diary.txt/out"), false), &["cannot write"]);
-}
-
-#[cfg(unix)]
-#[test]
-fn links_hide_nothing() {
-    use std::os::unix::fs::symlink;
-    let (root, source, plan) = ready();
-    let input = root.path().join("in");
-    let refused = |source: &Checkpoint, out: &Path| not_written(&root, source, &plan, &Stock, out, true);
-    symlink(&input, root.path().join("alias")).unwrap();
-    says(&refused(&source, &root.path().join("alias")), &["must not lie within"]);
-    says(&refused(&source, &root.path().join("alias/out")), &["must not lie within"]);
-    fs::remove_file(root.path().join("alias")).unwrap();
-
-    // A source whose weights lie, by a link, in the old output that would be deleted.
-    let (linked, old) = (root.path().join("linked"), root.path().join("old"));
-    llama().write(&old);
-    fs::create_dir(&linked).unwrap();
-    fs::copy(input.join("config.json"), linked.join("config.json")).unwrap();
-    symlink(old.join("model.safetensors"), linked.join("model.safetensors")).unwrap();
-    let indirect = Checkpoint::open(&linked).unwrap();
-    says(&refused(&indirect, &old), &["must not lie within", "old/model.safetensors"]);
-
-    // Elsewhere links are followed, and a loop ends.
-    symlink(&linked, linked.join("loop")).unwrap();
-    symlink(input.join("tokenizer.json"), linked.join("tokenizer.json")).unwrap();
-    let out = root.path().join("out");
-    let report = convert(&indirect, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
-    assert_eq!(report.files.len(), 4);
-    assert!(out.join("tokenizer.json").symlink_metadata().unwrap().is_file());
-    Checkpoint::open(&out).unwrap();
-}
-
-#[test]
-fn a_cancelled_run_leaves_nothing() {
-    let (root, source, plan) = ready();
-    let before = snapshot(root.path());
-    let convert = |stop_at: u64, seen: &Cell<u64>, total: &Cell<u64>| {
-        let observer = |progress: &Progress<'_>| {
-            assert_eq!(progress.stage, "write");
-            seen.set(progress.done);
-            total.set(progress.total);
-            if progress.done == stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        };
-        let run = Run::new(0).with_observer(&observer);
-        let out = root.path().join("new/out");
-        convert(&source, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), run)
-    };
-    let (seen, total) = (Cell::new(0), Cell::new(1));
-    let mut stop_at = 0;
-    while stop_at <= total.get() {
-        let error = convert(stop_at, &seen, &total).unwrap_err();
-        assert!(matches!(error, CheckpointError::Core(Error::Cancelled)), "{error}");
-        assert!(matches!(Error::from(error), Error::Cancelled));
-        assert_eq!(seen.get(), stop_at);
-        assert_eq!(snapshot(root.path()), before);
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
-        stop_at += 1;
-    }
-    assert_eq!(total.get(), 11 + 2);
-    convert(u64::MAX, &seen, &total).unwrap();
-    assert_eq!(seen.get(), total.get());
-    assert_eq!(fs::read_dir(root.path().join("new")).unwrap().count(), 1);
-}
-
-/// Fails at the second layer it is given.
-#[derive(Debug)]
-struct Fails(std::sync::atomic::AtomicUsize);
-
-impl KvPooler for Fails {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
-        match self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
-            0 => MeanPooler.pool(heads, partition),
-            _ => Err(Error::plugin("no more")),
-        }
-    }
-}
-
-#[test]
-fn force_replaces_only_by_what_is_whole() {
-    let (root, source, plan) = ready();
-    let (input, out) = (snapshot(&root.path().join("in")), root.path().join("out"));
-    let forced = WriteOptions { force: true, ..WriteOptions::default() };
-    convert(&source, &plan, &MeanPooler, &Stock, &out, forced, Run::new(0)).unwrap();
-    fs::write(out.join("notes.txt"), "of the old one").unwrap();
-    let old = snapshot(&out);
-
-    says(&not_written(&root, &source, &plan, &Stock, &out, false), &["out exists", "--force"]);
-    let error = convert(&source, &plan, &Fails(0.into()), &Expanded, &out, forced, Run::new(0)).unwrap_err();
-    says(&error.to_string(), &["no more"]);
-    assert_eq!(snapshot(&out), old);
-
-    convert(&source, &plan, &MeanPooler, &Expanded, &out, forced, Run::new(0)).unwrap();
-    assert!(!out.join("notes.txt").exists());
-    assert_eq!(Checkpoint::open(&out).unwrap().config().kv_heads, 6);
-    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
-    assert_eq!(snapshot(&root.path().join("in")), input);
+    convert(
+        &source,
+        &plan(&source, &[uneven.clone(), uneven]),
+        &MeanPooler,
+        &Expanded,
+        &out,
+        WriteOptions::default(),
+        Run::new(0),
+    )
+    .unwrap();
 }

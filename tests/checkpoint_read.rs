@@ -32,8 +32,7 @@ fn the_model_in_the_tree() {
     assert_eq!((config.kv_heads, config.head_dim, config.rope_theta), (8, 16, 10_000.0));
     assert!(config.tie_word_embeddings && !checkpoint.has_bias());
     assert_eq!((checkpoint.dtype(), checkpoint.shards()), (Dtype::Bf16, 1));
-    let numbers: usize =
-        checkpoint.tensor_names().map(|name| checkpoint.tensor(name).unwrap().len()).sum();
+    let numbers: usize = checkpoint.tensor_names().map(|name| checkpoint.tensor(name).unwrap().len()).sum();
     assert_eq!(checkpoint.weight_bytes(), 2 * numbers as u64);
     assert_eq!(config.raw["vocab_size"], 1024);
 
@@ -105,7 +104,8 @@ fn both_generations_of_config() {
     let base = Model::new("llama", Stored::F32, 6, false);
     let theta = |model: &Model| open(model).1.config().rope_theta;
     assert_eq!(theta(&base), 500.0);
-    let nested = base.clone().set("rope_theta", Value::Null).set("rope_parameters", json!({"rope_theta": 7e5}));
+    let nested =
+        base.clone().set("rope_theta", Value::Null).set("rope_parameters", json!({"rope_theta": 7e5}));
     assert_eq!(theta(&nested), 7e5);
     assert_eq!(theta(&base.clone().set("rope_theta", Value::Null)), 1e4);
     // Without head_dim: 24 / 6.

@@ -10,14 +10,16 @@ use common::{Model, novels, plan, same_plan, snapshot, stored};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use proptest::prelude::*;
 use qcqa::checkpoint::{
-    Checkpoint, CheckpointError, Expanded, Stock, Target, WriteOptions, convert, read_plan, targets, write_plan,
+    Checkpoint, CheckpointError, Expanded, Stock, Target, WriteOptions, convert, read_plan, targets,
+    write_plan,
 };
 use qcqa::{KvPooler, LayerHeads, MeanPooler, Partition, Plan, PooledLayer, Projection, Run};
 use safetensors::Dtype;
 use serde_json::Value;
 
 fn write(source: &Checkpoint, plan: &Plan, target: &dyn Target, out: &Path) -> Checkpoint {
-    let report = convert(source, plan, &MeanPooler, target, out, WriteOptions::default(), Run::new(0)).unwrap();
+    let report =
+        convert(source, plan, &MeanPooler, target, out, WriteOptions::default(), Run::new(0)).unwrap();
     let sizes: u64 = report.files.iter().map(|f| out.join(f).metadata().unwrap().len()).sum();
     assert_eq!((report.bytes, report.files.len()), (sizes, snapshot(out).len()));
     Checkpoint::open(out).unwrap()
@@ -117,7 +119,10 @@ fn stock_holds_means_and_moved_queries() {
     assert_eq!(config, json(&novels().join("config.json")));
     assert_eq!(json(&root.path().join("expanded/config.json")), config);
     for file in ["tokenizer.json", "generation_config.json", "evaluation.txt"] {
-        assert_eq!(fs::read(root.path().join("stock").join(file)).unwrap(), fs::read(novels().join(file)).unwrap());
+        assert_eq!(
+            fs::read(root.path().join("stock").join(file)).unwrap(),
+            fs::read(novels().join(file)).unwrap()
+        );
     }
     let provenance = json(&root.path().join("expanded/qcqa.json"));
     assert_eq!(provenance["plan"], serde_json::to_value(&plan).unwrap());
@@ -181,7 +186,8 @@ fn shards_keep_their_names_and_the_index_its_truth() {
     let source = Checkpoint::open(&input).unwrap();
     let plan = same_plan(&source, &[&[0, 3, 4], &[1, 2, 5]]);
     let stock = write(&source, &plan, &Stock, &out);
-    let (old, new) = (json(&input.join("model.safetensors.index.json")), json(&out.join("model.safetensors.index.json")));
+    let (old, new) =
+        (json(&input.join("model.safetensors.index.json")), json(&out.join("model.safetensors.index.json")));
     assert_eq!(old["weight_map"], new["weight_map"]);
     assert_eq!(new["metadata"]["total_size"], stock.weight_bytes());
     assert_eq!(new["metadata"]["kept"], "yes");
@@ -206,7 +212,9 @@ fn reports_the_cache_and_writes_nothing_in_a_dry_run() {
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
         assert_eq!((guess.kv_bytes_before, guess.kv_bytes_after), (4 * 8 * 16 * 2 * 2, after));
         let real = root.path().join(target.name());
-        let report = convert(&source, &plan, &MeanPooler, target, &real, WriteOptions::default(), Run::new(0)).unwrap();
+        let report =
+            convert(&source, &plan, &MeanPooler, target, &real, WriteOptions::default(), Run::new(0))
+                .unwrap();
         assert_eq!(report.files, guess.files);
         assert!(report.bytes.abs_diff(guess.bytes) < 256, "{} {}", report.bytes, guess.bytes);
         fs::remove_dir_all(real).unwrap();
@@ -267,7 +275,8 @@ fn overflow_is_an_error_and_leaves_nothing() {
     let source = Checkpoint::open(root.path().join("in")).unwrap();
     let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
     let out = root.path().join("a/b/out");
-    let error = convert(&source, &plan, &Huge, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap_err();
+    let error =
+        convert(&source, &plan, &Huge, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap_err();
     let message = error.to_string();
     assert!(message.contains("layers.0.self_attn.k_proj.weight") && message.contains("100000"), "{message}");
     assert!(message.contains("f16"), "{message}");

@@ -56,7 +56,9 @@ impl Config {
         }
         if let Some(factor) = read.rope("partial_rotary_factor").filter(|f| f.as_f64() != Some(1.0)) {
             let hint = "all dimensions of a head must turn".to_string();
-            return Err(read.unsupported(format!("a partial rotation (`partial_rotary_factor` {factor})"), hint));
+            return Err(
+                read.unsupported(format!("a partial rotation (`partial_rotary_factor` {factor})"), hint)
+            );
         }
 
         let n_layers = read.required("num_hidden_layers")?;
@@ -73,13 +75,18 @@ impl Config {
             return Err(read.wrong("num_key_value_heads", expected, kv_heads));
         }
         if kv_heads > Partition::MAX_HEADS {
-            return Err(read.wrong("num_key_value_heads", format!("at most {}", Partition::MAX_HEADS), kv_heads));
+            return Err(read.wrong(
+                "num_key_value_heads",
+                format!("at most {}", Partition::MAX_HEADS),
+                kv_heads,
+            ));
         }
         let head_dim = match read.count("head_dim")? {
             Some(head_dim) => head_dim,
             None if hidden % query_heads == 0 => hidden / query_heads,
             None => {
-                let expected = format!("a multiple of the {query_heads} query heads where `head_dim` is not given");
+                let expected =
+                    format!("a multiple of the {query_heads} query heads where `head_dim` is not given");
                 return Err(read.wrong("hidden_size", expected, hidden));
             }
         };

@@ -13,7 +13,18 @@ pub(super) const PROVENANCE: &str = "qcqa.json";
 
 /// Weights in other forms: they would still be those of the source.
 const WEIGHTS: &[&str] = &[
-    "bin", "ckpt", "gguf", "h5", "msgpack", "onnx", "onnx_data", "ot", "pt", "pth", "safetensors", "tflite",
+    "bin",
+    "ckpt",
+    "gguf",
+    "h5",
+    "msgpack",
+    "onnx",
+    "onnx_data",
+    "ot",
+    "pt",
+    "pth",
+    "safetensors",
+    "tflite",
 ];
 /// Directories of other weights, or of the tool that fetched the model.
 const SKIPPED: &[&str] = &["original", ".git", ".cache"];

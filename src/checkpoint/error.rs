@@ -187,7 +187,9 @@ pub enum CheckpointError {
         layers: usize,
     },
     /// A merged weight does not fit the type it must be stored in.
-    #[error("tensor {tensor}: the merged value {value} is too large for {dtype}; use another pooler, or convert an f32 copy of the model")]
+    #[error(
+        "tensor {tensor}: the merged value {value} is too large for {dtype}; use another pooler, or convert an f32 copy of the model"
+    )]
     Overflow {
         /// The tensor.
         tensor: String,

@@ -29,7 +29,7 @@ impl Mapped {
             return Err(failed(std::io::Error::other("not a regular file")));
         }
         let file = File::open(path).map_err(failed)?;
-        // SAFETY: a private, read-only mapping of an open file; see above for the one condition.
+        // SAFETY: a read-only mapping of an open regular file; see above for the one condition.
         unsafe { Mmap::map(&file) }.map(Self).map_err(failed)
     }
 }

@@ -77,7 +77,10 @@ fn resolve(out: &Path) -> io::Result<(PathBuf, PathBuf)> {
         let Ok(real) = ancestor.canonicalize() else { continue };
         let rest = absolute.strip_prefix(ancestor).unwrap_or(Path::new(""));
         if !rest.components().all(|c| matches!(c, Component::Normal(_))) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "`..` below a directory that does not exist"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "`..` below a directory that does not exist",
+            ));
         }
         // Joining nothing would append a slash.
         let path = if rest.as_os_str().is_empty() { real.clone() } else { real.join(rest) };
@@ -193,7 +196,10 @@ mod tests {
     fn a_full_disk_is_named() {
         assert!(enough(Path::new("out"), 10, 10).is_ok());
         let message = enough(Path::new("out"), 11, 10).map_err(|e| e.to_string());
-        assert_eq!(message, Err("out: 11 bytes are needed, 10 are free; make room or choose another disk".into()));
+        assert_eq!(
+            message,
+            Err("out: 11 bytes are needed, 10 are free; make room or choose another disk".into())
+        );
     }
 
     #[test]

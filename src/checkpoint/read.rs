@@ -46,8 +46,10 @@ impl Checkpoint {
             return Err(CheckpointError::Unsupported { path, what, hint });
         }
         let mut checkpoint = Self { path, config, family, dtype: Dtype::F32, biases: [false; 4], shards };
-        checkpoint.biases = Part::ALL.map(|part| checkpoint.shards.tensors.contains_key(&family.bias(0, part)));
-        checkpoint.dtype = checkpoint.attention(&family.weight(0, Part::Key), &checkpoint.shape(Part::Key))?.1;
+        checkpoint.biases =
+            Part::ALL.map(|part| checkpoint.shards.tensors.contains_key(&family.bias(0, part)));
+        checkpoint.dtype =
+            checkpoint.attention(&family.weight(0, Part::Key), &checkpoint.shape(Part::Key))?.1;
         // Ends at the first missing layer, however many config.json claims.
         (0..checkpoint.config.n_layers).try_for_each(|layer| checkpoint.check_layer(layer))?;
         Ok(checkpoint)
@@ -91,9 +93,8 @@ impl Checkpoint {
     }
 
     pub(super) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, CheckpointError> {
-        Dtype::from_stored(entry.dtype).ok_or_else(|| {
-            self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string())
-        })
+        Dtype::from_stored(entry.dtype)
+            .ok_or_else(|| self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string()))
     }
 
     fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> CheckpointError {
@@ -230,7 +231,8 @@ impl Checkpoint {
         let n = weight.len() / (h * d);
         let weight = Array3::from_shape_vec((n, h, d), weight).map_err(crate::Error::plugin)?;
         let bias = self.has(part).then(|| self.numbers(&self.family.bias(layer, part))).transpose()?;
-        let bias = bias.map(|b| Array2::from_shape_vec((n, h), b)).transpose().map_err(crate::Error::plugin)?;
+        let bias =
+            bias.map(|b| Array2::from_shape_vec((n, h), b)).transpose().map_err(crate::Error::plugin)?;
         Ok(Projection::new(weight, bias)?)
     }
 
@@ -280,7 +282,8 @@ impl Checkpoint {
     /// The bias of the output belongs to none.
     pub(super) fn head_tensors(&self, layer: usize) -> impl Iterator<Item = (String, Part, bool)> {
         Part::ALL.into_iter().flat_map(move |part| {
-            let bias = (self.has(part) && part != Part::Output).then(|| (self.family.bias(layer, part), part, true));
+            let bias =
+                (self.has(part) && part != Part::Output).then(|| (self.family.bias(layer, part), part, true));
             [Some((self.family.weight(layer, part), part, false)), bias].into_iter().flatten()
         })
     }

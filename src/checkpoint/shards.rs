@@ -29,7 +29,7 @@ pub(super) struct Shard {
     pub(super) bytes: Mapped,
     /// `__metadata__` of its header.
     pub(super) metadata: Option<HashMap<String, String>>,
-    /// Bytes of its header.
+    /// Bytes before its data.
     pub(super) header: usize,
 }
 
@@ -62,7 +62,10 @@ impl Shards {
         }
         let index_path = directory.join(INDEX);
         if !index_path.exists() {
-            return Err(CheckpointError::NoWeights { path: directory.to_path_buf(), found: weights_in(directory) });
+            return Err(CheckpointError::NoWeights {
+                path: directory.to_path_buf(),
+                found: weights_in(directory),
+            });
         }
         let index: Map<String, Value> = serde_json::from_slice(&read_bounded(&index_path, INDEX_LIMIT)?)
             .map_err(|source| CheckpointError::Json { path: index_path.clone(), source })?;
@@ -96,9 +99,8 @@ impl Shards {
     fn add(&mut self, directory: &Path, file: &str) -> Result<(), CheckpointError> {
         let path = directory.join(file);
         let bytes = Mapped::open(&path)?;
-        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|source| {
-            CheckpointError::Header { path: path.clone(), len: bytes.len(), source }
-        })?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes)
+            .map_err(|source| CheckpointError::Header { path: path.clone(), len: bytes.len(), source })?;
         let data = LENGTH_BYTES + header;
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
@@ -146,7 +148,8 @@ fn weight_map<'a>(
 /// Weight files under other names, for the message that none has the right one.
 fn weights_in(directory: &Path) -> String {
     const SHOWN: usize = 8;
-    let weights = |name: &String| [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| name.ends_with(end));
+    let weights =
+        |name: &String| [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| name.ends_with(end));
     let entries = directory.read_dir().into_iter().flatten().flatten();
     let mut names: Vec<_> =
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).filter(weights).take(SHOWN).collect();

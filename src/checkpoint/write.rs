@@ -89,7 +89,8 @@ pub fn convert(
     }
     for (name, bytes) in &small {
         let file = path.join(name);
-        let written = File::create_new(&file).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
+        let written =
+            File::create_new(&file).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
         written.map_err(|e| CheckpointError::io("write", &file, e))?;
     }
     let directories: BTreeSet<_> = report.files.iter().flat_map(|f| f.ancestors().skip(1)).collect();
@@ -156,11 +157,7 @@ fn outputs<'a>(job: &'a Job<'a>) -> Vec<Outputs<'a>> {
     shards
 }
 
-fn write_shards(
-    job: &Job<'_>,
-    shards: Vec<Outputs<'_>>,
-    directory: &Path,
-) -> Result<(), CheckpointError> {
+fn write_shards(job: &Job<'_>, shards: Vec<Outputs<'_>>, directory: &Path) -> Result<(), CheckpointError> {
     for (shard, tensors) in job.source.files().files.iter().zip(shards) {
         let path = directory.join(&shard.file);
         let written = safetensors::serialize_to_file(tensors, shard.metadata.clone(), &path);

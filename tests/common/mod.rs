@@ -6,14 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use qcqa::checkpoint::Checkpoint;
-use qcqa::{Cardinality, LayerPlan, Method, Partition, Plan, PlanBudget};
+use qcqa::checkpoint::{Checkpoint, Target, WriteOptions, convert};
+use qcqa::{Cardinality, LayerPlan, MeanPooler, Method, Partition, Plan, PlanBudget, Run};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// The model in the tree: 4 layers of 8 heads, BF16, tied embeddings.
 pub fn novels() -> PathBuf {
@@ -110,9 +111,9 @@ impl Model {
         for i in 0..self.files {
             // Dealt out in turn, so that every layer lies in several files.
             let of_file = self.tensors.iter().skip(i).step_by(self.files);
-            let views = of_file.clone().map(|(name, t)| {
-                (name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap())
-            });
+            let views = of_file
+                .clone()
+                .map(|(name, t)| (name, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
             let bytes = safetensors::serialize(views, Some(metadata.clone())).unwrap();
             fs::write(directory.join(self.file(i)), bytes).unwrap();
             map.extend(of_file.map(|(name, _)| (name.clone(), self.file(i).into())));
@@ -185,4 +186,45 @@ pub fn stored(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
     let bytes = fs::read(path).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     tensors.iter().map(|(n, t)| (n.to_string(), (t.dtype(), t.shape().to_vec(), t.data().to_vec()))).collect()
+}
+
+/// Checks that an error says these things.
+#[track_caller]
+pub fn says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+}
+
+/// Six KV heads in BF16.
+pub fn llama() -> Model {
+    Model::new("llama", Dtype::BF16, 6, false)
+}
+
+/// A source, and a plan of two groups of three for it, in a directory of their own.
+pub fn ready() -> (TempDir, Checkpoint, Plan) {
+    let root = tempfile::tempdir().unwrap();
+    llama().write(&root.path().join("in"));
+    let source = Checkpoint::open(root.path().join("in")).unwrap();
+    let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
+    (root, source, plan)
+}
+
+/// The error of a conversion, the same in a dry run, after which nothing has changed.
+pub fn not_written(
+    root: &TempDir,
+    source: &Checkpoint,
+    plan: &Plan,
+    target: &dyn Target,
+    out: &Path,
+    force: bool,
+) -> String {
+    let before = snapshot(root.path());
+    let [dry, wet] = [true, false].map(|dry_run| {
+        let options = WriteOptions { force, dry_run };
+        convert(source, plan, &MeanPooler, target, out, options, Run::new(0)).unwrap_err().to_string()
+    });
+    assert_eq!(dry, wet);
+    assert_eq!(snapshot(root.path()), before);
+    dry
 }

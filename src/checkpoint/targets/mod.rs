@@ -77,7 +77,8 @@ impl Layout {
         }
         let readers = query_heads / kv_heads;
         for (position, &query) in self.query_order.iter().enumerate() {
-            let (found, group) = (self.kv_rows[position / readers], partition.group_of(query / queries_per_head));
+            let (found, group) =
+                (self.kv_rows[position / readers], partition.group_of(query / queries_per_head));
             if found != group {
                 return Err(format!("query head {query} would read group {found} instead of {group}"));
             }

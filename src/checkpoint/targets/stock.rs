@@ -28,7 +28,8 @@ impl Target for Stock {
             layer,
             found,
             expected,
-            hint: "convert with `--target expanded` (for evaluation), or search with `--target stock`".to_string(),
+            hint: "convert with `--target expanded` (for evaluation), or search with `--target stock`"
+                .to_string(),
         };
         let first = plan.layers.first().map_or(0, |l| l.groups.n_groups());
         for (i, layer) in plan.layers.iter().enumerate() {
