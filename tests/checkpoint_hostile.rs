@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use common::{Model, Tensor, encode, llama, not_written, plan, ready, same_plan, says};
+use proptest::prelude::*;
 use qcqa::checkpoint::{Checkpoint, Expanded, Stock, WriteOptions, convert, read_plan};
 use qcqa::{MeanPooler, Partition, Plan, Run};
 use safetensors::Dtype;
@@ -295,4 +296,42 @@ fn plans_that_stock_cannot_hold() {
         Run::new(0),
     )
     .unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Bytes changed or lost anywhere in any file end in an error or in a model, never in a panic.
+    #[test]
+    fn spoilt_bytes_do_no_harm(
+        files in 1..3_usize,
+        which in 0..3_usize,
+        at in 0.0..1.0,
+        // Mostly in the header, where a byte decides most.
+        near in 0..8_usize,
+        to in any::<u8>(),
+        cut in any::<bool>(),
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let model = llama().sharded(files);
+        model.write(directory.path());
+        let names = [model.file(0), "config.json".to_string(), "model.safetensors.index.json".to_string()];
+        let path = directory.path().join(&names[which.min(files)]);
+        let mut bytes = fs::read(&path).unwrap();
+        let place = (at * bytes.len() as f64) as usize >> near;
+        bytes[place] = to;
+        if cut && near == 0 {
+            bytes.truncate(place);
+        }
+        fs::write(&path, &bytes).unwrap();
+        if let Ok(checkpoint) = Checkpoint::open(directory.path()) {
+            let layers = checkpoint.config().n_layers;
+            for i in 0..layers {
+                let rows = checkpoint.rows(i).unwrap();
+                prop_assert_eq!(rows.check_finite().is_ok(), checkpoint.key_value(i).is_ok());
+            }
+            prop_assert!(checkpoint.layer(layers).is_err());
+            prop_assert_eq!(checkpoint.source().unwrap().layers, layers);
+        }
+    }
 }
