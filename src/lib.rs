@@ -4,6 +4,9 @@
 mod allocator;
 mod budget;
 
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod checkpoint;
 mod error;
 mod fitness;
 mod front;

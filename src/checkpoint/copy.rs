@@ -1,0 +1,113 @@
+//! The files of a model besides its weights: tokenizer, generation config, chat template, licence, ….
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::CheckpointError;
+use super::read::CONFIG;
+use super::shards::INDEX;
+
+/// Where the provenance of a converted model is kept.
+pub(super) const PROVENANCE: &str = "qcqa.json";
+
+/// Weights in other forms: they would still be those of the source.
+const WEIGHTS: &[&str] = &[
+    "bin",
+    "ckpt",
+    "gguf",
+    "h5",
+    "msgpack",
+    "onnx",
+    "onnx_data",
+    "ot",
+    "pt",
+    "pth",
+    "safetensors",
+    "tflite",
+];
+/// Directories of other weights, or of the tool that fetched the model.
+const SKIPPED: &[&str] = &["original", ".git", ".cache"];
+/// A model directory has some dozens; a link to the root of a disk has millions.
+const MOST_FILES: usize = 10_000;
+
+/// A file to copy.
+#[derive(Debug)]
+pub(super) struct Extra {
+    pub(super) from: PathBuf,
+    /// Its name in the output directory.
+    pub(super) to: PathBuf,
+    pub(super) bytes: u64,
+}
+
+/// The files to copy from a model directory and those below it, sorted; links are followed.
+pub(super) fn list(root: &Path) -> Result<Vec<Extra>, CheckpointError> {
+    let mut extras = Vec::new();
+    walk(root, root, &mut Vec::new(), &mut extras)?;
+    extras.sort_by(|a, b| a.to.cmp(&b.to));
+    Ok(extras)
+}
+
+/// `above` holds the real paths of the directories being walked: a link to one of them is a loop.
+fn walk(
+    root: &Path,
+    directory: &Path,
+    above: &mut Vec<PathBuf>,
+    extras: &mut Vec<Extra>,
+) -> Result<(), CheckpointError> {
+    let failed = |e| CheckpointError::io("read", directory, e);
+    let real = directory.canonicalize().map_err(failed)?;
+    if above.contains(&real) {
+        return Ok(());
+    }
+    above.push(real);
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let from = entry.map_err(failed)?.path();
+        if is_skipped(&from, directory == root) {
+            continue;
+        }
+        let metadata = from.metadata().map_err(|e| CheckpointError::io("read", &from, e))?;
+        if metadata.is_dir() {
+            walk(root, &from, above, extras)?;
+        } else if metadata.is_file() {
+            if extras.len() == MOST_FILES {
+                return Err(CheckpointError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
+            }
+            let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
+            extras.push(Extra { from, to, bytes: metadata.len() });
+        }
+    }
+    above.pop();
+    Ok(())
+}
+
+fn is_skipped(path: &Path, at_root: bool) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    WEIGHTS.contains(&&*extension)
+        || SKIPPED.contains(&&*name)
+        || name.starts_with("consolidated")
+        || name.ends_with(".bin.index.json")
+        || (at_root && [CONFIG, INDEX, PROVENANCE].contains(&&*name))
+}
+
+impl Extra {
+    /// Copies the file into the output directory, permissions included.
+    pub(super) fn copy(&self, output: &Path) -> Result<(), CheckpointError> {
+        let to = output.join(&self.to);
+        let failed = |e| CheckpointError::io("copy", &self.from, e);
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).map_err(failed)?;
+        }
+        let mut file = File::create_new(&to).map_err(failed)?;
+        io::copy(&mut File::open(&self.from).map_err(failed)?, &mut file).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        same_permissions(&self.from, &to)
+    }
+}
+
+/// Gives `to` the permissions of `from`.
+pub(super) fn same_permissions(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    let permissions = from.metadata().map(|m| m.permissions());
+    permissions.and_then(|p| fs::set_permissions(to, p)).map_err(|e| CheckpointError::io("write", to, e))
+}

@@ -1,0 +1,172 @@
+//! The weight files of a directory: which there are, what their headers say.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+use safetensors::SafeTensors;
+use serde_json::{Map, Value};
+
+use super::CheckpointError;
+use super::mapped::Mapped;
+
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// The most that is read of an index; one of a million tensors is a tenth of it.
+const INDEX_LIMIT: u64 = 1 << 30;
+/// Bytes before the header: its length.
+const LENGTH_BYTES: usize = 8;
+
+/// One mapped file of weights.
+#[derive(Debug)]
+pub(super) struct Shard {
+    /// Its name in the directory.
+    pub(super) file: String,
+    pub(super) path: PathBuf,
+    pub(super) bytes: Mapped,
+    /// `__metadata__` of its header.
+    pub(super) metadata: Option<HashMap<String, String>>,
+    /// Bytes before its data.
+    pub(super) header: usize,
+}
+
+/// Where a tensor lies, and what it is.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) shard: usize,
+    pub(super) dtype: safetensors::Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) range: Range<usize>,
+}
+
+/// All weight files of a directory.
+#[derive(Debug)]
+pub(super) struct Shards {
+    pub(super) files: Vec<Shard>,
+    pub(super) tensors: BTreeMap<String, Entry>,
+    /// The index, for a directory of several files.
+    pub(super) index: Option<Map<String, Value>>,
+}
+
+impl Shards {
+    /// Maps the files and checks their headers and lengths. Like transformers, one whole file comes before an
+    /// index.
+    pub(super) fn open(directory: &Path) -> Result<Self, CheckpointError> {
+        let mut shards = Self { files: Vec::new(), tensors: BTreeMap::new(), index: None };
+        if directory.join(SINGLE).exists() {
+            shards.add(directory, SINGLE)?;
+            return Ok(shards);
+        }
+        let index_path = directory.join(INDEX);
+        if !index_path.exists() {
+            return Err(CheckpointError::NoWeights {
+                path: directory.to_path_buf(),
+                found: weights_in(directory),
+            });
+        }
+        let index: Map<String, Value> = serde_json::from_slice(&read_bounded(&index_path, INDEX_LIMIT)?)
+            .map_err(|source| CheckpointError::Json { path: index_path.clone(), source })?;
+        let weight_map = weight_map(&index_path, &index)?;
+        // A tensor of each file, so that a missing file can be explained.
+        let files: BTreeMap<&str, &str> = weight_map.iter().map(|&(tensor, file)| (file, tensor)).collect();
+        for (&file, &tensor) in &files {
+            let of = || (index_path.clone(), file.to_string(), tensor.to_string());
+            let mut components = Path::new(file).components();
+            let plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
+            if !plain || !file.ends_with(".safetensors") {
+                let (index, shard, tensor) = of();
+                return Err(CheckpointError::ShardName { index, tensor, shard });
+            }
+            if !directory.join(file).exists() {
+                let (index, shard, tensor) = of();
+                return Err(CheckpointError::ShardMissing { index, shard, tensor });
+            }
+            shards.add(directory, file)?;
+        }
+        for (tensor, file) in weight_map {
+            if shards.tensors.get(tensor).is_none_or(|e| shards.files[e.shard].file != file) {
+                let (shard, tensor) = (file.to_string(), tensor.to_string());
+                return Err(CheckpointError::IndexTensor { index: index_path, shard, tensor });
+            }
+        }
+        shards.index = Some(index);
+        Ok(shards)
+    }
+
+    fn add(&mut self, directory: &Path, file: &str) -> Result<(), CheckpointError> {
+        let path = directory.join(file);
+        let bytes = Mapped::open(&path)?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes)
+            .map_err(|source| CheckpointError::Header { path: path.clone(), len: bytes.len(), source })?;
+        let data = LENGTH_BYTES + header;
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let (shape, range) = (info.shape.clone(), data + start..data + end);
+            let entry = Entry { shard: self.files.len(), dtype: info.dtype, shape, range };
+            if let Some(twice) = self.tensors.insert(name.clone(), entry) {
+                let first = self.files.get(twice.shard).map_or_else(|| path.clone(), |s| s.path.clone());
+                return Err(CheckpointError::TensorTwice { tensor: name, first, second: path });
+            }
+        }
+        let metadata = metadata.metadata().clone();
+        self.files.push(Shard { file: file.to_string(), path, bytes, metadata, header: data });
+        Ok(())
+    }
+
+    /// The stored bytes of a tensor.
+    pub(super) fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.shard].bytes[entry.range.clone()]
+    }
+}
+
+/// Pairs of tensor and file.
+fn weight_map<'a>(
+    path: &Path,
+    index: &'a Map<String, Value>,
+) -> Result<Vec<(&'a str, &'a str)>, CheckpointError> {
+    let wrong = |found: String| CheckpointError::ConfigValue {
+        path: path.to_path_buf(),
+        key: "weight_map",
+        expected: "an object of tensor names and file names".to_string(),
+        found,
+    };
+    let map = match index.get("weight_map") {
+        Some(Value::Object(map)) if !map.is_empty() => map,
+        Some(_) => return Err(wrong("something else, or nothing in it".to_string())),
+        None => return Err(wrong("nothing".to_string())),
+    };
+    let pair = |(tensor, file): (&'a String, &'a Value)| match file {
+        Value::String(file) => Ok((tensor.as_str(), file.as_str())),
+        other => Err(wrong(format!("{other} for {tensor}"))),
+    };
+    map.iter().map(pair).collect()
+}
+
+/// Weight files under other names, for the message that none has the right one.
+fn weights_in(directory: &Path) -> String {
+    const SHOWN: usize = 8;
+    let weights =
+        |name: &String| [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| name.ends_with(end));
+    let entries = directory.read_dir().into_iter().flatten().flatten();
+    let mut names: Vec<_> =
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).filter(weights).take(SHOWN).collect();
+    names.sort();
+    if names.is_empty() { "no weights".to_string() } else { names.join(", ") }
+}
+
+/// The bytes of a regular file of at most `limit` bytes.
+pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+    let failed = |source| CheckpointError::io("read", path, source);
+    if !path.metadata().map_err(failed)?.is_file() {
+        return Err(failed(std::io::Error::other("not a regular file")));
+    }
+    let mut bytes = Vec::new();
+    File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(CheckpointError::FileTooLarge { path: path.to_path_buf(), limit });
+    }
+    Ok(bytes)
+}

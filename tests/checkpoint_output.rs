@@ -1,0 +1,173 @@
+//! Writing loses nothing: what is in the way stays, what is not whole does not appear.
+#![cfg(feature = "checkpoint")]
+
+mod models;
+
+use std::cell::Cell;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use models::{llama, not_written, ready, says, snapshot};
+use qcqa::checkpoint::{Checkpoint, CheckpointError, Expanded, Layout, Stock, Target, WriteOptions, convert};
+use qcqa::{Error, KvPooler, LayerHeads, Limits, MeanPooler, Partition, Plan, PooledLayer, Progress, Run};
+use serde_json::Value;
+
+/// A target that mixes up its heads.
+#[derive(Debug)]
+struct Confused(Layout);
+
+impl Target for Confused {
+    fn name(&self) -> &'static str {
+        "confused"
+    }
+    fn limits(&self) -> Limits {
+        Limits::default()
+    }
+    fn saves_memory(&self) -> bool {
+        true
+    }
+    fn check(&self, _: &Plan) -> Result<(), CheckpointError> {
+        Ok(())
+    }
+    fn layout(&self, _: &Partition, _: usize) -> Layout {
+        self.0.clone()
+    }
+    fn configure(&self, _: &mut serde_json::Map<String, Value>, _: &Plan) {}
+}
+
+#[test]
+fn layouts_that_mix_up_heads() {
+    let (root, source, plan) = ready();
+    let refused = |kv_rows: &[usize], query_order: &[usize]| {
+        let target = Confused(Layout { kv_rows: kv_rows.to_vec(), query_order: query_order.to_vec() });
+        not_written(&root, &source, &plan, &target, &root.path().join("out"), false)
+    };
+    says(
+        &refused(&[0, 1], &[0, 1, 3, 2, 4, 5]),
+        &["confused", "layer 0", "query head 3 would read group 0 instead of 1"],
+    );
+    says(&refused(&[0, 1], &[0, 1, 2, 3, 4, 4]), &["no permutation of 6"]);
+    says(&refused(&[0, 0, 1, 1], &[0, 1, 2, 3, 4, 5]), &["cannot be shared evenly by 4"]);
+    says(&refused(&[], &[0, 1, 2, 3, 4, 5]), &["by 0 KV heads"]);
+}
+
+#[test]
+fn outputs_in_the_way() {
+    let (root, source, plan) = ready();
+    let input = root.path().join("in");
+    let refused = |out: &Path, force: bool| not_written(&root, &source, &plan, &Stock, out, force);
+    for force in [false, true] {
+        says(&refused(&input, force), &["must not lie within"]);
+        says(&refused(&input.join("extra/../new/out"), force), &["must not lie within"]);
+        says(&refused(&root.path().join("new/../in/out"), force), &["cannot write", "`..` below"]);
+        says(&refused(&input.join("new/out"), force), &["must not lie within"]);
+        says(&refused(root.path(), force), &["must not lie within"]);
+        says(&refused(&input.join("config.json/out"), force), &["must not lie within"]);
+    }
+    let full = root.path().join("full");
+    fs::create_dir(&full).unwrap();
+    fs::write(full.join("diary.txt"), "dear").unwrap();
+    says(&refused(&full, false), &["full exists", "--force"]);
+    says(&refused(&full, true), &["full is not a model directory"]);
+    says(&refused(&full.join("diary.txt"), true), &["is not a model directory"]);
+    says(&refused(&full.join("diary.txt/out"), false), &["cannot write"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_hide_nothing() {
+    use std::os::unix::fs::symlink;
+    let (root, source, plan) = ready();
+    let input = root.path().join("in");
+    let refused = |source: &Checkpoint, out: &Path| not_written(&root, source, &plan, &Stock, out, true);
+    symlink(&input, root.path().join("alias")).unwrap();
+    says(&refused(&source, &root.path().join("alias")), &["must not lie within"]);
+    says(&refused(&source, &root.path().join("alias/out")), &["must not lie within"]);
+    fs::remove_file(root.path().join("alias")).unwrap();
+
+    // A source whose weights lie, by a link, in the old output that would be deleted.
+    let (linked, old) = (root.path().join("linked"), root.path().join("old"));
+    llama().write(&old);
+    fs::create_dir(&linked).unwrap();
+    fs::copy(input.join("config.json"), linked.join("config.json")).unwrap();
+    symlink(old.join("model.safetensors"), linked.join("model.safetensors")).unwrap();
+    let indirect = Checkpoint::open(&linked).unwrap();
+    says(&refused(&indirect, &old), &["must not lie within", "old/model.safetensors"]);
+
+    // Elsewhere links are followed, and a loop ends.
+    symlink(&linked, linked.join("loop")).unwrap();
+    symlink(input.join("tokenizer.json"), linked.join("tokenizer.json")).unwrap();
+    let out = root.path().join("out");
+    let report =
+        convert(&indirect, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
+    assert_eq!(report.files.len(), 4);
+    assert!(out.join("tokenizer.json").symlink_metadata().unwrap().is_file());
+    Checkpoint::open(&out).unwrap();
+}
+
+#[test]
+fn a_cancelled_run_leaves_nothing() {
+    let (root, source, plan) = ready();
+    let before = snapshot(root.path());
+    let convert = |stop_at: u64, seen: &Cell<u64>, total: &Cell<u64>| {
+        let observer = |progress: &Progress<'_>| {
+            assert_eq!(progress.stage, "write");
+            seen.set(progress.done);
+            total.set(progress.total);
+            if progress.done == stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let run = Run::new(0).with_observer(&observer);
+        let out = root.path().join("new/out");
+        convert(&source, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), run)
+    };
+    let (seen, total) = (Cell::new(0), Cell::new(1));
+    let mut stop_at = 0;
+    while stop_at <= total.get() {
+        let error = convert(stop_at, &seen, &total).unwrap_err();
+        assert!(matches!(error, CheckpointError::Core(Error::Cancelled)), "{error}");
+        assert!(matches!(Error::from(error), Error::Cancelled));
+        assert_eq!(seen.get(), stop_at);
+        assert_eq!(snapshot(root.path()), before);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+        stop_at += 1;
+    }
+    assert_eq!(total.get(), 11 + 2);
+    convert(u64::MAX, &seen, &total).unwrap();
+    assert_eq!(seen.get(), total.get());
+    assert_eq!(fs::read_dir(root.path().join("new")).unwrap().count(), 1);
+}
+
+/// Fails at the second layer it is given.
+#[derive(Debug)]
+struct Fails(std::sync::atomic::AtomicUsize);
+
+impl KvPooler for Fails {
+    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+        match self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+            0 => MeanPooler.pool(heads, partition),
+            _ => Err(Error::plugin("no more")),
+        }
+    }
+}
+
+#[test]
+fn force_replaces_only_by_what_is_whole() {
+    let (root, source, plan) = ready();
+    let (input, out) = (snapshot(&root.path().join("in")), root.path().join("out"));
+    let forced = WriteOptions { force: true, ..WriteOptions::default() };
+    convert(&source, &plan, &MeanPooler, &Stock, &out, forced, Run::new(0)).unwrap();
+    fs::write(out.join("notes.txt"), "of the old one").unwrap();
+    let old = snapshot(&out);
+
+    says(&not_written(&root, &source, &plan, &Stock, &out, false), &["out exists", "--force"]);
+    let error = convert(&source, &plan, &Fails(0.into()), &Expanded, &out, forced, Run::new(0)).unwrap_err();
+    says(&error.to_string(), &["no more"]);
+    assert_eq!(snapshot(&out), old);
+
+    convert(&source, &plan, &MeanPooler, &Expanded, &out, forced, Run::new(0)).unwrap();
+    assert!(!out.join("notes.txt").exists());
+    assert_eq!(Checkpoint::open(&out).unwrap().config().kv_heads, 6);
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+    assert_eq!(snapshot(&root.path().join("in")), input);
+}
