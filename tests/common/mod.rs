@@ -21,6 +21,17 @@ pub fn novels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/novels-1m")
 }
 
+/// A model of the folder that QCQA_MODELS names; `None`, said aloud, where that is not set.
+pub fn shared_model(name: &str) -> Option<PathBuf> {
+    let Some(folder) = std::env::var_os("QCQA_MODELS") else {
+        println!("skipped: QCQA_MODELS is not set, so {name} is not at hand");
+        return None;
+    };
+    let path = Path::new(&folder).join(name);
+    assert!(path.is_dir(), "QCQA_MODELS is set, but {} is absent", path.display());
+    Some(path)
+}
+
 /// A tensor to be stored.
 #[derive(Clone)]
 pub struct Tensor {
