@@ -6,7 +6,7 @@ mod models;
 use std::fs;
 use std::path::Path;
 
-use models::{Model, novels, plan, same_plan, snapshot, stored};
+use models::{Model, novels, plan, same_plan, shared_model, snapshot, stored};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use proptest::prelude::*;
 use qcqa::checkpoint::{
@@ -198,6 +198,25 @@ fn shards_keep_their_names_and_the_index_its_truth() {
     for absent in ["pytorch_model.bin", "stray.safetensors"] {
         assert!(input.join(absent).exists() && !out.join(absent).exists());
     }
+}
+
+#[test]
+fn a_sharded_model_of_transformers() {
+    let Some(path) = shared_model("novels-14m") else { return };
+    let source = Checkpoint::open(&path).unwrap();
+    assert_eq!(source.shards(), 2);
+    let root = tempfile::tempdir().unwrap();
+    let plan = same_plan(&source, &[&[0, 7, 11], &[1, 2, 3], &[4, 6, 10], &[5, 8, 9]]);
+    let stock = write(&source, &plan, &Stock, &root.path().join("stock"));
+    let expanded = write(&source, &plan, &Expanded, &root.path().join("expanded"));
+    assert_eq!((stock.config().kv_heads, stock.config().query_heads), (4, 12));
+    assert_same_function(&stock, &expanded);
+    let index = |directory: &Path| json(&directory.join("model.safetensors.index.json"));
+    let (old, new) = (index(&path), index(stock.path()));
+    assert_eq!(old["weight_map"], new["weight_map"]);
+    assert_eq!(old["metadata"]["total_size"], source.weight_bytes());
+    assert_eq!(new["metadata"]["total_size"], stock.weight_bytes());
+    assert_eq!(index(expanded.path()), old);
 }
 
 #[test]
