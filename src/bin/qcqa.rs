@@ -1,2 +1,7 @@
-//! The command line.
-fn main() {}
+//! The binary `qcqa`; everything is in the library's `cli` room.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qcqa::cli::main()
+}

@@ -1,11 +1,11 @@
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use serde::Deserialize;
 
-use super::CheckpointError;
 use super::output::{parent_of, sync_directory};
 use super::shards::read_bounded;
+use super::{CheckpointError, WriteOptions};
 use crate::{Error, Plan};
 
 /// A plan of 1000 layers of 4096 heads is a third of it.
@@ -36,14 +36,14 @@ pub fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
     Ok(plan)
 }
 
-/// Writes a plan, whole or not at all: to a temporary file beside it, then renamed.
+/// Writes a plan, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
 ///
 /// # Errors
-/// [`CheckpointError::OutputExists`] unless `force`, [`CheckpointError::Plan`] for a plan that contradicts
+/// [`CheckpointError::OutputExists`] unless `force` is set, [`CheckpointError::Plan`] for a plan that contradicts
 /// itself, [`CheckpointError::Io`].
-pub fn write_plan(path: &Path, plan: &Plan, force: bool) -> Result<(), CheckpointError> {
+pub fn write_plan(path: &Path, plan: &Plan, options: WriteOptions) -> Result<(), CheckpointError> {
     plan.check().map_err(|source| CheckpointError::Plan { path: path.to_path_buf(), source })?;
-    if !force && path.symlink_metadata().is_ok() {
+    if !options.force && path.symlink_metadata().is_ok() {
         return Err(CheckpointError::OutputExists { path: path.to_path_buf() });
     }
     let mut text = serde_json::to_vec_pretty(plan)
@@ -51,6 +51,10 @@ pub fn write_plan(path: &Path, plan: &Plan, force: bool) -> Result<(), Checkpoin
     text.push(b'\n');
     let failed = |source| CheckpointError::io("write", path, source);
     let parent = parent_of(path);
+    if options.dry_run {
+        let directory = parent.metadata().map_err(failed)?;
+        return if directory.is_dir() { Ok(()) } else { Err(failed(ErrorKind::NotADirectory.into())) };
+    }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".plan.");
     #[cfg(unix)]
@@ -62,11 +66,11 @@ pub fn write_plan(path: &Path, plan: &Plan, force: bool) -> Result<(), Checkpoin
     let mut file = builder.tempfile_in(parent).map_err(failed)?;
     file.write_all(&text).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
-    if force {
+    if options.force {
         file.persist(path).map_err(|e| failed(e.error))?;
     } else {
         file.persist_noclobber(path).map_err(|e| match e.error.kind() {
-            std::io::ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: path.to_path_buf() },
+            ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: path.to_path_buf() },
             _ => failed(e.error),
         })?;
     }

@@ -1,0 +1,143 @@
+//! The command line: what the library does, for a directory and a terminal.
+//!
+//! Results go to standard output, as tables or with `--json` as JSON; progress and errors go to standard error.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod compare;
+mod convert;
+mod inspect;
+mod methods;
+mod output;
+mod progress;
+mod search;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::checkpoint::CheckpointError;
+use crate::{Error, Run};
+
+use methods::MethodArgs;
+use output::Output;
+use progress::Watch;
+
+/// Shares key and value heads of trained transformers at the least loss.
+#[derive(Debug, Parser)]
+#[command(name = "qcqa", version, max_term_width = 110)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.\n\
+    `qcqa help COMMAND` tells more about each command.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print JSON instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    /// Seed of every random choice; the same seed gives the same result on any number of threads
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    seed: u64,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What a model is, what its KV cache takes, and what budgets would save
+    Inspect(inspect::InspectArgs),
+    /// Weight-sharing error and KV cache of every method, side by side
+    Compare(compare::CompareArgs),
+    /// Search groups for a KV-cache budget and write them as a plan
+    Search(search::SearchArgs),
+    /// Write the model that a plan describes
+    Convert(convert::ConvertArgs),
+    /// Search and convert in one
+    Compress(convert::CompressArgs),
+}
+
+/// What searching takes, wherever it is done.
+#[derive(Debug, Args)]
+struct Asked {
+    /// Directory of the model: config.json and safetensors
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// Share of the KV cache that may be kept, above 0 and at most 1 (not needed for mqa)
+    #[arg(long, value_name = "FRACTION", value_parser = fraction, required_unless_present_any = ["mqa"])]
+    kv: Option<f64>,
+    #[command(flatten)]
+    method: MethodArgs,
+}
+
+/// What writing takes, wherever it is done.
+#[derive(Debug, Clone, Copy, Args)]
+struct Writing {
+    /// Replace what is already there
+    #[arg(long)]
+    force: bool,
+    /// Check everything, write nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A budget as the command line takes it.
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half)".to_string()),
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let watch = match Watch::new() {
+        Ok(watch) => watch,
+        Err(error) => return output::failed(cli.json, &error.to_string(), 1),
+    };
+    let run = Run::new(cli.seed).with_observer(&watch);
+    let done = match &cli.command {
+        Command::Inspect(args) => inspect::inspect(args),
+        Command::Compare(args) => compare::compare(args, run),
+        Command::Search(args) => search::search(args, run),
+        Command::Convert(args) => convert::convert(args, run),
+        Command::Compress(args) => convert::compress(args, run),
+    };
+    watch.finish();
+    match done {
+        Ok(output) => output.print(cli.json),
+        Err(CliError::Usage(message)) => output::failed(cli.json, &message, 2),
+        Err(CliError::Failed(CheckpointError::Core(Error::Cancelled))) => {
+            output::failed(cli.json, "interrupted; nothing was written", 130)
+        }
+        Err(CliError::Failed(error)) => output::failed(cli.json, &error.to_string(), 1),
+    }
+}
+
+/// Why a command ended early.
+#[derive(Debug)]
+enum CliError {
+    /// The flags contradict one another or the model.
+    Usage(String),
+    /// Something went wrong on the way.
+    Failed(CheckpointError),
+}
+
+type Done = Result<Output, CliError>;
+
+impl From<CheckpointError> for CliError {
+    fn from(error: CheckpointError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<Error> for CliError {
+    fn from(error: Error) -> Self {
+        match error {
+            // A layer that cannot be read names its file and tensor.
+            Error::Plugin(source) => match source.downcast::<CheckpointError>() {
+                Ok(error) => Self::Failed(*error),
+                Err(source) => Self::Failed(Error::Plugin(source).into()),
+            },
+            Error::BudgetUnreachable { .. } => Self::Usage(error.to_string()),
+            error => Self::Failed(error.into()),
+        }
+    }
+}

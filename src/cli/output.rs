@@ -1,0 +1,73 @@
+//! What a command has to say: a table for people, JSON for machines.
+
+use std::io::{ErrorKind, Write, stderr, stdout};
+use std::process::ExitCode;
+
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{BinaryBytes, HumanBytes};
+use serde_json::{Value, json};
+
+/// The result of a command in both forms.
+#[derive(Debug)]
+pub(super) struct Output {
+    pub(super) text: String,
+    pub(super) json: Value,
+}
+
+impl Output {
+    /// Prints one of the forms. A reader that has gone away is no failure.
+    pub(super) fn print(&self, json: bool) -> ExitCode {
+        let text = if json { format!("{:#}\n", self.json) } else { self.text.clone() };
+        match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => failed(false, &error.to_string(), 1),
+            _ => ExitCode::SUCCESS,
+        }
+    }
+}
+
+/// Says why a command failed, and leaves with this code.
+pub(super) fn failed(json: bool, message: &str, code: u8) -> ExitCode {
+    // Nowhere is left to report to when this fails.
+    let _ = writeln!(stderr(), "error: {message}");
+    if json {
+        let _ = writeln!(stdout(), "{:#}", json!({ "error": message }));
+    }
+    ExitCode::from(code)
+}
+
+/// A table with its first column to the left and numbers to the right, that pastes into Markdown.
+pub(super) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::ASCII_MARKDOWN).set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    format!("{table}\n")
+}
+
+/// Bytes for people: 1.5 KiB.
+pub(super) fn bytes(n: u64) -> String {
+    BinaryBytes(n).to_string()
+}
+
+/// Bytes of large files for people.
+pub(super) fn file_bytes(n: u64) -> String {
+    HumanBytes(n).to_string()
+}
+
+/// A share for people: 12.3%.
+pub(super) fn percent(share: f64) -> String {
+    format!("{:.1}%", 100.0 * share)
+}
+
+/// The numbers of groups of the layers, runs of equal ones taken together: `4×4`, `8 4×3`.
+pub(super) fn group_counts(ks: &[usize]) -> String {
+    let runs = ks.chunk_by(|a, b| a == b).map(|run| match run.len() {
+        1 => run[0].to_string(),
+        n => format!("{}×{n}", run[0]),
+    });
+    runs.collect::<Vec<_>>().join(" ")
+}
