@@ -26,7 +26,7 @@ pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squ
 pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
-pub use optimizer::Optimizer;
+pub use optimizer::{Optimizer, Ward};
 pub use partition::{Cardinality, Partition, SearchSpace};
 
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};

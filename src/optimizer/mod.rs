@@ -1,14 +1,15 @@
 //! Searches for the best partition of a layer at every number of groups.
 
+mod matching;
 // mod nsga2;
+mod ward;
 
 use std::fmt::Debug;
 
 use crate::fitness::FitnessFn;
 use crate::{Front, Result, Run, SearchSpace};
 
-
-
+pub use ward::Ward;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
 pub trait Optimizer: Debug + Send + Sync {
