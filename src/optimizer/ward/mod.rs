@@ -94,6 +94,9 @@ fn finish(mut front: Front, fitness: &dyn FitnessFn, counts: &[usize], best: &[O
 struct Found {
     error: f64,
     labels: Vec<u16>,
+    /// Whether it was fused, and split, already.
+    fused: bool,
+    split: bool,
 }
 
 /// The best found for each number of groups, and what looks for better.
@@ -112,14 +115,14 @@ struct Search<'a, M> {
 }
 
 /// Passes up and down the front at most; two or three nearly always do.
-const PASSES: usize = 4;
+const PASSES: usize = 12;
 
 impl<'a, M: Moves> Search<'a, M> {
     fn new(moves: M, space: &SearchSpace, counts: &[usize], run: Run<'a>) -> Self {
         let n_heads = counts[counts.len() - 1];
         let labels = (0..n_heads).map(|head| head as u16).collect();
         let mut best = vec![None; n_heads + 1];
-        best[n_heads] = Some(Found { error: 0.0, labels });
+        best[n_heads] = Some(Found { error: 0.0, labels, fused: false, split: false });
         let counts = counts[..counts.len() - 1].to_vec();
         let cap = space.size_at_most(n_heads);
         Self { moves, best, counts, cardinality: space.cardinality, n_heads, cap, rng: run.rng(), run }
@@ -147,10 +150,10 @@ impl<'a, M: Moves> Search<'a, M> {
         match &mut self.best[k] {
             Some(found) if !(error < found.error - self.moves.tolerance()) => return false,
             Some(found) => {
-                found.error = error;
+                (found.error, found.fused, found.split) = (error, false, false);
                 found.labels.clone_from(labels);
             }
-            none => *none = Some(Found { error, labels: labels.clone() }),
+            none => *none = Some(Found { error, labels: labels.clone(), fused: false, split: false }),
         }
         true
     }
@@ -205,6 +208,10 @@ impl<'a, M: Moves> Search<'a, M> {
         // Above the counts that are wanted there is one pass, the first, which only joins.
         let from = if self.best[most].is_some() { most } else { self.n_heads };
         for k in (least..from).rev() {
+            match &mut self.best[k + 1] {
+                Some(found) if !found.fused => found.fused = true,
+                _ => continue,
+            }
             self.load(k + 1, self.cap)?;
             fuse(&mut self.moves)?;
             if k <= most {
@@ -221,6 +228,10 @@ impl<'a, M: Moves> Search<'a, M> {
         let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
         let mut found = false;
         for k in least..most {
+            match &mut self.best[k] {
+                Some(found) if !found.split => found.split = true,
+                _ => continue,
+            }
             self.load(k, self.cap)?;
             split(&mut self.moves)?;
             descend(&mut self.moves, true)?;
@@ -253,7 +264,9 @@ impl<'a, M: Moves> Search<'a, M> {
                 }
                 descend(&mut self.moves, true)?;
                 if !self.offer() {
-                    self.load(k, self.cap(k))?;
+                    if let Some(found) = &self.best[k] {
+                        self.moves.restore(&found.labels)?;
+                    }
                 }
                 if self.moves.exhausted() {
                     return Ok(());

@@ -9,12 +9,6 @@ pub(super) struct Groups {
 }
 
 impl Groups {
-    pub(super) fn new(labels: &[u16], n_groups: usize, cap: usize) -> Self {
-        let mut groups = Self::default();
-        groups.load(labels, n_groups, cap);
-        groups
-    }
-
     pub(super) fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) {
         self.labels.clear();
         self.labels.extend_from_slice(labels);
@@ -69,6 +63,12 @@ pub(super) trait Moves {
 
     /// Starts from this partition.
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()>;
+
+    /// Goes back to a partition from which the one at hand came by a few moves.
+    fn restore(&mut self, labels: &[u16]) -> Result<()> {
+        let (k, cap) = (self.groups().n_groups(), self.groups().cap);
+        self.load(labels, k, cap)
+    }
 
     fn error(&self) -> f64;
 

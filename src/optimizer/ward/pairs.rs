@@ -13,8 +13,11 @@ pub(super) struct Pairs {
     distances: Vec<f64>,
     largest: f64,
     groups: Groups,
-    /// s, (head, group).
+    /// s, (head, group), and the same as (group, head): each loop reads along its rows.
     sums: Vec<f64>,
+    by_group: Vec<f64>,
+    /// 1/|g| of each group.
+    shares: Vec<f64>,
     /// W of each group.
     within: Vec<f64>,
     /// `W_g / |g|`.
@@ -42,6 +45,8 @@ impl Pairs {
             distances,
             groups: Groups::default(),
             sums: vec![0.0; n * n],
+            by_group: vec![0.0; n * n],
+            shares: zeros(),
             across: vec![0.0; n * n],
             within: zeros(),
             errors: zeros(),
@@ -71,6 +76,7 @@ impl Pairs {
         if size <= 1 {
             self.within[group] = 0.0;
         }
+        self.shares[group] = self.inverse[size];
         self.errors[group] = self.within[group] * self.inverse[size];
         self.credit[group] = if size < self.groups.cap { -self.errors[group] } else { f64::INFINITY };
         self.joined[group] = self.inverse[size + 1];
@@ -95,9 +101,20 @@ impl Moves for Pairs {
             self.within[own] += 0.5 * row[own];
         }
         for group in 0..n_groups {
+            let column = self.sums.iter().skip(group).step_by(n);
+            self.by_group[group * n..][..n].iter_mut().zip(column).for_each(|(t, &s)| *t = s);
             self.refresh(group);
         }
         self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
+        Ok(())
+    }
+
+    fn restore(&mut self, labels: &[u16]) -> Result<()> {
+        for (head, &label) in labels.iter().enumerate() {
+            if self.groups.labels[head] != label {
+                self.relocate(head, usize::from(label))?;
+            }
+        }
         Ok(())
     }
 
@@ -142,6 +159,9 @@ impl Moves for Pairs {
             row[from] -= distance;
             row[to] += distance;
         }
+        let row = &self.distances[head * n..][..n];
+        self.by_group[from * n..][..n].iter_mut().zip(row).for_each(|(s, d)| *s -= d);
+        self.by_group[to * n..][..n].iter_mut().zip(row).for_each(|(s, d)| *s += d);
         self.groups.relocate(head, to);
         self.refresh(from);
         self.refresh(to);
@@ -153,6 +173,7 @@ impl Moves for Pairs {
         self.groups.sizes.push(0);
         self.within[new] = 0.0;
         self.sums.chunks_exact_mut(self.n).for_each(|row| row[new] = 0.0);
+        self.by_group[new * self.n..][..self.n].fill(0.0);
         self.relocate(head, new)
     }
 
@@ -164,8 +185,9 @@ impl Moves for Pairs {
             }
         }
         self.within[to] += self.within[from];
-        for row in self.sums.chunks_exact_mut(self.n) {
+        for (head, row) in self.sums.chunks_exact_mut(self.n).enumerate() {
             row[to] += row[from];
+            self.by_group[to * self.n + head] = row[to];
         }
         self.refresh(to);
         self.drop_empty(from);
@@ -177,6 +199,7 @@ impl Moves for Pairs {
         self.groups.drop_empty(group);
         if group != last {
             self.sums.chunks_exact_mut(self.n).for_each(|row| row[group] = row[last]);
+            self.by_group.copy_within(last * self.n..(last + 1) * self.n, group * self.n);
             self.within[group] = self.within[last];
             self.refresh(group);
         }
@@ -228,5 +251,21 @@ impl Moves for Pairs {
             return Ok((change, place.unwrap_or(from)));
         }
         Ok((f64::INFINITY, from))
+    }
+
+    fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
+        let (n, a) = (self.n, self.groups.of(i));
+        let (row, in_a) = (&self.distances[i * n..][..n], &self.by_group[a * n..][..n]);
+        let (sums, share, own) = (&self.sums[i * n..][..n], self.shares[a], self.sum(i, a));
+        let mut best = (-self.tolerance, i);
+        for j in i + 1..n {
+            let b = self.groups.of(j);
+            let change =
+                (in_a[j] - own - row[j]) * share + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];
+            if change < best.0 && a != b {
+                best = (change, j);
+            }
+        }
+        if best.1 == i { Ok((f64::INFINITY, i)) } else { Ok(best) }
     }
 }
