@@ -34,7 +34,9 @@ pub enum Error {
         kv_heads: usize,
     },
     /// A rotation turns an odd number of dimensions, or more than a head has.
-    #[error("a rotation of {dims} dimensions does not fit heads of {head_dim} (it must be even and no larger)")]
+    #[error(
+        "a rotation of {dims} dimensions does not fit heads of {head_dim} (it must be even and no larger)"
+    )]
     Rotation {
         /// Rotated dimensions asked for.
         dims: usize,
@@ -119,14 +121,34 @@ pub enum Error {
         /// What is allowed.
         expected: &'static str,
     },
+    /// An exact search of a layer with more heads than it accepts.
+    #[error(
+        "exact search takes up to {max} heads, the layer has {n_heads}; use Ward, or raise the limit (each head triples the time)"
+    )]
+    TooManyHeads {
+        /// Heads of the layer.
+        n_heads: usize,
+        /// The limit that was set.
+        max: usize,
+    },
+    /// An optimizer that builds on groups was given a fitness that is not a sum over groups.
+    #[error("{optimizer} needs a fitness that is a sum over groups; use Ward or Nsga2")]
+    NotSeparable {
+        /// The optimizer.
+        optimizer: &'static str,
+    },
     /// The energy of a layer is needed to compare it with others, and its fitness has none.
-    #[error("layer {layer}: its fitness names no energy, so its error cannot be taken as a share; use the raw cost")]
+    #[error(
+        "layer {layer}: its fitness names no energy, so its error cannot be taken as a share; use the raw cost"
+    )]
     NoEnergy {
         /// Index of the layer.
         layer: usize,
     },
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
-    #[error("a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)")]
+    #[error(
+        "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"
+    )]
     BudgetRange(f64),
     /// A budget below everything that the limits allow.
     #[error("{asked} KV heads in all are not reachable here; reachable: {}", List(reachable))]

@@ -120,10 +120,12 @@ impl Front {
     /// to `reference`; larger is better. With NSGA-II one takes (1 + 1/H, 1.01 · error at k = 1).
     pub fn hypervolume(&self, reference: [f64; 2]) -> f64 {
         let h = self.n_heads() as f64;
-        let mut corners: Vec<_> = self.pareto().iter().map(|p| [p.partition.n_groups() as f64 / h, p.error]).collect();
+        let mut corners: Vec<_> =
+            self.pareto().iter().map(|p| [p.partition.n_groups() as f64 / h, p.error]).collect();
         corners.retain(|c| c[0] < reference[0] && c[1] < reference[1]);
         let right = corners.iter().skip(1).map(|c| c[0]).chain([reference[0]]);
-        let area: f64 = corners.iter().zip(right).map(|(c, right)| (right - c[0]) * (reference[1] - c[1])).sum();
+        let area: f64 =
+            corners.iter().zip(right).map(|(c, right)| (right - c[0]) * (reference[1] - c[1])).sum();
         area / (reference[0] * reference[1])
     }
 }

@@ -30,7 +30,8 @@ impl Projection {
             return Err(Error::shape("projection bias", &[n, h], bias.shape()));
         }
         // Rows of one head lie side by side from here on.
-        let weight = if weight.is_standard_layout() { weight } else { weight.as_standard_layout().into_owned() };
+        let weight =
+            if weight.is_standard_layout() { weight } else { weight.as_standard_layout().into_owned() };
         Ok(Self { weight, bias: bias.map(|b| b.as_standard_layout().into_owned()) })
     }
 

@@ -19,14 +19,14 @@ mod run;
 
 pub use ndarray;
 
-pub use allocator::{Allocator, CostScale, LayerCosts, UniformAllocation};
+pub use allocator::{AllBudgets, Allocator, CostScale, ExactAllocation, LayerCosts, UniformAllocation};
 pub use budget::{Budget, Limits, kv_bytes_per_token};
 pub use error::{Error, Result};
 pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squared_distances};
 pub use front::{Front, FrontPoint, dominates};
-pub use grouping::{Grouping, UniformGqa};
+pub use grouping::{Grouping, KeyNorm, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
-pub use optimizer::{Optimizer, Ward};
+pub use optimizer::{Exact, Optimizer, Ward};
 pub use partition::{Cardinality, Partition, SearchSpace};
 
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};

@@ -128,7 +128,10 @@ impl Plan {
         for (i, layer) in self.layers.iter().enumerate() {
             let found = layer.groups.n_heads();
             says(found == kv_heads, format!("layer {i} groups {found} heads, its source has {kv_heads}"))?;
-            says(layer.error.is_finite() && layer.error >= 0.0, format!("layer {i} has the error {}", layer.error))?;
+            says(
+                layer.error.is_finite() && layer.error >= 0.0,
+                format!("layer {i} has the error {}", layer.error),
+            )?;
         }
         let kv_heads = self.kv_heads();
         says(

@@ -42,7 +42,9 @@ impl WeightSharingError {
             d.is_finite() && d >= 0.0 && d == distances[[j, i]] && (i != j || d == 0.0)
         };
         if !distances.indexed_iter().all(|(at, &d)| legal(at, d)) || !(energy.is_finite() && energy >= 0.0) {
-            return Err(Error::NotFinite { what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string() });
+            return Err(Error::NotFinite {
+                what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string(),
+            });
         }
         Ok(Self { distances, energy })
     }

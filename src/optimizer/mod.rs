@@ -1,5 +1,6 @@
 //! Searches for the best partition of a layer at every number of groups.
 
+mod exact;
 mod matching;
 // mod nsga2;
 mod ward;
@@ -9,6 +10,7 @@ use std::fmt::Debug;
 use crate::fitness::FitnessFn;
 use crate::{Front, Result, Run, SearchSpace};
 
+pub use exact::Exact;
 pub use ward::Ward;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.

@@ -81,7 +81,12 @@ impl Optimizer for Ward {
 }
 
 /// The best partitions as a front, scored by the fitness itself.
-fn finish(mut front: Front, fitness: &dyn FitnessFn, counts: &[usize], best: &[Option<Found>]) -> Result<Front> {
+fn finish(
+    mut front: Front,
+    fitness: &dyn FitnessFn,
+    counts: &[usize],
+    best: &[Option<Found>],
+) -> Result<Front> {
     for found in counts.iter().filter_map(|&k| best[k].as_ref()) {
         let partition = Partition::canonical(found.labels.clone().into());
         front.offer(&partition, fitness.evaluate(&partition)?)?;
@@ -192,7 +197,11 @@ impl<'a, M: Moves> Search<'a, M> {
             }
             return Ok(());
         }
+        let fresh = self.counts.first().is_some_and(|&k| self.best[k].is_none());
         for pass in 0..PASSES {
+            if pass == 1 && fresh {
+                self.chain()?;
+            }
             let found = if pass % 2 == 0 { self.down()? } else { self.up()? };
             if (pass > 0 && !found) || self.moves.exhausted() {
                 break;
@@ -221,6 +230,18 @@ impl<'a, M: Moves> Search<'a, M> {
             self.run.step("ward", 0, 1)?;
         }
         Ok(found)
+    }
+
+    /// Splits from the fewest groups on without looking at what is known: other valleys than joining finds.
+    fn chain(&mut self) -> Result<()> {
+        let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(()) };
+        self.load(least, self.cap)?;
+        for _ in least..most {
+            split(&mut self.moves)?;
+            descend(&mut self.moves, true)?;
+            self.offer();
+        }
+        Ok(())
     }
 
     /// From k groups to k + 1, for every k.

@@ -151,6 +151,20 @@ pub(super) trait Moves {
         Ok(best)
     }
 
+    /// Heads of one group that gain most when they leave it together: one here.
+    fn best_split(&mut self) -> Result<Vec<usize>> {
+        let mut best = (f64::INFINITY, None);
+        for head in 0..self.groups().n_heads() {
+            if self.groups().sizes[self.groups().of(head)] > 1 {
+                let change = self.isolation(head)?;
+                if change < best.0 || best.1.is_none() {
+                    best = (change, Some(head));
+                }
+            }
+        }
+        Ok(best.1.into_iter().collect())
+    }
+
     /// Lets two heads trade places.
     fn swap(&mut self, i: usize, j: usize) -> Result<()> {
         let (a, b) = (self.groups().of(i), self.groups().of(j));
@@ -216,19 +230,11 @@ pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
     Ok(())
 }
 
-/// One group more: the head whose leaving gains most gets its own.
+/// One group more: those heads whose leaving gains most get their own.
 pub(super) fn split(moves: &mut impl Moves) -> Result<()> {
-    let mut best = (f64::INFINITY, None);
-    for head in 0..moves.groups().n_heads() {
-        if moves.groups().sizes[moves.groups().of(head)] > 1 {
-            let change = moves.isolation(head)?;
-            if change < best.0 || best.1.is_none() {
-                best = (change, Some(head));
-            }
-        }
-    }
-    match best.1 {
-        Some(head) => moves.isolate(head),
-        None => Ok(()),
-    }
+    let heads = moves.best_split()?;
+    let Some((&first, others)) = heads.split_first() else { return Ok(()) };
+    moves.isolate(first)?;
+    let new = moves.groups().of(first);
+    others.iter().try_for_each(|&head| moves.relocate(head, new))
 }

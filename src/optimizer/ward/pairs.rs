@@ -30,6 +30,9 @@ pub(super) struct Pairs {
     inverse: Vec<f64>,
     /// `Σ_{i∈a,j∈b} D_ij`, (a, b), made when a union is sought.
     across: Vec<f64>,
+    /// Work space of a split.
+    staying: Vec<usize>,
+    to_new: Vec<f64>,
     tolerance: f64,
 }
 
@@ -53,6 +56,8 @@ impl Pairs {
             credit: zeros(),
             joined: zeros(),
             inverse,
+            staying: Vec::with_capacity(n),
+            to_new: zeros(),
             tolerance: 0.0,
         }
     }
@@ -69,6 +74,44 @@ impl Pairs {
     fn saved(&self, head: usize, from: usize) -> f64 {
         let rest = self.inverse[self.groups.sizes[from] - 1];
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
+    }
+
+    /// The heads that gain by leaving `group` after `first`, and the change of them all.
+    fn follow(&mut self, group: usize, first: usize, leaving: &mut Vec<usize>) -> f64 {
+        let n = self.n;
+        let mut staying = std::mem::take(&mut self.staying);
+        staying.clear();
+        staying.extend((0..n).filter(|&head| self.groups.of(head) == group));
+        leaving.clear();
+        // W of both sides; `to_new[i]` is the sum of D from head i to those that left.
+        let (mut old_within, mut new_within) = (self.within[group], 0.0);
+        let mut to_new = std::mem::take(&mut self.to_new);
+        to_new.fill(0.0);
+        let mut next = staying.iter().position(|&head| head == first);
+        while let Some(place) = next {
+            let head = staying.swap_remove(place);
+            old_within -= self.sum(head, group) - to_new[head];
+            new_within += to_new[head];
+            leaving.push(head);
+            to_new.iter_mut().zip(self.row(head)).for_each(|(sum, distance)| *sum += distance);
+            let (rest, left) = (staying.len(), leaving.len());
+            let now = old_within * self.inverse[rest] + new_within * self.inverse[left];
+            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[left + 1]);
+            let mut least = now - self.tolerance;
+            next = None;
+            if rest > 1 && left < self.groups.cap {
+                for (place, &head) in staying.iter().enumerate() {
+                    let (new, all) = (to_new[head], self.sum(head, group));
+                    let then = (old_within - (all - new)) * less + (new_within + new) * more;
+                    if then < least {
+                        (least, next) = (then, Some(place));
+                    }
+                }
+            }
+        }
+        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[leaving.len()];
+        (self.staying, self.to_new) = (staying, to_new);
+        now - self.errors[group]
     }
 
     fn refresh(&mut self, group: usize) {
@@ -142,7 +185,8 @@ impl Moves for Pairs {
     fn union(&mut self, a: usize, b: usize) -> Result<f64> {
         let heads = (0..self.n).filter(|&i| self.groups.of(i) == a);
         let across: f64 = heads.map(|i| self.sum(i, b)).sum();
-        let joint = (self.within[a] + self.within[b] + across) * self.inverse[self.groups.sizes[a] + self.groups.sizes[b]];
+        let joint = (self.within[a] + self.within[b] + across)
+            * self.inverse[self.groups.sizes[a] + self.groups.sizes[b]];
         Ok(joint - self.errors[a] - self.errors[b])
     }
 
@@ -217,7 +261,8 @@ impl Moves for Pairs {
             let most = self.groups.cap - self.groups.sizes[a].min(self.groups.cap);
             for (b, across) in row[..a].iter().enumerate() {
                 let size = self.groups.sizes[b];
-                let joint = (self.within[a] + self.within[b] + across) * self.inverse[self.groups.sizes[a] + size];
+                let joint =
+                    (self.within[a] + self.within[b] + across) * self.inverse[self.groups.sizes[a] + size];
                 let change = joint - self.errors[a] - self.errors[b];
                 if change < best.0 && size <= most {
                     best = (change, a, b);
@@ -260,12 +305,30 @@ impl Moves for Pairs {
         let mut best = (-self.tolerance, i);
         for j in i + 1..n {
             let b = self.groups.of(j);
-            let change =
-                (in_a[j] - own - row[j]) * share + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];
+            let change = (in_a[j] - own - row[j]) * share
+                + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];
             if change < best.0 && a != b {
                 best = (change, j);
             }
         }
         if best.1 == i { Ok((f64::INFINITY, i)) } else { Ok(best) }
+    }
+
+    /// In every group the head that gains most by leaving, then those that gain by following it, one by one.
+    fn best_split(&mut self) -> Result<Vec<usize>> {
+        let mut best = (f64::INFINITY, Vec::new());
+        let mut leaving = Vec::with_capacity(self.n);
+        for group in 0..self.groups.n_groups() {
+            let first = (0..self.n)
+                .filter(|&head| self.groups.of(head) == group && self.groups.sizes[group] > 1)
+                .max_by(|&i, &j| self.saved(i, group).total_cmp(&self.saved(j, group)));
+            if let Some(first) = first {
+                let change = self.follow(group, first, &mut leaving);
+                if change < best.0 {
+                    best = (change, leaving.clone());
+                }
+            }
+        }
+        Ok(best.1)
     }
 }
