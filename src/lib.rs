@@ -26,7 +26,9 @@ pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squ
 pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, KeyNorm, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
-pub use optimizer::{Exact, Optimizer, Ward};
+#[cfg(feature = "linalg")]
+pub use optimizer::spectral_bounds;
+pub use optimizer::{Exact, Optimizer, Ward, attach_bounds, nearest_bounds};
 pub use partition::{Cardinality, Partition, SearchSpace};
 
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};

@@ -7,8 +7,9 @@ use crate::{Error, LayerHeads, Partition, Result};
 ///
 /// The heads are cut into k nearly equal runs of neighbours, from head `⌊g·H/k⌋` on (those of
 /// [`UniformGqa`](crate::UniformGqa) where k divides H). Run g weighs the sum of the Frobenius norms of its key
-/// heads (bias included); it gets one head and its share of the other H − k in proportion to that weight, rounded by
-/// largest remainder, ties to the earlier run. The groups are runs of neighbours of those sizes. Keys of norm 0
+/// heads (bias included); the H heads are shared out in proportion to those weights by largest remainder, ties to the
+/// earlier run; a run that would get none takes one from the largest. The groups are runs of neighbours of those
+/// sizes. Keys of norm 0
 /// throughout count as equal. There is a partition for every k.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct KeyNorm;
@@ -30,8 +31,13 @@ impl KeyNorm {
         let run = |g: usize| g * n_heads / k..(g + 1) * n_heads / k;
         let weight = |g: usize| norms[run(g)].iter().sum::<f64>();
         let weights: Vec<f64> = (0..k).map(weight).collect();
-        let sizes = largest_remainder(&weights, n_heads - k);
-        let labels = sizes.iter().enumerate().flat_map(|(group, size)| vec![group; 1 + size]);
+        let mut sizes = largest_remainder(&weights, n_heads);
+        while let Some(empty) = sizes.iter().position(|&size| size == 0) {
+            let largest = (0..k).rev().max_by_key(|&run| sizes[run]).unwrap_or(0);
+            sizes[largest] -= 1;
+            sizes[empty] += 1;
+        }
+        let labels = sizes.iter().enumerate().flat_map(|(group, &size)| vec![group; size]);
         Partition::from_labels(&labels.collect::<Vec<_>>())
     }
 }
@@ -56,11 +62,14 @@ fn largest_remainder(weights: &[f64], total: usize) -> Vec<usize> {
     let relative = |w: f64| if largest > 0.0 { w / largest } else { 1.0 };
     let sum: f64 = weights.iter().map(|&w| relative(w)).sum();
     let shares: Vec<f64> = weights.iter().map(|&w| relative(w) / sum * total as f64).collect();
-    let mut sizes: Vec<usize> = shares.iter().map(|share| share.floor() as usize).collect();
+    let mut missing = total;
+    let mut sizes = vec![0; weights.len()];
+    for (size, share) in sizes.iter_mut().zip(&shares) {
+        *size = (share.floor() as usize).min(missing);
+        missing -= *size;
+    }
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by(|&a, &b| shares[b].fract().total_cmp(&shares[a].fract()).then(a.cmp(&b)));
-    // Rounding may put a whole share a hair below itself, never the floors above the total by more than it.
-    let missing = total.saturating_sub(sizes.iter().sum());
     order.iter().cycle().take(missing).for_each(|&run| sizes[run] += 1);
     sizes
 }

@@ -1,5 +1,6 @@
 //! Searches for the best partition of a layer at every number of groups.
 
+mod bounds;
 mod exact;
 mod matching;
 // mod nsga2;
@@ -10,6 +11,9 @@ use std::fmt::Debug;
 use crate::fitness::FitnessFn;
 use crate::{Front, Result, Run, SearchSpace};
 
+#[cfg(feature = "linalg")]
+pub use bounds::spectral_bounds;
+pub use bounds::{attach_bounds, nearest_bounds};
 pub use exact::Exact;
 pub use ward::Ward;
 
