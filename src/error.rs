@@ -121,6 +121,22 @@ pub enum Error {
         /// What is allowed.
         expected: &'static str,
     },
+    /// An exact search of a layer with more heads than it accepts.
+    #[error(
+        "exact search takes up to {max} heads, the layer has {n_heads}; use Ward, or raise the limit (each head triples the time)"
+    )]
+    TooManyHeads {
+        /// Heads of the layer.
+        n_heads: usize,
+        /// The limit that was set.
+        max: usize,
+    },
+    /// An optimizer that builds on groups was given a fitness that is not a sum over groups.
+    #[error("{optimizer} needs a fitness that is a sum over groups; use Ward or Nsga2")]
+    NotSeparable {
+        /// The optimizer.
+        optimizer: &'static str,
+    },
     /// The energy of a layer is needed to compare it with others, and its fitness has none.
     #[error(
         "layer {layer}: its fitness names no energy, so its error cannot be taken as a share; use the raw cost"

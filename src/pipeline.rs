@@ -5,7 +5,8 @@ use std::fmt;
 use crate::allocator::{Allocator, CostScale, LayerCosts};
 use crate::fitness::{FitnessFn, WeightSharingError};
 use crate::grouping::Grouping;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optimizer, attach_bounds};
+use crate::run::map_ordered;
 use crate::{
     Budget, Error, Front, LayerHeads, LayerPlan, Limits, Method, Plan, PlanBudget, Result, Run, SearchSpace,
     Source,
@@ -33,7 +34,7 @@ impl Search<'_> {
         run: Run<'_>,
     ) -> Result<Front> {
         let grouping = match self {
-            Self::Optimizer(optimizer) => return optimizer.optimize(fitness, space, run),
+            Self::Optimizer(optimizer) => return bounded(*optimizer, fitness, space, run),
             Self::Grouping(grouping) => grouping,
         };
         let mut front = Front::new(fitness)?;
@@ -42,8 +43,49 @@ impl Search<'_> {
                 front.offer(&partition, fitness.evaluate(&partition)?)?;
             }
         }
+        attach_bounds(&mut front, fitness, space)?;
         Ok(front)
     }
+}
+
+/// The optimizer's front, with lower bounds where the fitness has them.
+fn bounded(
+    optimizer: &dyn Optimizer,
+    fitness: &dyn FitnessFn,
+    space: &SearchSpace,
+    run: Run<'_>,
+) -> Result<Front> {
+    let mut front = optimizer.optimize(fitness, space, run)?;
+    attach_bounds(&mut front, fitness, space)?;
+    Ok(front)
+}
+
+/// The front of every layer whose fitness function is already there, layers side by side where the feature `rayon`
+/// allows. Layer i is searched with `run.fork(i)`: the same fronts as [`Qcqa::fronts`], on any number of threads.
+///
+/// # Errors
+/// What the optimizer and the fitness report; [`Error::Cancelled`].
+pub fn optimize_layers(
+    optimizer: &dyn Optimizer,
+    fitness: &[&dyn FitnessFn],
+    space: &SearchSpace,
+    run: Run<'_>,
+) -> Result<Vec<Front>> {
+    // The observer is called from this thread alone: between batches, not within.
+    const BATCH: usize = 8;
+    let total = fitness.len() as u64;
+    let mut fronts = Vec::with_capacity(fitness.len());
+    for batch in fitness.chunks(BATCH) {
+        let done = fronts.len();
+        run.step("search", done as u64, total)?;
+        let seeds: Vec<u64> = (0..batch.len()).map(|i| run.fork((done + i) as u64).seed()).collect();
+        let search = |i: usize| bounded(optimizer, batch[i], space, Run::new(seeds[i]));
+        for front in map_ordered(batch.len(), search) {
+            fronts.push(front?);
+        }
+    }
+    run.step("search", total, total)?;
+    Ok(fronts)
 }
 
 /// Makes the fitness function of a layer.

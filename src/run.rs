@@ -88,3 +88,14 @@ impl fmt::Debug for Run<'_> {
         f.debug_struct("Run").field("seed", &self.seed).field("observed", &self.observer.is_some()).finish()
     }
 }
+
+/// `f(0), …, f(n − 1)` in order, on all threads where the feature `rayon` allows.
+pub(crate) fn map_ordered<T: Send>(n: usize, f: impl Fn(usize) -> T + Send + Sync) -> Vec<T> {
+    #[cfg(feature = "rayon")]
+    {
+        use rayon::prelude::*;
+        (0..n).into_par_iter().map(f).collect()
+    }
+    #[cfg(not(feature = "rayon"))]
+    (0..n).map(f).collect()
+}

@@ -318,7 +318,9 @@ fn plans_come_back_as_they_were_written() {
     write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() }).unwrap();
     assert_eq!(read_plan(&path).unwrap().seed, 9);
     plan.layers.pop();
-    let message = write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() }).unwrap_err().to_string();
+    let message = write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() })
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("plan.json") && message.contains("3 layers"), "{message}");
     assert_eq!(read_plan(&path).unwrap().seed, 9);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);

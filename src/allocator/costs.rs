@@ -75,6 +75,29 @@ impl LayerCosts {
         Ok(Self { costs, same_k })
     }
 
+    /// The same with every layer's costs multiplied by its weight: how much more it matters than others.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`] unless there is a weight for every layer, [`Error::Setting`] for a weight that is not
+    /// finite and at least 0, [`Error::InvalidFitness`] for a product that overflows.
+    pub fn weighted(self, weights: &[f64]) -> Result<Self> {
+        if weights.len() != self.n_layers() {
+            return Err(Error::LayerCount {
+                what: "layer weights",
+                expected: self.n_layers(),
+                found: weights.len(),
+            });
+        }
+        if let Some(weight) = weights.iter().find(|w| !(w.is_finite() && **w >= 0.0)) {
+            let (name, expected) = ("a layer weight", "finite and at least 0");
+            return Err(Error::Setting { name, value: weight.to_string(), expected });
+        }
+        let scaled = |(layer, &weight): (Vec<Option<f64>>, &f64)| {
+            layer.iter().map(|c| c.map(|c| c * weight)).collect()
+        };
+        Self::from_table(self.costs.into_iter().zip(weights).map(scaled).collect(), self.same_k)
+    }
+
     /// Number of layers, L.
     pub fn n_layers(&self) -> usize {
         self.costs.len()

@@ -1,6 +1,7 @@
 //! Choosing the number of groups of every layer.
 
 mod costs;
+mod exact;
 mod selection;
 mod uniform;
 
@@ -9,8 +10,8 @@ use std::fmt::Debug;
 use crate::{Result, Run};
 
 pub use costs::{CostScale, LayerCosts};
+pub use exact::{AllBudgets, ExactAllocation};
 pub use selection::LayerSelection;
-
 pub use uniform::UniformAllocation;
 
 /// A rule that chooses a number of groups for every layer.

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::methods::{AllocationName, MethodArgs, MethodName, Resolved, name_of};
@@ -43,30 +43,35 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     if let Some(layer) = args.layer.filter(|&l| l >= layers) {
         return Err(CliError::Usage(format!("there is no layer {layer}: the model has {layers}, from 0")));
     }
-    let resolve = |method| {
-        Resolved::new(&MethodArgs { method, ..args.options.clone() }, None, &checkpoint).map(|r| (method, r))
-    };
+    let resolve = |method| Resolved::new(method, &args.options, None, &checkpoint);
     let methods = METHODS.into_iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
     let fronts = fronts(&checkpoint, &methods, run)?;
 
     let mut lines = Vec::new();
-    for ((method, resolved), fronts) in methods.iter().zip(&fronts) {
+    for (method, fronts) in METHODS.into_iter().zip(&fronts) {
         // The cache of MQA is what it is.
-        let budgets: &[f64] = if *method == MethodName::Mqa { &args.kv[..1] } else { &args.kv };
-        let allocations = match method {
-            MethodName::QcqaAc => vec![AllocationName::Uniform, AllocationName::Selection, AllocationName::Exact],
-            _ => vec![args.options.allocation],
+        let budgets = if method == MethodName::Mqa { &args.kv[..1] } else { &args.kv };
+        let allocations = match (args.options.allocation, method) {
+            (Some(one), _) => vec![one],
+            (None, MethodName::QcqaAc) => AllocationName::value_variants().to_vec(),
+            (None, _) => vec![AllocationName::Uniform],
         };
-        for allocation in allocations {
-            let options = MethodArgs { method: *method, allocation, ..args.options.clone() };
-            let allocated = Resolved::new(&options, None, &checkpoint)?;
-            for &kv in budgets {
-                let plan = allocated.plan(&checkpoint, fronts, Some(kv), run)?;
-                let share = total_share(&plan, fronts);
-                lines.push(Line { method: *method, allocation, gap: worst_gap(&plan), plan, share });
-            }
+        for (&allocation, &kv) in allocations.iter().flat_map(|a| budgets.iter().map(move |kv| (a, kv))) {
+            let options = MethodArgs { allocation: Some(allocation), ..args.options };
+            let plan = Resolved::new(method, &options, None, &checkpoint)?.plan(
+                &checkpoint,
+                fronts,
+                Some(kv),
+                run,
+            )?;
+            lines.push(Line {
+                method,
+                allocation,
+                gap: worst_gap(&plan),
+                share: total_share(&plan, fronts),
+                plan,
+            });
         }
-        debug_assert_eq!(resolved.name, *method);
     }
     let text = match args.layer {
         Some(layer) => layer_table(&lines, layer),
@@ -80,11 +85,7 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
 }
 
 /// The fronts of every method: each layer is decoded once for all of them.
-fn fronts(
-    checkpoint: &Checkpoint,
-    methods: &[(MethodName, Resolved)],
-    run: Run<'_>,
-) -> Result<Vec<Vec<Front>>, CliError> {
+fn fronts(checkpoint: &Checkpoint, methods: &[Resolved], run: Run<'_>) -> Result<Vec<Vec<Front>>, CliError> {
     let layers = checkpoint.config().n_layers;
     let mut fronts: Vec<Vec<Front>> = methods.iter().map(|_| Vec::new()).collect();
     let mut fitness = Vec::new();
@@ -92,13 +93,13 @@ fn fronts(
         run.step("layers", i as u64, layers as u64)?;
         let heads = checkpoint.key_value(i).map_err(Error::from)?;
         let wse = WeightSharingError::new(&heads)?;
-        for ((_, method), fronts) in methods.iter().zip(&mut fronts) {
+        for (method, fronts) in methods.iter().zip(&mut fronts) {
             fronts.extend(method.grouped(&heads, &wse, run.fork(i as u64))?);
         }
         fitness.push(wse);
     }
     let fitness: Vec<&dyn FitnessFn> = fitness.iter().map(|f| f as &dyn FitnessFn).collect();
-    for ((_, method), fronts) in methods.iter().zip(&mut fronts) {
+    for (method, fronts) in methods.iter().zip(&mut fronts) {
         fronts.extend(method.fronts_of(&fitness, run)?);
     }
     Ok(fronts)
@@ -146,7 +147,17 @@ fn model_table(checkpoint: &Checkpoint, lines: &[Line]) -> String {
         ]
     });
     table(
-        ["method", "allocation", "asked", "reached", "groups", "KV bytes a token", "WSE", "share", "gap at most"],
+        [
+            "method",
+            "allocation",
+            "asked",
+            "reached",
+            "groups",
+            "KV bytes a token",
+            "WSE",
+            "share",
+            "gap at most",
+        ],
         std::iter::once(mha).chain(rows),
     )
 }
@@ -154,7 +165,8 @@ fn model_table(checkpoint: &Checkpoint, lines: &[Line]) -> String {
 fn layer_table(lines: &[Line], layer: usize) -> String {
     let rows = lines.iter().map(|line| {
         let of_layer = &line.plan.layers[layer];
-        let groups: Vec<_> = of_layer.groups.groups().iter().map(|g| format!("{g:?}").replace(' ', "")).collect();
+        let groups: Vec<_> =
+            of_layer.groups.groups().iter().map(|g| format!("{g:?}").replace(' ', "")).collect();
         [
             name_of(line.method),
             name_of(line.allocation),
@@ -168,7 +180,8 @@ fn layer_table(lines: &[Line], layer: usize) -> String {
 }
 
 fn line_json(checkpoint: &Checkpoint, line: &Line) -> Value {
-    let layers = line.plan.layers.iter().map(|l| json!({ "groups": l.groups, "error": l.error })).collect::<Vec<_>>();
+    let layers =
+        line.plan.layers.iter().map(|l| json!({ "groups": l.groups, "error": l.error })).collect::<Vec<_>>();
     json!({
         "method": name_of(line.method), "allocation": name_of(line.allocation),
         "asked": line.plan.budget.asked, "reached": line.plan.budget.reached, "kv_heads": line.plan.kv_heads(),

@@ -77,8 +77,15 @@ fn write(
     let target = targets::by_name(&args.target)
         .ok_or_else(|| CliError::Usage(format!("there is no target {}", args.target)))?;
     let options = WriteOptions { force, dry_run };
-    let report =
-        checkpoint::convert(checkpoint, plan, pooler.make().as_ref(), target.as_ref(), &args.out, options, run)?;
+    let report = checkpoint::convert(
+        checkpoint,
+        plan,
+        pooler.make().as_ref(),
+        target.as_ref(),
+        &args.out,
+        options,
+        run,
+    )?;
     let done = if dry_run { "would be written to" } else { "written to" };
     let cache = if target.saves_memory() {
         let (after, before) = (report.kv_bytes_after as u64, report.kv_bytes_before as u64);

@@ -5,42 +5,39 @@ use clap::{Args, ValueEnum};
 use super::CliError;
 use crate::checkpoint::{Checkpoint, targets};
 use crate::{
-    Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FirstHead, FitnessFn, Front, Grouping,
-    KeyNorm, KvPooler, LayerSelection, Limits, MeanPooler, Nsga2, Optimizer, Plan, Qcqa, Run, Search, SearchSpace,
-    UniformAllocation, UniformGqa, Ward, WeightSharingError, optimize_layers,
+    Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FirstHead, FitnessFn, Front,
+    Grouping, KeyNorm, KvPooler, LayerSelection, Limits, MeanPooler, Nsga2, Optimizer, Plan, Qcqa, Run,
+    Search, SearchSpace, UniformAllocation, UniformGqa, Ward, WeightSharingError, optimize_layers,
 };
 
-/// Each method fixes grouping, cardinality, allocation, cost and pooler; the flags override.
-#[derive(Debug, Clone, Args)]
+/// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
+#[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Method")]
 pub(super) struct MethodArgs {
-    /// How heads are grouped
-    #[arg(long, value_enum, default_value_t = MethodName::QcqaEc)]
-    pub(super) method: MethodName,
     /// How a qcqa method searches; auto: exact where that is cheap, else ward
     #[arg(long, value_enum, default_value_t = OptimizerName::Auto)]
     pub(super) optimizer: OptimizerName,
-    /// How the layers share the budget
-    #[arg(long, value_enum, default_value_t = AllocationName::Uniform)]
-    pub(super) allocation: AllocationName,
+    /// How the layers share the budget; uniform unless said
+    #[arg(long, value_enum)]
+    pub(super) allocation: Option<AllocationName>,
     /// How the errors of different layers are made comparable
     #[arg(long, value_enum, default_value_t = CostName::EnergyShare)]
-    cost: CostName,
+    pub(super) cost: CostName,
     /// How the heads of a group are merged
     #[arg(long, value_enum, default_value_t = PoolerName::Mean)]
     pub(super) pooler: PoolerName,
     /// The most groups of a layer that shares
     #[arg(long, value_name = "K")]
-    max_groups: Option<usize>,
+    pub(super) max_groups: Option<usize>,
     /// The most heads of a group
     #[arg(long, value_name = "HEADS")]
-    max_group_size: Option<usize>,
+    pub(super) max_group_size: Option<usize>,
     /// Individuals of nsga2
     #[arg(long, value_name = "N", default_value_t = 100)]
-    population: usize,
+    pub(super) population: usize,
     /// Generations of nsga2
     #[arg(long, value_name = "N", default_value_t = 100)]
-    generations: usize,
+    pub(super) generations: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -80,7 +77,7 @@ pub(super) enum AllocationName {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum CostName {
+pub(super) enum CostName {
     /// As a share of the layer's own energy
     EnergyShare,
     /// As they are: the paper's choice
@@ -117,7 +114,7 @@ enum Engine {
 
 /// A method with everything resolved for one model.
 pub(super) struct Resolved {
-    pub(super) name: MethodName,
+    name: MethodName,
     engine: Engine,
     allocator: Box<dyn Allocator>,
     cost: CostScale,
@@ -128,7 +125,12 @@ pub(super) struct Resolved {
 
 impl Resolved {
     /// The method as the flags ask for it, within what the target can hold.
-    pub(super) fn new(args: &MethodArgs, target: Option<&str>, checkpoint: &Checkpoint) -> Result<Self, CliError> {
+    pub(super) fn new(
+        name: MethodName,
+        args: &MethodArgs,
+        target: Option<&str>,
+        checkpoint: &Checkpoint,
+    ) -> Result<Self, CliError> {
         let nsga2 = Nsga2 { population: args.population, generations: args.generations, ..Nsga2::default() };
         let exact_is_cheap = checkpoint.config().kv_heads <= 12;
         let search: Box<dyn Optimizer> = match args.optimizer {
@@ -137,12 +139,12 @@ impl Resolved {
             OptimizerName::Exact => Box::new(Exact::default()),
             OptimizerName::Nsga2 => Box::new(nsga2),
         };
-        let engine = match args.method {
+        let engine = match name {
             MethodName::Gqa | MethodName::Mqa => Engine::Grouping(Box::new(UniformGqa)),
             MethodName::KeyNorm => Engine::Grouping(Box::new(KeyNorm)),
             MethodName::QcqaEc | MethodName::QcqaAc => Engine::Optimizer(search),
         };
-        let allocator: Box<dyn Allocator> = match args.allocation {
+        let allocator: Box<dyn Allocator> = match args.allocation.unwrap_or(AllocationName::Uniform) {
             AllocationName::Uniform => Box::new(UniformAllocation),
             AllocationName::Exact => Box::new(ExactAllocation),
             AllocationName::Selection => Box::new(LayerSelection {
@@ -152,14 +154,14 @@ impl Resolved {
             }),
         };
         Ok(Self {
-            name: args.method,
+            name,
             engine,
             allocator,
             cost: match args.cost {
                 CostName::Raw => CostScale::Raw,
                 CostName::EnergyShare => CostScale::EnergyShare,
             },
-            limits: limits(args, target)?,
+            limits: limits(name, args, target)?,
             pooler: name_of(args.pooler),
             target: target.map(str::to_string),
         })
@@ -180,7 +182,8 @@ impl Resolved {
     /// by side; a grouping looks at one decoded layer at a time.
     pub(super) fn fronts(&self, checkpoint: &Checkpoint, run: Run<'_>) -> Result<Vec<Front>, CliError> {
         let Engine::Optimizer(_) = &self.engine else {
-            let layers = (0..checkpoint.config().n_layers).map(|i| checkpoint.key_value(i).map_err(Error::from));
+            let layers =
+                (0..checkpoint.config().n_layers).map(|i| checkpoint.key_value(i).map_err(Error::from));
             return Ok(self.pipeline().fronts(layers, run)?);
         };
         let fitness = weight_sharing(checkpoint, run)?;
@@ -206,9 +209,12 @@ impl Resolved {
     ) -> Result<Option<Front>, CliError> {
         match &self.engine {
             Engine::Optimizer(_) => Ok(None),
-            Engine::Grouping(grouping) => {
-                Ok(Some(Search::Grouping(grouping.as_ref()).front(heads, fitness, &self.limits.space, run)?))
-            }
+            Engine::Grouping(grouping) => Ok(Some(Search::Grouping(grouping.as_ref()).front(
+                heads,
+                fitness,
+                &self.limits.space,
+                run,
+            )?)),
         }
     }
 
@@ -223,7 +229,9 @@ impl Resolved {
         let budget = match (self.name, kv) {
             (MethodName::Mqa, _) => Budget::Heads(checkpoint.config().n_layers),
             (_, Some(kv)) => Budget::Fraction(kv),
-            (_, None) => return Err(CliError::Usage("--kv FRACTION is missing: 0.5 keeps half the cache".into())),
+            (_, None) => {
+                return Err(CliError::Usage("--kv FRACTION is missing: 0.5 keeps half the cache".into()));
+            }
         };
         Ok(self.pipeline().plan(fronts, budget, checkpoint.source()?, run)?)
     }
@@ -245,14 +253,15 @@ fn weight_sharing(checkpoint: &Checkpoint, run: Run<'_>) -> Result<Vec<WeightSha
 }
 
 /// What method, target and flags allow together.
-fn limits(args: &MethodArgs, target: Option<&str>) -> Result<Limits, CliError> {
-    let own = match args.method {
+fn limits(method: MethodName, args: &MethodArgs, target: Option<&str>) -> Result<Limits, CliError> {
+    let own = match method {
         MethodName::Gqa | MethodName::Mqa | MethodName::QcqaEc => SearchSpace::equal(),
         MethodName::KeyNorm | MethodName::QcqaAc => SearchSpace::arbitrary(),
     };
     let mut limits = Limits::default();
     if let Some(name) = target {
-        let known = targets::by_name(name).ok_or_else(|| CliError::Usage(format!("there is no target {name}")))?;
+        let known =
+            targets::by_name(name).ok_or_else(|| CliError::Usage(format!("there is no target {name}")))?;
         limits = known.limits();
     }
     if limits.space.cardinality == Cardinality::Equal && own.cardinality == Cardinality::Arbitrary {
@@ -260,11 +269,11 @@ fn limits(args: &MethodArgs, target: Option<&str>) -> Result<Limits, CliError> {
             "--target {} holds equal groups only, which --method {} does not make; use --method qcqa-ec, or --target \
              expanded (for evaluation: saves no memory)",
             target.unwrap_or_default(),
-            name_of(args.method),
+            name_of(method),
         )));
     }
     let least = |a: Option<usize>, b: Option<usize>| a.into_iter().chain(b).min();
-    let one_group = (args.method == MethodName::Mqa).then_some(1);
+    let one_group = (method == MethodName::Mqa).then_some(1);
     let space = SearchSpace {
         cardinality: own.cardinality,
         max_groups: least(least(limits.space.max_groups, args.max_groups), one_group),

@@ -19,7 +19,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::checkpoint::CheckpointError;
 use crate::{Error, Run};
 
-use methods::MethodArgs;
+use methods::{MethodArgs, MethodName};
 use output::Output;
 use progress::Watch;
 
@@ -60,10 +60,13 @@ struct Asked {
     #[arg(value_name = "MODEL")]
     model: PathBuf,
     /// Share of the KV cache that may be kept, above 0 and at most 1 (not needed for mqa)
-    #[arg(long, value_name = "FRACTION", value_parser = fraction, required_unless_present_any = ["mqa"])]
+    #[arg(long, value_name = "FRACTION", value_parser = fraction)]
     kv: Option<f64>,
+    /// How heads are grouped
+    #[arg(long, value_enum, default_value_t = MethodName::QcqaEc)]
+    method: MethodName,
     #[command(flatten)]
-    method: MethodArgs,
+    options: MethodArgs,
 }
 
 /// What writing takes, wherever it is done.
@@ -81,7 +84,9 @@ struct Writing {
 fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
-        _ => Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half)".to_string()),
+        _ => {
+            Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half)".to_string())
+        }
     }
 }
 

@@ -36,7 +36,10 @@ pub(super) fn failed(json: bool, message: &str, code: u8) -> ExitCode {
 }
 
 /// A table with its first column to the left and numbers to the right, that pastes into Markdown.
-pub(super) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(super) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN).set_header(header);
     for row in rows {

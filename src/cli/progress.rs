@@ -46,7 +46,8 @@ impl Watch {
                     old.finish_and_clear();
                 }
                 let bar = ProgressBar::new(progress.total).with_message(*name);
-                let style = ProgressStyle::with_template("{msg:16} {wide_bar} {pos}/{len}  {elapsed} (left: {eta})");
+                let style =
+                    ProgressStyle::with_template("{msg:16} {wide_bar} {pos}/{len}  {elapsed} (left: {eta})");
                 if let Ok(style) = style {
                     bar.set_style(style);
                 }

@@ -42,7 +42,7 @@ pub(super) fn searched(
     run: Run<'_>,
 ) -> Result<(Checkpoint, Plan, Vec<Front>), CliError> {
     let checkpoint = Checkpoint::open(&asked.model)?;
-    let method = Resolved::new(&asked.method, target, &checkpoint)?;
+    let method = Resolved::new(asked.method, &asked.options, target, &checkpoint)?;
     let fronts = method.fronts(&checkpoint, run)?;
     let plan = method.plan(&checkpoint, &fronts, asked.kv, run)?;
     Ok((checkpoint, plan, fronts))

@@ -3,6 +3,7 @@
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, s};
 
+use crate::run::map_ordered;
 use crate::{Error, LayerHeads, Result};
 
 /// The heads of a layer as H long rows: whatever can be read in pieces can be compared.
@@ -88,7 +89,7 @@ pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
             distances[[i, j]] = distance;
         }
     }
-    let exact = map_tasks(near.len(), |t| direct_distance(rows, near[t]));
+    let exact = map_ordered(near.len(), |t| direct_distance(rows, near[t]));
     for (&(i, j), distance) in near.iter().zip(exact) {
         distances[[i, j]] = distance;
     }
@@ -104,7 +105,7 @@ pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
 fn gram(rows: &dyn HeadRows) -> Array2<f64> {
     let (n, len) = (rows.n_heads(), rows.row_len());
     let columns = TILE * TILES_PER_TASK;
-    let partial = map_tasks(len.div_ceil(columns), |task| {
+    let partial = map_ordered(len.div_ceil(columns), |task| {
         let mut tile = Array2::<f32>::zeros((n, TILE));
         let mut product = Array2::<f32>::zeros((n, n));
         let mut sum = Array2::<f64>::zeros((n, n));
@@ -139,15 +140,4 @@ fn direct_distance(rows: &dyn HeadRows, (i, j): (usize, usize)) -> f64 {
         squares.sum::<f64>()
     };
     (0..len).step_by(TILE).map(tile_distance).sum()
-}
-
-/// `f(0), …, f(n − 1)` in order, on all threads where the feature `rayon` allows.
-fn map_tasks<T: Send>(n: usize, f: impl Fn(usize) -> T + Send + Sync) -> Vec<T> {
-    #[cfg(feature = "rayon")]
-    {
-        use rayon::prelude::*;
-        (0..n).into_par_iter().map(f).collect()
-    }
-    #[cfg(not(feature = "rayon"))]
-    (0..n).map(f).collect()
 }

@@ -1,11 +1,13 @@
 //! Rules that form groups without a search: the baselines.
 
+mod key_norm;
 mod uniform;
 
 use std::fmt::Debug;
 
 use crate::{LayerHeads, Partition, Result};
 
+pub use key_norm::KeyNorm;
 pub use uniform::UniformGqa;
 
 /// A rule that puts the KV heads of one layer into k groups.

@@ -1,14 +1,23 @@
 //! Searches for the best partition of a layer at every number of groups.
 
+mod bounds;
+mod exact;
+mod matching;
 mod nsga2;
+mod ward;
 
 use std::fmt::Debug;
 
 use crate::fitness::FitnessFn;
 use crate::{Front, Result, Run, SearchSpace};
 
+#[cfg(feature = "linalg")]
+pub use bounds::spectral_bounds;
+pub use bounds::{attach_bounds, nearest_bounds};
+pub use exact::Exact;
 pub use nsga2::Nsga2;
 pub(crate) use nsga2::engine;
+pub use ward::Ward;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
 pub trait Optimizer: Debug + Send + Sync {

@@ -1,0 +1,332 @@
+//! Clustering: agglomeration, local search, iterated local search.
+
+mod asked;
+mod moves;
+mod pairs;
+
+use ndarray::ArrayView2;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use self::asked::Asked;
+use self::moves::{Moves, descend, fuse, split};
+use self::pairs::Pairs;
+use super::Optimizer;
+use crate::fitness::{FitnessFn, SeparableFitness};
+use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
+
+/// Agglomeration and local search, for all numbers of groups in one go.
+///
+/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads the
+/// cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition on the way
+/// improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k
+/// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; and,
+/// where [`rounds`](Ward::rounds) ask for it, shaken and improved again (iterated local search, Lourenço, Martin &
+/// Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
+/// minimum-weight perfect matchings: exact with the feature `matching`.
+///
+/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move takes
+/// O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the errors of all
+/// pairs of heads, and is asked for groups (once each), or for whole partitions where it is not a sum over groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ward {
+    /// Rounds of iterated local search for each number of groups; 0: local search alone.
+    pub rounds: usize,
+    /// The most questions to a fitness without pairwise distances, those aside that complete the front.
+    pub evaluations: u64,
+}
+
+impl Default for Ward {
+    /// Local search alone: below a millisecond for 32 heads.
+    fn default() -> Self {
+        Self { rounds: 0, evaluations: 20_000 }
+    }
+}
+
+impl Ward {
+    /// With 100 rounds of iterated local search: a hundred times slower, and nearly always optimal.
+    pub fn thorough() -> Self {
+        Self { rounds: 100, ..Self::default() }
+    }
+}
+
+impl Optimizer for Ward {
+    fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
+        let front = Front::new(fitness)?;
+        let counts = space.group_counts(fitness.n_heads())?;
+        let separable = fitness.separable();
+        let exact = separable.and_then(|s| s.pairwise());
+        let rounds = if exact.is_some() { self.rounds } else { 0 };
+        let mut asked = Asked::new(fitness, self.evaluations);
+        let proxy;
+        let distances = match exact.or_else(|| separable.and_then(SeparableFitness::pairwise_proxy)) {
+            Some(distances) => distances,
+            None => {
+                proxy = asked.pair_distances()?;
+                proxy.view()
+            }
+        };
+        let mut search = Search::new(Pairs::new(distances), space, &counts, run);
+        search.all(rounds)?;
+        search.pairs_of_heads(distances)?;
+        let Search { best, .. } = search;
+        if exact.is_some() {
+            return finish(front, fitness, &counts, &best);
+        }
+        let mut search = Search::new(asked, space, &counts, run);
+        search.adopt(&best)?;
+        search.all(self.rounds)?;
+        finish(front, fitness, &counts, &search.best)
+    }
+}
+
+/// The best partitions as a front, scored by the fitness itself.
+fn finish(
+    mut front: Front,
+    fitness: &dyn FitnessFn,
+    counts: &[usize],
+    best: &[Option<Found>],
+) -> Result<Front> {
+    for found in counts.iter().filter_map(|&k| best[k].as_ref()) {
+        let partition = Partition::canonical(found.labels.clone().into(), found.labels.len());
+        front.offer(&partition, fitness.evaluate(&partition)?)?;
+    }
+    Ok(front)
+}
+
+/// A partition and its error, as the search keeps it.
+#[derive(Debug, Clone)]
+struct Found {
+    error: f64,
+    labels: Vec<u16>,
+    /// Whether it was fused, and split, already.
+    fused: bool,
+    split: bool,
+}
+
+/// The best found for each number of groups, and what looks for better.
+#[derive(Debug)]
+struct Search<'a, M> {
+    moves: M,
+    /// `best[k]`.
+    best: Vec<Option<Found>>,
+    /// The numbers of groups below H that are wanted, ascending.
+    counts: Vec<usize>,
+    cardinality: Cardinality,
+    n_heads: usize,
+    cap: usize,
+    rng: ChaCha8Rng,
+    run: Run<'a>,
+}
+
+/// Passes up and down the front at most; two or three nearly always do.
+const PASSES: usize = 12;
+
+impl<'a, M: Moves> Search<'a, M> {
+    fn new(moves: M, space: &SearchSpace, counts: &[usize], run: Run<'a>) -> Self {
+        let n_heads = counts[counts.len() - 1];
+        let labels = (0..n_heads).map(|head| head as u16).collect();
+        let mut best = vec![None; n_heads + 1];
+        best[n_heads] = Some(Found { error: 0.0, labels, fused: false, split: false });
+        let counts = counts[..counts.len() - 1].to_vec();
+        let cap = space.size_at_most(n_heads);
+        Self { moves, best, counts, cardinality: space.cardinality, n_heads, cap, rng: run.rng(), run }
+    }
+
+    /// The most heads of a group among k.
+    fn cap(&self, k: usize) -> usize {
+        match self.cardinality {
+            Cardinality::Arbitrary => self.cap,
+            Cardinality::Equal => self.n_heads / k,
+        }
+    }
+
+    fn load(&mut self, k: usize, cap: usize) -> Result<bool> {
+        match &self.best[k] {
+            Some(found) => self.moves.load(&found.labels, k, cap).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// Keeps the partition at hand when it is the best of its k; tells whether it is.
+    fn offer(&mut self) -> bool {
+        let (k, error) = (self.moves.groups().n_groups(), self.moves.error());
+        let labels = &self.moves.groups().labels;
+        match &mut self.best[k] {
+            Some(found) if !(error < found.error - self.moves.tolerance()) => return false,
+            Some(found) => {
+                (found.error, found.fused, found.split) = (error, false, false);
+                found.labels.clone_from(labels);
+            }
+            none => *none = Some(Found { error, labels: labels.clone(), fused: false, split: false }),
+        }
+        true
+    }
+
+    /// Takes over partitions found with another measure, improved by this one.
+    fn adopt(&mut self, best: &[Option<Found>]) -> Result<()> {
+        for k in self.counts.clone() {
+            if let Some(found) = &best[k] {
+                self.moves.load(&found.labels, k, self.cap(k))?;
+                descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
+                self.offer();
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything: local search, then as many rounds of iterated local search.
+    fn all(&mut self, rounds: usize) -> Result<()> {
+        self.local()?;
+        // In a few courses, so that what one k finds reaches its neighbours.
+        let courses = rounds.min(4);
+        for course in 0..courses {
+            self.shake(rounds * (course + 1) / courses - rounds * course / courses)?;
+            if self.cardinality == Cardinality::Arbitrary {
+                self.local()?;
+            }
+            self.run.step("ward", course as u64 + 1, courses as u64)?;
+        }
+        Ok(())
+    }
+
+    fn local(&mut self) -> Result<()> {
+        if self.cardinality == Cardinality::Equal {
+            for k in self.counts.clone() {
+                self.equal(k)?;
+            }
+            return Ok(());
+        }
+        let fresh = self.counts.first().is_some_and(|&k| self.best[k].is_none());
+        for pass in 0..PASSES {
+            if pass == 1 && fresh {
+                self.chain()?;
+            }
+            let found = if pass % 2 == 0 { self.down()? } else { self.up()? };
+            if (pass > 0 && !found) || self.moves.exhausted() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// From k + 1 groups to k, for every k.
+    fn down(&mut self) -> Result<bool> {
+        let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
+        let mut found = false;
+        // Above the counts that are wanted there is one pass, the first, which only joins.
+        let from = if self.best[most].is_some() { most } else { self.n_heads };
+        for k in (least..from).rev() {
+            match &mut self.best[k + 1] {
+                Some(found) if !found.fused => found.fused = true,
+                _ => continue,
+            }
+            self.load(k + 1, self.cap)?;
+            fuse(&mut self.moves)?;
+            if k <= most {
+                descend(&mut self.moves, true)?;
+            }
+            found |= self.offer();
+            self.run.step("ward", 0, 1)?;
+        }
+        Ok(found)
+    }
+
+    /// Splits from the fewest groups on without looking at what is known: other valleys than joining finds.
+    fn chain(&mut self) -> Result<()> {
+        let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(()) };
+        self.load(least, self.cap)?;
+        for _ in least..most {
+            split(&mut self.moves)?;
+            descend(&mut self.moves, true)?;
+            self.offer();
+        }
+        Ok(())
+    }
+
+    /// From k groups to k + 1, for every k.
+    fn up(&mut self) -> Result<bool> {
+        let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
+        let mut found = false;
+        for k in least..most {
+            match &mut self.best[k] {
+                Some(found) if !found.split => found.split = true,
+                _ => continue,
+            }
+            self.load(k, self.cap)?;
+            split(&mut self.moves)?;
+            descend(&mut self.moves, true)?;
+            found |= self.offer();
+            self.run.step("ward", 0, 1)?;
+        }
+        Ok(found)
+    }
+
+    /// A balanced start, then exchanges.
+    fn equal(&mut self, k: usize) -> Result<()> {
+        if self.best[k].is_none() {
+            self.load(self.n_heads, self.cap(k))?;
+            while self.moves.groups().n_groups() > k {
+                fuse(&mut self.moves)?;
+            }
+            descend(&mut self.moves, true)?;
+            self.offer();
+        }
+        self.run.step("ward", 0, 1)
+    }
+
+    /// Iterated local search at every k: a few random moves, a descent, back when that is not better.
+    fn shake(&mut self, rounds: usize) -> Result<()> {
+        for k in self.counts.clone() {
+            self.load(k, self.cap(k))?;
+            for _ in 0..rounds {
+                for _ in 0..self.rng.random_range(2..=4) {
+                    self.random_move()?;
+                }
+                descend(&mut self.moves, true)?;
+                if !self.offer() {
+                    if let Some(found) = &self.best[k] {
+                        self.moves.restore(&found.labels)?;
+                    }
+                }
+                if self.moves.exhausted() {
+                    return Ok(());
+                }
+            }
+            self.run.step("ward", 0, 1)?;
+        }
+        Ok(())
+    }
+
+    /// Moves a random head to a random other group, or to the place of a random head there when it cannot go.
+    fn random_move(&mut self) -> Result<()> {
+        let head = self.rng.random_range(0..self.n_heads);
+        let other = self.rng.random_range(0..self.n_heads);
+        let groups = self.moves.groups();
+        let (from, to) = (groups.of(head), groups.of(other));
+        if from == to {
+            return Ok(());
+        }
+        let free = groups.sizes[from] > 1 && groups.has_room(to);
+        if free && self.rng.random::<bool>() {
+            self.moves.relocate(head, to)
+        } else {
+            self.moves.swap(head, other)
+        }
+    }
+}
+
+impl Search<'_, Pairs> {
+    /// Equal groups of two are a matching, which has an exact answer.
+    fn pairs_of_heads(&mut self, distances: ArrayView2<'_, f64>) -> Result<()> {
+        let k = self.n_heads / 2;
+        if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
+            if let Some(labels) = crate::optimizer::matching::pairs(distances) {
+                self.moves.load(&labels, k, 2)?;
+                descend(&mut self.moves, true)?;
+                self.offer();
+            }
+        }
+        Ok(())
+    }
+}

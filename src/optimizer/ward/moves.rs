@@ -1,0 +1,240 @@
+use crate::Result;
+
+/// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Groups {
+    pub(super) labels: Vec<u16>,
+    pub(super) sizes: Vec<usize>,
+    pub(super) cap: usize,
+}
+
+impl Groups {
+    pub(super) fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) {
+        self.labels.clear();
+        self.labels.extend_from_slice(labels);
+        self.sizes.clear();
+        self.sizes.resize(n_groups, 0);
+        for &label in labels {
+            self.sizes[usize::from(label)] += 1;
+        }
+        self.cap = cap;
+    }
+
+    pub(super) fn n_heads(&self) -> usize {
+        self.labels.len()
+    }
+
+    pub(super) fn n_groups(&self) -> usize {
+        self.sizes.len()
+    }
+
+    pub(super) fn of(&self, head: usize) -> usize {
+        usize::from(self.labels[head])
+    }
+
+    pub(super) fn has_room(&self, group: usize) -> bool {
+        self.sizes[group] < self.cap
+    }
+
+    pub(super) fn relocate(&mut self, head: usize, to: usize) {
+        let from = self.of(head);
+        self.sizes[from] -= 1;
+        self.sizes[to] += 1;
+        self.labels[head] = to as u16;
+    }
+
+    /// Gives the last group the number of an empty one.
+    pub(super) fn drop_empty(&mut self, group: usize) {
+        let last = self.n_groups() - 1;
+        self.sizes.swap_remove(group);
+        for label in &mut self.labels {
+            if usize::from(*label) == last {
+                *label = group as u16;
+            }
+        }
+    }
+}
+
+/// A partition under change, with what moves would do to its error.
+///
+/// Changes are differences of the error; infinite where a change is not known and may not be asked for.
+pub(super) trait Moves {
+    fn groups(&self) -> &Groups;
+
+    /// Starts from this partition.
+    fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()>;
+
+    /// Goes back to a partition from which the one at hand came by a few moves.
+    fn restore(&mut self, labels: &[u16]) -> Result<()> {
+        let (k, cap) = (self.groups().n_groups(), self.groups().cap);
+        self.load(labels, k, cap)
+    }
+
+    fn error(&self) -> f64;
+
+    /// A move must gain more than this: what rounding can feign.
+    fn tolerance(&self) -> f64;
+
+    /// Whether asking for further changes is pointless.
+    fn exhausted(&self) -> bool {
+        false
+    }
+
+    /// The change when `head` moves to another group.
+    fn relocation(&mut self, head: usize, to: usize) -> Result<f64>;
+
+    /// The change when two heads of different groups trade places.
+    fn exchange(&mut self, i: usize, j: usize) -> Result<f64>;
+
+    /// The change when two groups become one.
+    fn union(&mut self, a: usize, b: usize) -> Result<f64>;
+
+    /// The change when `head` leaves its group for one of its own.
+    fn isolation(&mut self, head: usize) -> Result<f64>;
+
+    /// Moves `head` to another group; its own may be left empty.
+    fn relocate(&mut self, head: usize, to: usize) -> Result<()>;
+
+    /// Opens a new group for `head`.
+    fn isolate(&mut self, head: usize) -> Result<()>;
+
+    /// Puts all heads of `from` into `to` and closes `from`.
+    fn merge(&mut self, from: usize, to: usize) -> Result<()>;
+
+    /// Closes an empty group; the last group takes its number.
+    fn drop_empty(&mut self, group: usize);
+
+    /// The relocation of `head` with the least change, where there is room and its group keeps a head.
+    fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
+        let from = self.groups().of(head);
+        let mut best = (f64::INFINITY, from);
+        if self.groups().sizes[from] > 1 {
+            for to in 0..self.groups().n_groups() {
+                if to != from && self.groups().has_room(to) {
+                    let change = self.relocation(head, to)?;
+                    if change < best.0 {
+                        best = (change, to);
+                    }
+                }
+            }
+        }
+        Ok(best)
+    }
+
+    /// The exchange of `i` with a later head that has the least change.
+    fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
+        let mut best = (f64::INFINITY, i);
+        for j in i + 1..self.groups().n_heads() {
+            if self.groups().labels[i] != self.groups().labels[j] {
+                let change = self.exchange(i, j)?;
+                if change < best.0 {
+                    best = (change, j);
+                }
+            }
+        }
+        Ok(best)
+    }
+
+    /// The union with the least change that the cap allows.
+    fn best_union(&mut self) -> Result<(f64, usize, usize)> {
+        let mut best = (f64::INFINITY, 0, 0);
+        for a in 0..self.groups().n_groups() {
+            for b in 0..a {
+                if self.groups().sizes[a] + self.groups().sizes[b] <= self.groups().cap {
+                    let change = self.union(a, b)?;
+                    if change < best.0 {
+                        best = (change, a, b);
+                    }
+                }
+            }
+        }
+        Ok(best)
+    }
+
+    /// Heads of one group that gain most when they leave it together: one here.
+    fn best_split(&mut self) -> Result<Vec<usize>> {
+        let mut best = (f64::INFINITY, None);
+        for head in 0..self.groups().n_heads() {
+            if self.groups().sizes[self.groups().of(head)] > 1 {
+                let change = self.isolation(head)?;
+                if change < best.0 || best.1.is_none() {
+                    best = (change, Some(head));
+                }
+            }
+        }
+        Ok(best.1.into_iter().collect())
+    }
+
+    /// Lets two heads trade places.
+    fn swap(&mut self, i: usize, j: usize) -> Result<()> {
+        let (a, b) = (self.groups().of(i), self.groups().of(j));
+        self.relocate(i, b)?;
+        self.relocate(j, a)
+    }
+}
+
+/// Relocations, then exchanges, each taken when it gains, until none does (Hartigan & Wong 1979,
+/// doi:10.2307/2346830).
+pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
+    let n = moves.groups().n_heads();
+    loop {
+        let (mut head, mut idle) = (0, 0);
+        while idle < n {
+            let (change, to) = moves.best_relocation(head)?;
+            idle += 1;
+            if change < -moves.tolerance() {
+                moves.relocate(head, to)?;
+                idle = 0;
+            }
+            head = if head + 1 == n { 0 } else { head + 1 };
+        }
+        let mut swapped = false;
+        for i in 0..if exchanges { n } else { 0 } {
+            let (change, j) = moves.best_exchange(i)?;
+            if change < -moves.tolerance() {
+                moves.swap(i, j)?;
+                swapped = true;
+            }
+        }
+        if !swapped {
+            return Ok(());
+        }
+    }
+}
+
+/// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt out
+/// to those with room.
+pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
+    let k = moves.groups().n_groups();
+    let (change, a, b) = moves.best_union()?;
+    if change < f64::INFINITY {
+        return moves.merge(a, b);
+    }
+    let smallest = (0..k).min_by_key(|&g| moves.groups().sizes[g]).unwrap_or(0);
+    for head in 0..moves.groups().n_heads() {
+        if moves.groups().of(head) == smallest {
+            let mut best = (f64::INFINITY, None);
+            for to in (0..k).filter(|&g| g != smallest) {
+                if moves.groups().has_room(to) {
+                    let change = moves.relocation(head, to)?;
+                    if change < best.0 || best.1.is_none() {
+                        best = (change, Some(to));
+                    }
+                }
+            }
+            let to = best.1.expect("k − 1 groups of at most cap heads hold all heads");
+            moves.relocate(head, to)?;
+        }
+    }
+    moves.drop_empty(smallest);
+    Ok(())
+}
+
+/// One group more: those heads whose leaving gains most get their own.
+pub(super) fn split(moves: &mut impl Moves) -> Result<()> {
+    let heads = moves.best_split()?;
+    let Some((&first, others)) = heads.split_first() else { return Ok(()) };
+    moves.isolate(first)?;
+    let new = moves.groups().of(first);
+    others.iter().try_for_each(|&head| moves.relocate(head, new))
+}
