@@ -34,12 +34,12 @@ fn instance(n: usize, prototypes: usize) -> WeightSharingError {
 
 fn optimizers(c: &mut Criterion) {
     let spaces = [("arbitrary", SearchSpace::arbitrary()), ("equal", SearchSpace::equal())];
-    for (kind, share) in [("iid", 0), ("prototypes", 4)] {
+    for (kind, per_prototype) in [("iid", None), ("prototypes", Some(4))] {
         for (space_name, space) in spaces {
             let mut group = c.benchmark_group(format!("{kind}, {space_name}"));
             group.sample_size(20);
             for n in SIZES {
-                let fitness = instance(n, if share == 0 { 0 } else { n / share });
+                let fitness = instance(n, per_prototype.map_or(0, |heads| n / heads));
                 let mut bench = |name: &str, optimizer: &dyn Optimizer| {
                     group.bench_function(BenchmarkId::new(name, n), |b| {
                         b.iter(|| optimizer.optimize(black_box(&fitness), &space, Run::new(7)));

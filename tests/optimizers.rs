@@ -22,9 +22,10 @@ fn fitness_of(points: &[Vec<f64>]) -> WeightSharingError {
 fn plain_error(points: &[Vec<f64>], partition: &Partition) -> f64 {
     let mut error = 0.0;
     for members in partition.groups() {
-        for t in 0..points[0].len() {
-            let mean = members.iter().map(|&i| points[i][t]).sum::<f64>() / members.len() as f64;
-            error += members.iter().map(|&i| (points[i][t] - mean).powi(2)).sum::<f64>();
+        let column = |t: usize| members.iter().map(move |&i| points[i][t]);
+        for t in 0..points[members[0]].len() {
+            let mean = column(t).sum::<f64>() / members.len() as f64;
+            error += column(t).map(|x| (x - mean).powi(2)).sum::<f64>();
         }
     }
     error

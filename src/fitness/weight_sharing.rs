@@ -41,8 +41,7 @@ impl WeightSharingError {
         let legal = |(i, j): (usize, usize), d: f64| {
             d.is_finite() && d >= 0.0 && d == distances[[j, i]] && (i != j || d == 0.0)
         };
-        let known = energy.is_finite() && energy >= 0.0;
-        if !known || !distances.indexed_iter().all(|(at, &d)| legal(at, d)) {
+        if !(distances.indexed_iter().all(|(at, &d)| legal(at, d)) && energy.is_finite() && energy >= 0.0) {
             return Err(Error::NotFinite {
                 what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string(),
             });

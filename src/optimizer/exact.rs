@@ -1,3 +1,5 @@
+use std::ops::RangeInclusive;
+
 use ndarray::ArrayView2;
 
 use super::Optimizer;
@@ -46,20 +48,12 @@ impl Optimizer for Exact {
         let mut front = Front::new(fitness)?;
         let counts: Vec<_> = space.group_counts(n)?.into_iter().filter(|&k| k < n).collect();
         // One table for all k, or one for each size that all groups must have.
-        let tables: Vec<(Vec<usize>, Box<dyn Fn(usize) -> bool>)> = match space.cardinality {
-            Cardinality::Arbitrary => {
-                let most = space.size_at_most(n);
-                vec![(counts, Box::new(move |size| size <= most))]
-            }
-            Cardinality::Equal => {
-                let table = |k: usize| -> (_, Box<dyn Fn(usize) -> bool>) {
-                    (vec![k], Box::new(move |size| size == n / k))
-                };
-                counts.into_iter().map(table).collect()
-            }
+        let tables: Vec<(Vec<usize>, RangeInclusive<usize>)> = match space.cardinality {
+            Cardinality::Arbitrary => vec![(counts, 1..=space.size_at_most(n))],
+            Cardinality::Equal => counts.into_iter().map(|k| (vec![k], n / k..=n / k)).collect(),
         };
-        for (counts, allowed) in tables.iter().filter(|(counts, _)| !counts.is_empty()) {
-            let table = Table::new(separable, allowed, run)?;
+        for (counts, sizes) in tables.iter().filter(|(counts, _)| !counts.is_empty()) {
+            let table = Table::new(separable, sizes, run)?;
             for &k in counts {
                 if let Some(partition) = table.partition(k)? {
                     let error = fitness.evaluate(&partition)?;
@@ -85,7 +79,7 @@ struct Table {
 }
 
 impl Table {
-    fn new(fitness: &dyn SeparableFitness, allowed: &dyn Fn(usize) -> bool, run: Run<'_>) -> Result<Self> {
+    fn new(fitness: &dyn SeparableFitness, sizes: &RangeInclusive<usize>, run: Run<'_>) -> Result<Self> {
         let n = fitness.n_heads();
         let mut errors = match fitness.pairwise() {
             Some(distances) => pair_sums(distances),
@@ -93,7 +87,7 @@ impl Table {
         };
         for (set, error) in errors.iter_mut().enumerate().skip(1) {
             let size = set.count_ones() as usize;
-            if !allowed(size) {
+            if !sizes.contains(&size) {
                 *error = f64::INFINITY;
             } else if fitness.pairwise().is_some() {
                 *error /= size as f64;
