@@ -1,0 +1,71 @@
+//! Trained models: methods in their order, and every reported error by its definition.
+//!
+//! The larger model is found by `QCQA_MODELS`, the directory that holds `novels-14m`.
+#![cfg(feature = "checkpoint")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::plain_wse;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::{
+    Exact, FitnessFn, Front, Nsga2, Optimizer, Run, Search, SearchSpace, UniformGqa, Ward, WeightSharingError,
+};
+
+/// The model of that name among the shared ones; `None`, said aloud, where there are none here.
+fn shared(name: &str) -> Option<PathBuf> {
+    let Some(models) = std::env::var_os("QCQA_MODELS") else {
+        println!("skipped: QCQA_MODELS does not say where {name} is");
+        return None;
+    };
+    let path = Path::new(&models).join(name);
+    assert!(path.is_dir(), "QCQA_MODELS is set, but {} is not there", path.display());
+    Some(path)
+}
+
+fn methods_are_ordered_and_honest(model: &Path) {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    for i in 0..checkpoint.config().n_layers {
+        let heads = checkpoint.key_value(i).unwrap();
+        let fitness = WeightSharingError::new(&heads).unwrap();
+        assert_eq!(fitness, WeightSharingError::new(&checkpoint.rows(i).unwrap()).unwrap(), "read in pieces");
+        let gqa = Search::Grouping(&UniformGqa)
+            .front(&heads, &fitness, &SearchSpace::equal(), Run::new(0))
+            .unwrap();
+        let honest = |front: &Front| {
+            for point in front.iter() {
+                let expected = plain_wse(&heads, &point.partition);
+                assert!(
+                    (point.error - expected).abs() <= 1e-6 * expected,
+                    "layer {i}: {point:?}, {expected}"
+                );
+            }
+        };
+        honest(&gqa);
+        let optimizers: [&dyn Optimizer; 3] = [&Nsga2::default(), &Ward::default(), &Exact::default()];
+        for optimizer in optimizers {
+            let run = Run::new(0).fork(i as u64);
+            let search = |space| optimizer.optimize(&fitness, &space, run).unwrap();
+            let (arbitrary, equal) = (search(SearchSpace::arbitrary()), search(SearchSpace::equal()));
+            honest(&arbitrary);
+            honest(&equal);
+            for k in [fitness.n_heads() / 2, fitness.n_heads() / 4] {
+                let errors = [&arbitrary, &equal, &gqa].map(|front| front.error(k).unwrap());
+                assert!(errors.is_sorted(), "layer {i}, k = {k}, {optimizer:?}: {errors:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn novels_1m() {
+    methods_are_ordered_and_honest(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/novels-1m"));
+}
+
+#[test]
+fn novels_14m() {
+    if let Some(model) = shared("novels-14m") {
+        methods_are_ordered_and_honest(&model);
+    }
+}
