@@ -38,23 +38,21 @@ impl Allocator for LayerSelection {
         };
         settings.check()?;
         let largest = (0..costs.n_layers()).map(|l| costs.n_heads(l)).max().unwrap_or(0);
-        let mut best: Option<(f64, usize, Vec<usize>)> = None;
+        let mut best: Option<(f64, f64, Vec<usize>)> = None;
         for k in 1..=largest {
             let Some(problem) = Stage2::new(costs, k) else { continue };
+            let run = run.fork(k as u64);
             evolve(
                 &problem,
                 problem.cheapest_first(),
                 settings,
                 "layer selection",
-                run.fork(k as u64),
-                |bits, _| {
-                    let ks = problem.group_counts(bits);
-                    let (total, cost) = (ks.iter().sum::<usize>(), costs.total(&ks));
-                    if let Some(cost) = cost.filter(|_| total <= kv_heads && problem.legal(bits)) {
-                        // At equal cost the smaller cache, then the plan found first.
-                        if best.as_ref().is_none_or(|(c, t, _)| (cost, total) < (*c, *t)) {
-                            best = Some((cost, total, ks));
-                        }
+                run,
+                |bits, [total, cost]| {
+                    // At equal cost the smaller cache, then the plan found first.
+                    let better = best.as_ref().is_none_or(|(c, t, _)| (cost, total) < (*c, *t));
+                    if better && total <= kv_heads as f64 && problem.legal(bits) {
+                        best = Some((cost, total, problem.group_counts(bits)));
                     }
                     Ok(())
                 },
@@ -65,26 +63,30 @@ impl Allocator for LayerSelection {
 }
 
 /// Which layers have k groups.
-struct Stage2<'a> {
-    costs: &'a LayerCosts,
+struct Stage2 {
     k: usize,
     /// The layers with a bit.
     free: Vec<usize>,
     /// What every layer has while its bit is 0, or always where it has none.
     rest: Vec<usize>,
+    /// KV heads and cost while all bits are 0.
+    base: [f64; 2],
+    /// What each bit adds to them.
+    change: Vec<[f64; 2]>,
+    same_k: bool,
 }
 
-impl<'a> Stage2<'a> {
+impl Stage2 {
     /// `None` where some layer can neither have k groups nor anything else that is given.
-    fn new(costs: &'a LayerCosts, k: usize) -> Option<Self> {
-        let mut free = Vec::new();
-        let mut rest = Vec::new();
+    fn new(costs: &LayerCosts, k: usize) -> Option<Self> {
+        let (mut free, mut rest, mut change) = (Vec::new(), Vec::new(), Vec::new());
         for layer in 0..costs.n_layers() {
             let mha = costs.n_heads(layer);
             let mut choices = costs.choices(layer).map(|(k, _)| k);
             rest.push(match (costs.get(layer, k), costs.get(layer, mha)) {
-                (Some(_), Some(_)) if k != mha => {
+                (Some(shared), Some(whole)) if k != mha => {
                     free.push(layer);
+                    change.push([k as f64 - mha as f64, shared - whole]);
                     mha
                 }
                 (_, Some(_)) => mha,
@@ -92,7 +94,8 @@ impl<'a> Stage2<'a> {
                 (None, None) => choices.next().filter(|_| choices.next().is_none())?,
             });
         }
-        Some(Self { costs, k, free, rest })
+        let base = [rest.iter().sum::<usize>() as f64, costs.total(&rest)?];
+        Some(Self { k, free, rest, base, change, same_k: costs.same_k() })
     }
 
     /// The layers' group counts under these bits.
@@ -107,18 +110,13 @@ impl<'a> Stage2<'a> {
     /// One k for all layers, where that is asked for.
     fn legal(&self, bits: &[bool]) -> bool {
         let ks = self.group_counts(bits);
-        !self.costs.same_k() || ks.iter().all(|&k| k == ks[0])
+        !self.same_k || ks.iter().all(|&k| k == ks[0])
     }
 
     /// No layer grouped, the cheapest one, the two cheapest, …, all of them.
     fn cheapest_first(&self) -> Vec<Box<[bool]>> {
         let mut order: Vec<usize> = (0..self.free.len()).collect();
-        let rise = |at: usize| {
-            let layer = self.free[at];
-            self.costs.get(layer, self.k).unwrap_or(0.0)
-                - self.costs.get(layer, self.rest[layer]).unwrap_or(0.0)
-        };
-        order.sort_by(|&a, &b| rise(a).total_cmp(&rise(b)));
+        order.sort_by(|&a, &b| self.change[a][1].total_cmp(&self.change[b][1]));
         let mut bits = vec![false; self.free.len()].into_boxed_slice();
         let mut first = vec![bits.clone()];
         for at in order {
@@ -129,7 +127,7 @@ impl<'a> Stage2<'a> {
     }
 }
 
-impl Problem for Stage2<'_> {
+impl Problem for Stage2 {
     type Genome = Box<[bool]>;
 
     fn random(&self, rng: &mut ChaCha8Rng) -> Self::Genome {
@@ -152,10 +150,10 @@ impl Problem for Stage2<'_> {
     }
 
     fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>> {
-        let score = |bits: &Self::Genome| {
-            let ks = self.group_counts(bits);
-            [ks.iter().sum::<usize>() as f64, self.costs.total(&ks).unwrap_or(f64::INFINITY)]
-        };
+        let add =
+            |[heads, cost]: [f64; 2], (_, change): (&bool, &[f64; 2])| [heads + change[0], cost + change[1]];
+        let score =
+            |bits: &Self::Genome| bits.iter().zip(&self.change).filter(|(bit, _)| **bit).fold(self.base, add);
         Ok(genomes.iter().map(score).collect())
     }
 }
