@@ -1,9 +1,85 @@
-//! placeholder
+//! Share the key and value heads of trained transformers at the least loss.
+//!
+//! A model's KV cache grows with its number of key/value heads. This crate finds which heads of a layer can share
+//! one key head and one value head, for a cache budget that the user names, and merges them. It implements QCQA
+//! (Joshi et al. 2024, [arXiv 2406.10247](https://arxiv.org/abs/2406.10247)) to the letter, with grouped-query
+//! (GQA, [arXiv 2305.13245](https://arxiv.org/abs/2305.13245)) and multi-query attention (MQA,
+//! [arXiv 1911.02150](https://arxiv.org/abs/1911.02150)) as baselines, and adds exact optimizers, certified gaps
+//! and an exact division of the budget among the layers.
+//!
+//! # The road
+//!
+//! ```text
+//! checkpoint ─▶ LayerHeads ─▶ FitnessFn ─▶ Optimizer ─▶ Front ─▶ Allocator ─▶ Plan ─▶ KvPooler ─▶ checkpoint
+//!  (files)     (raw tensors)  (quality)    (search)  (one a layer) (k a layer) (JSON)  (merge)     (files)
+//! ```
+//!
+//! The middle works on plain [`ndarray`] tensors; files and the command line are optional features around it. Every
+//! part is a trait that can be used through `dyn`, with ours and others' side by side:
+//!
+//! | trait | decides | here |
+//! |---|---|---|
+//! | [`Grouping`] | groups by a rule | [`UniformGqa`] (k = 1 is MQA), [`KeyNorm`] |
+//! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`] |
+//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`Ward`], [`Exact`] |
+//! | [`Allocator`] | k of every layer | [`UniformAllocation`], [`LayerSelection`] (the paper), [`ExactAllocation`] |
+//! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`] |
+//!
+//! [`Qcqa`] composes them over a whole model.
+//!
+//! # Words and symbols
+//!
+//! One layer has H KV heads of h dimensions over inputs of width d; head i has key rows `K_i` and value rows `V_i`,
+//! both (h, d). A [`Partition`] puts each head in exactly one group; k is its number of groups. The KV cache of the
+//! layer is k/H of what it was. In a model that already uses GQA the items are its KV heads, each with its r query
+//! heads. Errors are f64, tensors f32.
+//!
+//! # One layer
+//!
+//! ```
+//! use qcqa::ndarray::Array3;
+//! use qcqa::{Exact, KvPooler, LayerHeads, MeanPooler, Optimizer, Projection, Run, SearchSpace, WeightSharingError};
+//!
+//! # fn main() -> qcqa::Result<()> {
+//! // Four heads of 2 × 3; heads 0 and 2 are alike, and so are 1 and 3.
+//! let weight = Array3::from_shape_fn((4, 2, 3), |(i, r, c)| (10 * (i % 2) + 3 * r + c) as f32 + 0.01 * i as f32);
+//! let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+//!
+//! let fitness = WeightSharingError::new(&heads)?;
+//! let front = Exact::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+//! let best = front.get(2).expect("a partition into two groups");
+//! assert_eq!(best.partition.groups(), [[0, 2], [1, 3]]);
+//!
+//! let pooled = MeanPooler.pool(&heads, &best.partition)?;
+//! assert_eq!(pooled.key.weight().dim(), (2, 2, 3));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! * `rayon`: several threads. Results do not depend on their number: variation is serial, evaluation parallel, and
+//!   sums are taken over fixed blocks in order.
+//! * `linalg`: spectral lower bounds.
+//! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
+//! * `checkpoint`: Hugging Face directories in and out.
+//! * `cli`: the binary `qcqa`, with all of the above.
+//!
+//! # Limits
+//!
+//! * The weight-sharing error is a proxy: it sees the weights and not what the model computes. A lower error need
+//!   not mean a lower perplexity.
+//! * Mean pooling loses much: at half the cache the small trained models in the tests need fine-tuning to be of use.
+//! * For near-orthogonal heads of unequal norms the least error is one large group and single heads; look at the
+//!   group sizes, and limit them by [`SearchSpace::max_group_size`].
+//! * Spectral bounds are loose for strongly clustered heads; a gap is what is certified, not what is lost.
+//! * Tested on Linux, x86-64. Big-endian machines, Windows and 32-bit machines are not.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod allocator;
 mod budget;
-
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod checkpoint;
@@ -18,7 +94,6 @@ mod heads;
 mod optimizer;
 mod partition;
 mod pipeline;
-
 mod plan;
 mod pooler;
 mod run;
@@ -35,11 +110,15 @@ pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, KeyNorm, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
 #[cfg(feature = "linalg")]
+#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
 pub use optimizer::spectral_bounds;
 pub use optimizer::{Exact, Nsga2, Optimizer, Ward, attach_bounds, nearest_bounds};
 pub use partition::{Cardinality, Partition, SearchSpace};
-
 pub use pipeline::{MakeFitness, Qcqa, Search, optimize_layers};
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};
 pub use pooler::{FirstHead, KvPooler, MeanPooler};
 pub use run::{Observer, Progress, Run};
+
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+struct Readme;
