@@ -62,6 +62,7 @@
 //!
 //! * `rayon`: several threads. Results do not depend on their number: variation is serial, evaluation parallel, and
 //!   sums are taken over fixed blocks in order.
+//! * `simd`: AVX2 where the processor has it, for the one pass over the weights: several times faster.
 //! * `linalg`: spectral lower bounds.
 //! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
 //! * `checkpoint`: Hugging Face directories in and out.

@@ -47,6 +47,11 @@ impl<'a> LayerRows<'a> {
         Ok(())
     }
 
+    /// The bytes behind the rows, as they are stored: key weights, value weights, key bias, value bias.
+    pub fn stored(&self) -> impl Iterator<Item = &'a [u8]> {
+        self.parts.iter().map(|part| part.bytes)
+    }
+
     /// Numbers of a head in this part.
     fn share(&self, part: &RowPart<'_>) -> usize {
         part.bytes.len() / part.dtype.bytes() / self.n_heads

@@ -1,8 +1,8 @@
 //! Squared distances between the heads of a layer, from one pass over its weights.
 
-use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, s};
 
+use super::product::{TILE, add_gram, padded};
 use crate::run::map_ordered;
 use crate::{Error, LayerHeads, Result};
 
@@ -55,9 +55,6 @@ fn parts(heads: &LayerHeads) -> impl Iterator<Item = &[f32]> {
     [Some(k.weight_slice()), Some(v.weight_slice()), k.bias_slice(), v.bias_slice()].into_iter().flatten()
 }
 
-/// Columns multiplied at once: 32 heads of them are 64 KiB, which stays in the first caches, and the sums of so
-/// few products are right to 1e-7 in f32.
-const TILE: usize = 512;
 /// Tiles summed by one task. Fixed, so that the order of the sum does not depend on the number of threads.
 const TILES_PER_TASK: usize = 32;
 /// Pairs nearer than this, as a share of their two energies, are recomputed from the rows in f64: the
@@ -82,7 +79,7 @@ pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
     for i in 0..n {
         for j in i + 1..n {
             let energies = gram[[i, i]] + gram[[j, j]];
-            let distance = energies - gram[[i, j]] - gram[[j, i]];
+            let distance = energies - 2.0 * gram[[j, i]];
             if distance < NEAR * energies {
                 near.push((i, j));
             }
@@ -101,43 +98,45 @@ pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
     Ok((distances, gram.diag().sum()))
 }
 
-/// `x xᵀ` of the rows, (H, H).
+/// `x xᵀ` of the rows, (H, H), lower triangle.
 fn gram(rows: &dyn HeadRows) -> Array2<f64> {
     let (n, len) = (rows.n_heads(), rows.row_len());
+    let height = padded(n);
     let columns = TILE * TILES_PER_TASK;
     let partial = map_ordered(len.div_ceil(columns), |task| {
-        let mut tile = Array2::<f32>::zeros((n, TILE));
-        let mut product = Array2::<f32>::zeros((n, n));
-        let mut sum = Array2::<f64>::zeros((n, n));
+        let mut tile = vec![0.0; height * TILE];
+        let mut sum = Array2::zeros((height, height));
         let end = len.min((task + 1) * columns);
         for start in (task * columns..end).step_by(TILE) {
             let width = TILE.min(end - start);
-            for (head, mut row) in tile.rows_mut().into_iter().enumerate() {
-                if let Some(row) = row.as_slice_mut() {
-                    rows.read(head, start, &mut row[..width]);
-                }
+            for (head, row) in tile.chunks_exact_mut(TILE).take(n).enumerate() {
+                rows.read(head, start, &mut row[..width]);
+                row[width..].fill(0.0);
             }
-            let tile: ArrayView2<'_, f32> = tile.slice(s![.., ..width]);
-            general_mat_mul(1.0, &tile, &tile.t(), 0.0, &mut product);
-            sum.zip_mut_with(&product, |sum, &product| *sum += f64::from(product));
+            add_gram(&tile, sum.as_slice_mut().expect("contiguous as made"));
         }
         sum
     });
-    partial.into_iter().fold(Array2::zeros((n, n)), |sum, part| sum + part)
+    let sum = partial.into_iter().fold(Array2::zeros((height, height)), |sum, part| sum + part);
+    sum.slice_move(s![..n, ..n])
 }
 
+/// `‖x_i − x_j‖²` from the rows, in f64.
 fn direct_distance(rows: &dyn HeadRows, (i, j): (usize, usize)) -> f64 {
+    const LANES: usize = 8;
     let len = rows.row_len();
     let (mut a, mut b) = ([0.0; TILE], [0.0; TILE]);
-    let tile_distance = |start: usize| {
+    let mut sums = [0.0; LANES];
+    for start in (0..len).step_by(TILE) {
         let width = TILE.min(len - start);
         rows.read(i, start, &mut a[..width]);
         rows.read(j, start, &mut b[..width]);
-        let squares = a[..width].iter().zip(&b[..width]).map(|(&x, &y)| {
-            let difference = f64::from(x) - f64::from(y);
-            difference * difference
-        });
-        squares.sum::<f64>()
-    };
-    (0..len).step_by(TILE).map(tile_distance).sum()
+        for (a, b) in a[..width].chunks(LANES).zip(b[..width].chunks(LANES)) {
+            for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+                let difference = f64::from(a) - f64::from(b);
+                *sum += difference * difference;
+            }
+        }
+    }
+    sums.iter().sum()
 }

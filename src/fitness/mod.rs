@@ -1,6 +1,7 @@
 //! The quality that a partition of one layer loses.
 
 mod gram;
+mod product;
 mod weight_sharing;
 
 use std::fmt::Debug;

@@ -1,0 +1,164 @@
+//! Models as large as they come: writes the attention tensors of a made-up one, and measures a search in parts.
+//!
+//! ```sh
+//! cargo run --release --features cli --example scale -- write target/7b 7b      # 4.3 GB; 13b: 8.4 GB
+//! cargo run --release --features cli --example scale -- measure target/7b
+//! ```
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use half::bf16;
+use ndarray_rand::rand_distr::{Distribution, Normal};
+use qcqa::checkpoint::{Checkpoint, LayerRows};
+use qcqa::{
+    Budget, FitnessFn, Qcqa, Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError,
+    optimize_layers,
+};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use rayon::prelude::*;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Map, json};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+fn main() -> Outcome<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["write", out, "7b"] => write(Path::new(out), 32, 32, 128),
+        ["write", out, "13b"] => write(Path::new(out), 40, 40, 128),
+        ["measure", model] => measure(Path::new(model)),
+        _ => Err("usage: scale write DIR 7b|13b, or scale measure DIR".into()),
+    }
+}
+
+/// Writes Gaussian weights in bf16, a shard for each layer, so that one layer is in memory at a time.
+fn write(out: &Path, layers: usize, heads: usize, head_dim: usize) -> Outcome<()> {
+    let hidden = heads * head_dim;
+    let bytes = (layers * 4 * hidden * hidden * 2) as u64;
+    fs::create_dir(out)?;
+    let free = fs4::available_space(out)?;
+    if free < bytes + (1 << 30) {
+        fs::remove_dir(out)?;
+        return Err(format!("{bytes} bytes and a gigabyte to spare are needed, {free} are free").into());
+    }
+    let mut weight_map = Map::new();
+    for layer in 0..layers {
+        let weights: Vec<(String, Vec<u8>)> = ["k", "o", "q", "v"]
+            .into_par_iter()
+            .enumerate()
+            .map(|(i, part)| {
+                let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + i) as u64);
+                let normal = Normal::new(0.0f32, 0.02).expect("a positive deviation");
+                let number = |_| bf16::from_f32(normal.sample(&mut rng)).to_le_bytes();
+                let name = format!("model.layers.{layer}.self_attn.{part}_proj.weight");
+                (name, (0..hidden * hidden).flat_map(number).collect())
+            })
+            .collect();
+        let file = format!("model-{:05}-of-{layers:05}.safetensors", layer + 1);
+        let mut views = Vec::new();
+        for (name, bytes) in &weights {
+            weight_map.insert(name.clone(), json!(file));
+            views.push((name.clone(), TensorView::new(Dtype::BF16, vec![hidden, hidden], bytes)?));
+        }
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        safetensors::serialize_to_file(views, Some(metadata), &out.join(&file))?;
+        eprintln!("{file}");
+    }
+    let index = json!({ "metadata": { "total_size": bytes }, "weight_map": weight_map });
+    fs::write(out.join("model.safetensors.index.json"), index.to_string())?;
+    let config = json!({
+        "model_type": "llama", "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "num_hidden_layers": layers, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    });
+    fs::write(out.join("config.json"), config.to_string())?;
+    Ok(())
+}
+
+/// Times a search part by part, each round beside a bare read of the same bytes: medians of the rounds.
+fn measure(model: &Path) -> Outcome<()> {
+    const ROUNDS: usize = 7;
+    let names = [
+        "bare read",
+        "open, fingerprint",
+        "distances",
+        "search",
+        "allocation, plan",
+        "all but the bare read",
+    ];
+    let mut times: Vec<Vec<Duration>> = names.iter().map(|_| Vec::new()).collect();
+    let mut bytes = 0;
+    // The first round warms the page cache and does not count.
+    for round in 0..=ROUNDS {
+        let mut laps = Vec::new();
+        let mut last = Instant::now();
+        let mut lap = |laps: &mut Vec<Duration>| {
+            laps.push(last.elapsed());
+            last = Instant::now();
+        };
+        let mapped = Checkpoint::open(model)?;
+        let layers = mapped.config().n_layers;
+        let rows = (0..layers).map(|i| mapped.rows(i)).collect::<Result<Vec<_>, _>>()?;
+        lap(&mut Vec::new());
+        bytes = rows.iter().map(bare_read).sum::<usize>();
+        lap(&mut laps);
+
+        let checkpoint = Checkpoint::open(model)?;
+        let source = checkpoint.source()?;
+        lap(&mut laps);
+        let distances = |i| Ok(WeightSharingError::new(&checkpoint.rows(i)?)?);
+        let fitness = (0..layers).map(distances).collect::<Outcome<Vec<_>>>()?;
+        lap(&mut laps);
+        let fitness: Vec<&dyn FitnessFn> = fitness.iter().map(|f| f as &dyn FitnessFn).collect();
+        let ward = Ward::default();
+        let fronts = optimize_layers(&ward, &fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+        lap(&mut laps);
+        let qcqa = Qcqa::new(Search::Optimizer(&ward), &UniformAllocation);
+        let plan = qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(0))?;
+        lap(&mut laps);
+        assert_eq!(plan.layers.len(), layers);
+        laps.push(laps[1..].iter().sum());
+        if round > 0 {
+            times.iter_mut().zip(laps).for_each(|(times, lap)| times.push(lap));
+        }
+    }
+    let median = |times: &mut Vec<Duration>| {
+        times.sort();
+        times[times.len() / 2].as_secs_f64()
+    };
+    let medians: Vec<f64> = times.iter_mut().map(median).collect();
+    println!("{:.2} GB of keys and values, {} threads", bytes as f64 / 1e9, rayon::current_num_threads());
+    for (name, time) in names.iter().zip(&medians) {
+        println!("{name:22} {:8.1} ms  {:5.1} x bare read", 1e3 * time, time / medians[0]);
+    }
+    if let Ok(status) = fs::read_to_string("/proc/self/status") {
+        // VmHWM counts mapped file pages, too; RssAnon is what was allocated.
+        status
+            .lines()
+            .filter(|l| l.starts_with("VmHWM") || l.starts_with("RssAnon"))
+            .for_each(|l| println!("{l}"));
+    }
+    Ok(())
+}
+
+/// Touches every stored byte of a layer's keys and values, on all threads; returns their number.
+fn bare_read(rows: &LayerRows<'_>) -> usize {
+    let sum = |bytes: &[u8]| {
+        let mut lanes = [0u64; 16];
+        for words in bytes.chunks_exact(128) {
+            for (lane, word) in lanes.iter_mut().zip(words.chunks_exact(8)) {
+                *lane ^= u64::from_le_bytes(word.try_into().expect("eight bytes"));
+            }
+        }
+        lanes.iter().fold(0, |a, b| a ^ b)
+    };
+    for bytes in rows.stored() {
+        std::hint::black_box(bytes.par_chunks(1 << 20).map(sum).reduce(|| 0, |a, b| a ^ b));
+    }
+    rows.stored().map(<[u8]>::len).sum()
+}
