@@ -126,7 +126,7 @@ fn a_model_does_not_diverge_from_itself() {
 fn evaluation_repeats_itself() {
     let checkpoint = novels();
     let model = Model::load(&checkpoint).unwrap();
-    let windows = windows(&checkpoint, &model, &evaluation_text()).first(12);
+    let windows = windows(&checkpoint, &model, &evaluation_text()).first(20);
     let seen = Mutex::new(Vec::new());
     let watch = |p: &Progress<'_>| {
         seen.lock().unwrap().push((p.stage.to_string(), p.done, p.total));
@@ -139,7 +139,7 @@ fn evaluation_repeats_itself() {
     let watched = evaluate(&model, &windows, Run::new(0).with_observer(&watch)).unwrap();
     assert_eq!(watched.loss, evaluate_on(1));
     assert_eq!(watched.loss, evaluate_on(3));
-    let expected = [0, 8, 12].map(|done| ("evaluate".to_string(), done, 12));
+    let expected = [0, 16, 20].map(|done| ("evaluate".to_string(), done, 20));
     assert_eq!(*seen.lock().unwrap(), expected);
 
     let stop = |p: &Progress<'_>| if p.done > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };

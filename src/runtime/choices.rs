@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::evaluate::{Scored, logits};
+use super::evaluate::Scored;
 use super::text::read_text;
 use super::{Model, RuntimeError, Vocabulary};
 use crate::Run;
@@ -116,8 +116,8 @@ fn log_likelihood(
     let dropped = tokens.len().saturating_sub(model.positions());
     tokens.drain(..dropped);
     let start = start.saturating_sub(dropped).max(1);
-    let rows: Vec<Vec<f32>> = logits(model, &tokens, 1)?.to_vec2()?;
-    let places = rows.iter().zip(&tokens[1..]).skip(start - 1);
+    let logits = model.rows(&tokens, 1)?.concat();
+    let places = logits.chunks_exact(model.vocabulary()).zip(&tokens[1..]).skip(start - 1);
     let sum: f64 = places.map(|(row, &t)| f64::from(row[t as usize]) - Scored::of(row).log_sum).sum();
     if !sum.is_finite() {
         return Err(RuntimeError::NotFinite { what: "the likelihood of a choice".to_string() });

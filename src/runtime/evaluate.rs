@@ -1,6 +1,5 @@
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::{Model, RuntimeError, Windows};
@@ -104,7 +103,7 @@ impl Tally {
     /// The logits of a batch, row after row; the clock runs.
     fn logits(&mut self, model: &Model, tokens: &[u32], rows: usize) -> Result<Vec<f32>, RuntimeError> {
         let start = Instant::now();
-        let logits = logits(model, tokens, rows)?.flatten_all()?.to_vec1()?;
+        let logits = model.rows(tokens, rows)?.concat();
         self.time += start.elapsed();
         self.read += tokens.len() as u64;
         self.windows += rows as u64;
@@ -165,16 +164,6 @@ impl Tally {
     }
 }
 
-/// Logits (rows · T, vocabulary) of rows of equal length.
-pub(super) fn logits(model: &Model, tokens: &[u32], rows: usize) -> Result<Tensor, RuntimeError> {
-    let pass = model.pass(rows, tokens.len() / rows, 0)?;
-    let mut x = model.embed(tokens)?;
-    for i in 0..model.n_layers() {
-        x = model.layer(i, &x, &pass, None)?;
-    }
-    model.head(&x)
-}
-
 /// What is needed of the logits of one place.
 pub(super) struct Scored {
     /// `ln Σ exp(logit)`, summed in f64.
@@ -195,8 +184,8 @@ impl Scored {
 }
 
 /// Sum and number of the negative log-likelihoods of tokens 2… of each window.
-pub(super) fn loss(logits: &Tensor, tokens: &[u32], window: usize) -> Result<(f64, u64), RuntimeError> {
+pub(super) fn loss(logits: &[f32], tokens: &[u32], window: usize) -> (f64, u64) {
     let mut tally = Tally::default();
-    tally.add(tokens, &logits.flatten_all()?.to_vec1::<f32>()?, None, window);
-    Ok((tally.loss, tally.tokens))
+    tally.add(tokens, logits, None, window);
+    (tally.loss, tally.tokens)
 }

@@ -2,6 +2,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::{rms_norm, swiglu};
 use half::{bf16, f16};
 use ndarray::{Array3, ArrayView2};
+use rayon::prelude::*;
 
 use super::attention::{Attention, KvCache, Pass};
 use super::load::{Settings, Weights};
@@ -14,7 +15,7 @@ use crate::{KvPooler, LayerHeads, Partition, Plan, PooledLayer, Projection, Rota
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
 /// Tokens computed at once, and numbers of logits held at once.
-const BATCH_TOKENS: usize = 2048;
+const BATCH_TOKENS: usize = 4096;
 const BATCH_LOGITS: usize = 1 << 25;
 
 /// A Llama-family model that can be run: f32, on the CPU.
@@ -173,7 +174,33 @@ impl Model {
     /// # Errors
     /// [`RuntimeError::Positions`], [`RuntimeError::TokenOutOfRange`].
     pub fn logits(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
-        self.extend(&mut KvCache::default(), tokens)
+        let (batch, len) = tokens.dim();
+        let flat: Vec<u32> = tokens.iter().copied().collect();
+        let logits = self.rows(&flat, batch)?.concat();
+        self.shaped(logits, batch, len)
+    }
+
+    /// Logits of rows of equal length, each on its own: its tensors stay small, and rows share out over the
+    /// threads. (T · vocabulary) for each row.
+    pub(super) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Vec<f32>>, RuntimeError> {
+        let len = tokens.len().checked_div(rows).unwrap_or(0);
+        let pass = self.pass(1, len, 0)?;
+        let logits = |tokens: &[u32]| self.logits_from(0, &self.embed(tokens)?, &pass);
+        tokens.par_chunks_exact(len).map(logits).collect()
+    }
+
+    /// Logits (N · vocabulary) of what enters layer `from`, (N, d).
+    pub(super) fn logits_from(&self, from: usize, x: &Tensor, pass: &Pass) -> Result<Vec<f32>, RuntimeError> {
+        let mut x = x.clone();
+        for i in from..self.layers.len() {
+            x = self.layer(i, &x, pass, None)?;
+        }
+        Ok(self.head(&x)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn shaped(&self, logits: Vec<f32>, batch: usize, len: usize) -> Result<Array3<f32>, RuntimeError> {
+        let shape = (batch, len, self.vocabulary());
+        Ok(Array3::from_shape_vec(shape, logits).map_err(crate::Error::plugin)?)
     }
 
     /// Logits (B, T, vocabulary) of T more tokens of each of B rows, after those that `cache` holds; theirs are
@@ -195,19 +222,16 @@ impl Model {
             x = self.layer(i, &x, &pass, Some(past))?;
         }
         cache.tokens += len;
-        let logits = self.head(&x)?.flatten_all()?.to_vec1()?;
-        let shape = (batch, len, self.vocabulary());
-        Ok(Array3::from_shape_vec(shape, logits).map_err(crate::Error::plugin)?)
+        self.shaped(self.head(&x)?.flatten_all()?.to_vec1()?, batch, len)
     }
 
-    /// The input of every layer's attention, after its norm, (B·T, d), in the order of layers.
+    /// The input of every layer's attention, after its norm, (T, d), in the order of layers.
     pub(super) fn attention_inputs(
         &self,
         tokens: &[u32],
-        batch: usize,
         mut take: impl FnMut(usize, Tensor) -> Result<(), RuntimeError>,
     ) -> Result<(), RuntimeError> {
-        let pass = self.pass(batch, tokens.len() / batch, 0)?;
+        let pass = self.pass(1, tokens.len(), 0)?;
         let mut x = self.embed(tokens)?;
         for (i, layer) in self.layers.iter().enumerate() {
             take(i, rms_norm(&x, &layer.attention_norm, self.settings.epsilon)?)?;
@@ -219,7 +243,7 @@ impl Model {
         Ok(())
     }
 
-    /// Windows computed at once: as many as keep the cores busy and the memory small.
+    /// Windows held at once: as many as keep the cores busy and the memory small.
     pub(super) fn batch(&self, windows: &Windows) -> usize {
         let by_logits = BATCH_LOGITS / self.vocabulary().max(1) / windows.length();
         (BATCH_TOKENS / windows.length()).min(by_logits).max(1)

@@ -32,18 +32,16 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// Measures them on a text, batch by batch; products and sums in f64. Progress is stage `"calibrate"`.
+    /// Measures them on a text, window by window; products and sums in f64. Progress is stage `"calibrate"`.
     ///
     /// # Errors
     /// As [`evaluate`](super::evaluate()).
     pub fn measure(model: &Model, windows: &Windows, run: crate::Run<'_>) -> Result<Self, RuntimeError> {
         let total = windows.count() as u64;
         let mut sums: Vec<Option<Tensor>> = vec![None; model.n_layers()];
-        let mut done = 0;
-        run.step("calibrate", done, total)?;
-        for tokens in windows.batches(model.batch(windows)) {
-            let rows = tokens.len() / windows.length();
-            model.attention_inputs(tokens, rows, |i, x| {
+        for (done, tokens) in windows.batches(1).enumerate() {
+            run.step("calibrate", done as u64, total)?;
+            model.attention_inputs(tokens, |i, x| {
                 let x = x.to_dtype(DType::F64)?;
                 let ones = Tensor::ones((x.dim(0)?, 1), DType::F64, x.device())?;
                 let x = Tensor::cat(&[&x, &ones], 1)?;
@@ -55,9 +53,8 @@ impl Moments {
                 sums[i] = Some(sum);
                 Ok(())
             })?;
-            done += rows as u64;
-            run.step("calibrate", done, total)?;
         }
+        run.step("calibrate", total, total)?;
         let (tokens, size) = (windows.tokens().len(), model.source().hidden + 1);
         let layers = sums.into_iter().flatten().enumerate().map(|(i, sum)| {
             let sum: Vec<f64> = sum.flatten_all()?.to_vec1()?;

@@ -2,6 +2,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -45,32 +46,28 @@ impl Sensitivity {
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
         let key = Self::key(source, fronts, pooler, windows)?;
-        let (n_layers, length) = (source.n_layers(), windows.length());
+        let length = windows.length();
         let total = 1 + fronts.iter().map(|front| measured(front).count() as u64).sum::<u64>();
-        let batches: Vec<&[u32]> = windows.batches(source.batch(windows)).collect();
-        let pass = |tokens: &[u32]| source.pass(tokens.len() / length, length, 0);
-        // The mean loss of a model from layer `from` on, of which `inputs` enter that layer.
+        let pass = source.pass(1, length, 0)?;
+        let texts: Vec<&[u32]> = windows.batches(1).collect();
+        // The mean loss of a model from layer `from` on; `inputs` are what enters that layer, (T, d) a window.
         let loss_from = |model: &Model, from: usize, inputs: &[Tensor]| -> Result<f64, RuntimeError> {
-            let (mut sum, mut n) = (0.0, 0);
-            for (x, tokens) in inputs.iter().zip(&batches) {
-                let (pass, mut x) = (pass(tokens)?, x.clone());
-                for i in from..n_layers {
-                    x = model.layer(i, &x, &pass, None)?;
-                }
-                let (batch_sum, batch_n) = loss(&model.head(&x)?, tokens, length)?;
-                sum += batch_sum;
-                n += batch_n;
-            }
+            let losses = inputs
+                .par_iter()
+                .zip(&texts)
+                .map(|(x, tokens)| Ok(loss(&model.logits_from(from, x, &pass)?, tokens, length)));
+            let losses: Vec<(f64, u64)> = losses.collect::<Result<_, RuntimeError>>()?;
+            let (sum, n) = losses.iter().fold((0.0, 0), |(sum, all), (loss, n)| (sum + loss, all + n));
             let mean = sum / n as f64;
             let what = || format!("the loss with layer {from} grouped");
             if mean.is_finite() { Ok(mean) } else { Err(RuntimeError::NotFinite { what: what() }) }
         };
         run.step("sensitivity", 0, total)?;
-        let mut inputs = batches.iter().map(|tokens| source.embed(tokens)).collect::<Result<Vec<_>, _>>()?;
+        let mut inputs = texts.iter().map(|tokens| source.embed(tokens)).collect::<Result<Vec<_>, _>>()?;
         let before = loss_from(source, 0, &inputs)?;
         let mut done = 1;
         run.step("sensitivity", done, total)?;
-        let mut layers = Vec::with_capacity(n_layers);
+        let mut layers = Vec::with_capacity(fronts.len());
         for (i, front) in fronts.iter().enumerate() {
             let heads = heads(i)?;
             let mut rises = Vec::new();
@@ -81,9 +78,8 @@ impl Sensitivity {
                 run.step("sensitivity", done, total)?;
             }
             layers.push(rises);
-            for (x, tokens) in inputs.iter_mut().zip(&batches) {
-                *x = source.layer(i, x, &pass(tokens)?, None)?;
-            }
+            let outputs = inputs.par_iter().map(|x| source.layer(i, x, &pass, None));
+            inputs = outputs.collect::<Result<_, _>>()?;
         }
         Ok(Self { key, heads: source.source().kv_heads, layers })
     }
