@@ -1,10 +1,10 @@
 //! Attention on the KV heads that are there: query heads are ordered group by group, so that nothing is copied
 //! back to the heads of a group.
 
-use candle_core::{D, Device, Tensor};
-use candle_nn::ops::softmax_last_dim;
+use candle_core::{Device, Tensor};
 use ndarray::Array3;
 
+use super::kernels::CausalSoftmax;
 use super::rope::Rope;
 use crate::{LayerHeads, Partition, PooledLayer, Projection};
 
@@ -60,8 +60,7 @@ pub(super) struct Pass {
     /// New tokens of each row.
     pub(super) len: usize,
     pub(super) rope: Rope,
-    /// 0 where a new token (T) may look at a token (S), −∞ where not; `None` when it may look at all.
-    pub(super) mask: Option<Tensor>,
+    pub(super) softmax: CausalSoftmax,
 }
 
 impl Attention {
@@ -191,13 +190,10 @@ impl Attention {
         let (keys, values) = (own(keys)?.contiguous()?, own(values)?.contiguous()?);
         let rows = heads / groups * len;
         let query = query.contiguous()?.reshape((batch, groups, rows, h))?;
-        let mut scores = query.matmul(&keys.t()?)?;
-        let seen = scores.dim(D::Minus1)?;
-        if let Some(mask) = &pass.mask {
-            scores = scores.reshape((batch, heads, len, seen))?.broadcast_add(mask)?;
-        }
-        let weights = softmax_last_dim(&scores)?.reshape((batch, groups, rows, seen))?;
-        weights.matmul(&values)?.reshape((batch, heads, len, h))
+        // (B, groups, r·T, S), where row i belongs to token i mod T.
+        let scores = query.matmul(&keys.t()?)?;
+        scores.inplace_op1(&pass.softmax)?;
+        scores.matmul(&values)?.reshape((batch, heads, len, h))
     }
 }
 

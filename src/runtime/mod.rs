@@ -32,6 +32,7 @@ mod attention;
 mod choices;
 mod error;
 mod evaluate;
+mod kernels;
 mod load;
 mod model;
 mod moments;

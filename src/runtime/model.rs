@@ -1,10 +1,11 @@
 use candle_core::{DType, Device, Tensor};
-use candle_nn::ops::{rms_norm, swiglu};
+use candle_nn::ops::rms_norm;
 use half::{bf16, f16};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
 use super::attention::{Attention, KvCache, Pass};
+use super::kernels::{CausalSoftmax, SwiGlu};
 use super::load::{Settings, Weights};
 use super::rope::Rope;
 use super::text::within;
@@ -259,15 +260,7 @@ impl Model {
         let rotation = self.layers.first().map_or(Rotation::None, |layer| layer.rotation);
         let rope = Rope::new(rotation, self.theta, start, len)?;
         let reach = self.settings.sliding_window.unwrap_or(usize::MAX);
-        let seen = start + len;
-        let masked = len > 1 || seen > reach;
-        let mask = masked.then(|| {
-            let rows = (start..seen).flat_map(|t| {
-                (0..seen).map(move |s| if s <= t && t - s < reach { 0.0 } else { f32::NEG_INFINITY })
-            });
-            Tensor::from_vec(rows.collect(), (len, seen), &Device::Cpu)
-        });
-        Ok(Pass { batch, len, rope, mask: mask.transpose()? })
+        Ok(Pass { batch, len, rope, softmax: CausalSoftmax { len, start, reach } })
     }
 
     /// Tokens (N) → (N, d).
@@ -289,7 +282,7 @@ impl Model {
         let attended = layer.attention.forward(&rms_norm(x, &layer.attention_norm, epsilon)?, pass, past)?;
         let x = (x + attended)?;
         let gated = linear(&rms_norm(&x, &layer.mlp_norm, epsilon)?, &layer.gate_up, &layer.gate_up_bias)?;
-        Ok((x + linear(&swiglu(&gated)?, &layer.down, &layer.down_bias)?)?)
+        Ok((x + linear(&gated.apply_op1_no_bwd(&SwiGlu)?, &layer.down, &layer.down_bias)?)?)
     }
 
     /// (N, d) → logits (N, vocabulary).
