@@ -145,6 +145,9 @@ pub enum Error {
         /// Index of the layer.
         layer: usize,
     },
+    /// A calibrated computation on a layer that carries no input moment.
+    #[error("the layer carries no input moment; calibrate the model, or use the uncalibrated form")]
+    NoMoment,
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
     #[error(
         "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"

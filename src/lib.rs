@@ -98,6 +98,9 @@ mod pipeline;
 mod plan;
 mod pooler;
 mod run;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub mod runtime;
 
 pub use ndarray;
 

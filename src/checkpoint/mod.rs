@@ -47,3 +47,6 @@ pub use read::Checkpoint;
 pub use rows::LayerRows;
 pub use targets::{Expanded, Layout, Stock, Target};
 pub use write::{Report, WriteOptions, convert};
+
+#[cfg(feature = "runtime")]
+pub(crate) use {output::write_whole, write::same_source};

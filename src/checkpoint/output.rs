@@ -1,13 +1,13 @@
 //! The place to write to: nothing there is lost, and the new model appears whole or not at all.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::CheckpointError;
 use super::read::CONFIG;
+use super::{CheckpointError, WriteOptions};
 
 /// A place that has been found fit to be written to.
 #[derive(Debug)]
@@ -186,6 +186,42 @@ pub(super) fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
         File::open(path).and_then(|d| d.sync_all()).map_err(|e| CheckpointError::io("sync", path, e))?;
     }
     Ok(())
+}
+
+/// Writes a file, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
+///
+/// # Errors
+/// [`CheckpointError::OutputExists`] unless `force` is set, [`CheckpointError::Io`].
+pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), CheckpointError> {
+    if !options.force && path.symlink_metadata().is_ok() {
+        return Err(CheckpointError::OutputExists { path: path.to_path_buf() });
+    }
+    let failed = |source| CheckpointError::io("write", path, source);
+    let parent = parent_of(path);
+    if options.dry_run {
+        let directory = parent.metadata().map_err(failed)?;
+        return if directory.is_dir() { Ok(()) } else { Err(failed(io::ErrorKind::NotADirectory.into())) };
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qcqa.");
+    #[cfg(unix)]
+    {
+        // As any new file: the process's umask applies.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder.tempfile_in(parent).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    if options.force {
+        file.persist(path).map_err(|e| failed(e.error))?;
+    } else {
+        file.persist_noclobber(path).map_err(|e| match e.error.kind() {
+            io::ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: path.to_path_buf() },
+            _ => failed(e.error),
+        })?;
+    }
+    sync_directory(parent)
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
-use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 use serde::Deserialize;
 
-use super::output::{parent_of, sync_directory};
+use super::output::write_whole;
 use super::shards::read_bounded;
 use super::{CheckpointError, WriteOptions};
 use crate::{Error, Plan};
@@ -36,43 +35,15 @@ pub fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
     Ok(plan)
 }
 
-/// Writes a plan, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
+/// Writes a plan, whole or not at all. A dry run only checks.
 ///
 /// # Errors
 /// [`CheckpointError::OutputExists`] unless `force` is set, [`CheckpointError::Plan`] for a plan that contradicts
 /// itself, [`CheckpointError::Io`].
 pub fn write_plan(path: &Path, plan: &Plan, options: WriteOptions) -> Result<(), CheckpointError> {
     plan.check().map_err(|source| CheckpointError::Plan { path: path.to_path_buf(), source })?;
-    if !options.force && path.symlink_metadata().is_ok() {
-        return Err(CheckpointError::OutputExists { path: path.to_path_buf() });
-    }
     let mut text = serde_json::to_vec_pretty(plan)
         .map_err(|source| CheckpointError::Json { path: path.to_path_buf(), source })?;
     text.push(b'\n');
-    let failed = |source| CheckpointError::io("write", path, source);
-    let parent = parent_of(path);
-    if options.dry_run {
-        let directory = parent.metadata().map_err(failed)?;
-        return if directory.is_dir() { Ok(()) } else { Err(failed(ErrorKind::NotADirectory.into())) };
-    }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".plan.");
-    #[cfg(unix)]
-    {
-        // As any new file: the process's umask applies.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(parent).map_err(failed)?;
-    file.write_all(&text).map_err(failed)?;
-    file.as_file().sync_all().map_err(failed)?;
-    if options.force {
-        file.persist(path).map_err(|e| failed(e.error))?;
-    } else {
-        file.persist_noclobber(path).map_err(|e| match e.error.kind() {
-            ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: path.to_path_buf() },
-            _ => failed(e.error),
-        })?;
-    }
-    sync_directory(parent)
+    write_whole(path, &text, options)
 }

@@ -102,7 +102,7 @@ pub fn convert(
 }
 
 /// Checks that the plan was made for this checkpoint; the message names the field that differs.
-fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), CheckpointError> {
+pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), CheckpointError> {
     let (planned, found) = (&plan.source, source.source()?);
     let print = |fingerprint: &Option<String>| fingerprint.clone().unwrap_or_else(|| "none".to_string());
     let fields = [

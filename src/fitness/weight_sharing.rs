@@ -2,7 +2,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::gram::{HeadRows, squared_distances};
 use super::{FitnessFn, SeparableFitness};
-use crate::{Error, Partition, Result};
+use crate::{Error, LayerHeads, Partition, Projection, Result};
 
 /// The weight-sharing error of the paper (arXiv 2406.10247):
 /// `WSE(P) = Σ_g Σ_{i∈g} ‖K_i − K̄_g‖² + ‖V_i − V̄_g‖²`, with `K̄_g`, `V̄_g` the group means.
@@ -17,12 +17,43 @@ pub struct WeightSharingError {
 }
 
 impl WeightSharingError {
-    /// The WSE of a layer, from its [`LayerHeads`](crate::LayerHeads) or any other rows.
+    /// The WSE of a layer, from its [`LayerHeads`] or any other rows.
     ///
     /// # Errors
     /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32; [`Error::HeadCount`].
     pub fn new(rows: &dyn HeadRows) -> Result<Self> {
         let (distances, energy) = squared_distances(rows)?;
+        Self::from_distances(distances, energy)
+    }
+
+    /// The same error on calibration data: of what the heads compute instead of what they are,
+    /// `Σ_g Σ_{i∈g} E‖(K_i − K̄_g) x‖² + E‖(V_i − V̄_g) x‖²` over the layer's inputs x.
+    ///
+    /// With the input moment `C̃` of the layer, `D_ij = tr((K_i − K_j) C̃ (K_i − K_j)ᵀ)` and the same for values;
+    /// f64 throughout. Unit: squared keys and values.
+    ///
+    /// # Errors
+    /// [`Error::NoMoment`] when the layer carries none; [`Error::NotFinite`] when that is no second moment: some
+    /// squared distance would be negative.
+    pub fn calibrated(heads: &LayerHeads) -> Result<Self> {
+        let moment = heads.moment().ok_or(Error::NoMoment)?;
+        let n = heads.n_heads();
+        let mut gram = Array2::<f64>::zeros((n, n));
+        for projection in [heads.key(), heads.value()] {
+            let rows = with_bias_column(projection);
+            let weighted = rows.dot(&**moment);
+            let of_heads = |rows: &Array2<f64>| rows.to_shape((n, rows.len() / n)).map(|r| r.into_owned());
+            let (rows, weighted) = (of_heads(&rows), of_heads(&weighted));
+            gram += &weighted.map_err(Error::plugin)?.dot(&rows.map_err(Error::plugin)?.t());
+        }
+        let energy = gram.diag().sum();
+        let distance = |(i, j): (usize, usize)| {
+            let distance = gram[[i, i]] + gram[[j, j]] - gram[[i, j]] - gram[[j, i]];
+            // Equal heads may differ by a rounding, which grows with their energy.
+            let rounding = 1e-12 * (gram[[i, i]].abs() + gram[[j, j]].abs());
+            if i == j || distance.abs() <= rounding { 0.0 } else { distance }
+        };
+        let distances = Array2::from_shape_fn((n, n), |(i, j)| distance((i.min(j), i.max(j))));
         Self::from_distances(distances, energy)
     }
 
@@ -75,6 +106,20 @@ impl WeightSharingError {
     pub fn distances(&self) -> ArrayView2<'_, f64> {
         self.distances.view()
     }
+}
+
+/// The rows of all heads, (n·h, d+1), the bias as last column: 0 where there is none.
+fn with_bias_column(projection: &Projection) -> Array2<f64> {
+    let (h, d) = (projection.head_dim(), projection.inputs());
+    let (weight, bias) = (projection.weight(), projection.bias());
+    Array2::from_shape_fn((projection.n_heads() * h, d + 1), |(row, column)| {
+        let (head, row) = (row / h, row % h);
+        f64::from(match &bias {
+            _ if column < d => weight[[head, row, column]],
+            Some(bias) => bias[[head, row]],
+            None => 0.0,
+        })
+    })
 }
 
 impl FitnessFn for WeightSharingError {

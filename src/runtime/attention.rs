@@ -1,0 +1,219 @@
+//! Attention on the KV heads that are there: query heads are ordered group by group, so that nothing is copied
+//! back to the heads of a group.
+
+use candle_core::{Device, Tensor};
+use ndarray::Array3;
+
+use super::kernels::CausalSoftmax;
+use super::rope::Rope;
+use crate::{LayerHeads, Partition, PooledLayer, Projection};
+
+/// Groups of equally many query heads, side by side: one batched product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Block {
+    groups: usize,
+    /// Query heads of each group.
+    queries: usize,
+}
+
+/// The attention of one layer.
+#[derive(Debug, Clone)]
+pub(super) struct Attention {
+    /// Query heads (divided by √h), then key heads, then value heads: ((n_q + 2k)·h, d).
+    qkv: Tensor,
+    bias: Option<Tensor>,
+    /// (d, n_q·h).
+    output: Tensor,
+    output_bias: Option<Tensor>,
+    blocks: Vec<Block>,
+    query_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+/// The keys and values of the tokens that a model has read, for each layer as many heads as it has groups.
+#[derive(Debug, Clone, Default)]
+pub struct KvCache {
+    /// Keys and values of each layer, (B, k, T, h).
+    pub(super) layers: Vec<Option<(Tensor, Tensor)>>,
+    pub(super) tokens: usize,
+}
+
+impl KvCache {
+    /// Tokens read so far, of each row of the batch.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        let tensors = self.layers.iter().flatten().flat_map(|(k, v)| [k, v]);
+        tensors.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+    }
+}
+
+/// What all layers of one forward pass share.
+#[derive(Debug)]
+pub(super) struct Pass {
+    /// Rows.
+    pub(super) batch: usize,
+    /// New tokens of each row.
+    pub(super) len: usize,
+    pub(super) rope: Rope,
+    pub(super) softmax: CausalSoftmax,
+}
+
+impl Attention {
+    /// The attention of a layer, as it is or with shared heads. `output_bias` is (d).
+    pub(super) fn new(
+        heads: &LayerHeads,
+        shared: Option<(&PooledLayer, &Partition)>,
+        output_bias: Option<Tensor>,
+    ) -> crate::Result<Self> {
+        let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
+        let mut groups: Vec<(usize, Vec<usize>)> = match shared {
+            Some((_, partition)) => partition.groups().into_iter().enumerate().collect(),
+            None => (0..n_heads).map(|head| (head, vec![head])).collect(),
+        };
+        groups.sort_by_key(|(_, members)| members.len());
+        let mut blocks: Vec<Block> = Vec::new();
+        for (_, members) in &groups {
+            let queries = members.len() * queries;
+            match blocks.last_mut().filter(|b| b.queries == queries) {
+                Some(block) => block.groups += 1,
+                None => blocks.push(Block { groups: 1, queries }),
+            }
+        }
+        let query_order: Vec<usize> = (groups.iter().flat_map(|(_, members)| members))
+            .flat_map(|head| head * queries..(head + 1) * queries)
+            .collect();
+        let kv_order: Vec<usize> = groups.iter().map(|&(group, _)| group).collect();
+
+        let missing = || crate::Error::shape("query projection", &[n_heads * queries], &[0]);
+        let pooled = shared.map(|(pooled, _)| pooled);
+        let query = pooled.and_then(|p| p.query.as_ref()).or(heads.query()).ok_or_else(missing)?;
+        let output = match pooled.and_then(|p| p.output.as_ref()) {
+            Some(output) => output.view(),
+            None => heads.output().ok_or_else(missing)?,
+        };
+        let (key, value) = pooled.map_or((heads.key(), heads.value()), |p| (&p.key, &p.value));
+        let (head_dim, inputs) = (key.head_dim(), key.inputs());
+        let scale = (head_dim as f64).sqrt().recip();
+
+        let parts = [(query, &query_order, scale), (key, &kv_order, 1.0), (value, &kv_order, 1.0)];
+        let rows = |bias: bool| -> Vec<f32> {
+            parts.iter().flat_map(|&(p, order, scale)| scaled_rows(p, bias, order, scale)).collect()
+        };
+        let tensor_error = |e: candle_core::Error| crate::Error::plugin(e);
+        let all = (query_order.len() + 2 * kv_order.len()) * head_dim;
+        let qkv = Tensor::from_vec(rows(false), (all, inputs), &Device::Cpu).map_err(tensor_error)?;
+        let any_bias = parts.iter().any(|(p, ..)| p.bias().is_some());
+        let bias = any_bias.then(|| Tensor::from_vec(rows(true), all, &Device::Cpu));
+        let outputs = output.dim().1;
+        // (n_q, d, h) → (d, n_q, h), in the order of the query heads.
+        let columns: Array3<f32> = output.select(ndarray::Axis(0), &query_order);
+        let columns: Vec<f32> = columns.permuted_axes([1, 0, 2]).iter().copied().collect();
+        let output = Tensor::from_vec(columns, (outputs, query_order.len() * head_dim), &Device::Cpu);
+        Ok(Self {
+            qkv,
+            bias: bias.transpose().map_err(tensor_error)?,
+            output: output.map_err(tensor_error)?,
+            output_bias,
+            blocks,
+            query_heads: query_order.len(),
+            kv_heads: kv_order.len(),
+            head_dim,
+        })
+    }
+
+    /// KV heads that are computed and kept, k.
+    pub(super) fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// The same bias for shared heads.
+    pub(super) fn output_bias(&self) -> Option<Tensor> {
+        self.output_bias.clone()
+    }
+
+    /// Inputs (B·T, d) → outputs (B·T, d).
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        pass: &Pass,
+        past: Option<&mut Option<(Tensor, Tensor)>>,
+    ) -> candle_core::Result<Tensor> {
+        let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
+        let mut all = x.matmul(&self.qkv.t()?)?;
+        if let Some(bias) = &self.bias {
+            all = all.broadcast_add(bias)?;
+        }
+        let all = all.reshape((pass.batch, pass.len, n_q + 2 * k, h))?.transpose(1, 2)?;
+        let turned = pass.rope.apply(&all.narrow(1, 0, n_q + k)?.contiguous()?)?;
+        let query = turned.narrow(1, 0, n_q)?;
+        let mut keys = turned.narrow(1, n_q, k)?.contiguous()?;
+        let mut values = all.narrow(1, n_q + k, k)?.contiguous()?;
+        if let Some(past) = past {
+            if let Some((old_keys, old_values)) = past.as_ref() {
+                keys = Tensor::cat(&[old_keys, &keys], 2)?;
+                values = Tensor::cat(&[old_values, &values], 2)?;
+            }
+            *past = Some((keys.clone(), values.clone()));
+        }
+        let (mut group, mut first, mut outputs) = (0, 0, Vec::with_capacity(self.blocks.len()));
+        for &Block { groups, queries } in &self.blocks {
+            let query = query.narrow(1, first, groups * queries)?;
+            outputs.push(self.attend(&query, &keys, &values, (group, groups), pass)?);
+            group += groups;
+            first += groups * queries;
+        }
+        let heads = if let [one] = &outputs[..] { one.clone() } else { Tensor::cat(&outputs, 1)? };
+        // (B, n_q, T, h) → (B·T, n_q·h).
+        let heads = heads.transpose(1, 2)?.contiguous()?.reshape((pass.batch * pass.len, n_q * h))?;
+        let output = heads.matmul(&self.output.t()?)?;
+        self.output_bias.as_ref().map_or(Ok(output.clone()), |bias| output.broadcast_add(bias))
+    }
+
+    /// Query heads (B, groups·r, T, h) of groups `first..first + groups` → what they read, the same shape. The
+    /// queries of a group are rows of one product with its keys.
+    fn attend(
+        &self,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        (first, groups): (usize, usize),
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let (batch, heads, len, h) = query.dims4()?;
+        let own =
+            |t: &Tensor| if groups == self.kv_heads { Ok(t.clone()) } else { t.narrow(1, first, groups) };
+        let (keys, values) = (own(keys)?.contiguous()?, own(values)?.contiguous()?);
+        let rows = heads / groups * len;
+        let query = query.contiguous()?.reshape((batch, groups, rows, h))?;
+        // (B, groups, r·T, S), where row i belongs to token i mod T.
+        let scores = query.matmul(&keys.t()?)?;
+        scores.inplace_op1(&pass.softmax)?;
+        scores.matmul(&values)?.reshape((batch, heads, len, h))
+    }
+}
+
+/// Weights or biases of the heads `order` of a projection, one after the other; 0 for a bias that is not there.
+fn scaled_rows<'a>(
+    projection: &'a Projection,
+    bias: bool,
+    order: &'a [usize],
+    scale: f64,
+) -> impl Iterator<Item = f32> + 'a {
+    let h = projection.head_dim();
+    let (rows, len) = match (bias, projection.bias_slice()) {
+        (false, _) => (projection.weight_slice(), h * projection.inputs()),
+        (true, Some(bias)) => (bias, h),
+        (true, None) => (&[][..], h),
+    };
+    order.iter().flat_map(move |&head| {
+        (head * len..(head + 1) * len).map(move |i| {
+            let value = rows.get(i).copied().unwrap_or(0.0);
+            if scale == 1.0 { value } else { (f64::from(value) * scale) as f32 }
+        })
+    })
+}

@@ -1,0 +1,215 @@
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use ndarray::Array2;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use super::{Model, RuntimeError, Windows};
+use crate::checkpoint::{WriteOptions, write_whole};
+use crate::{LayerHeads, Source};
+
+/// Tensor that holds the number of tokens.
+const TOKENS: &str = "tokens";
+/// Metadata key of the source's fingerprint.
+const FINGERPRINT: &str = "fingerprint";
+/// How far a stored moment may be from symmetric, as a share of √(C_ii C_jj).
+const ASYMMETRY: f64 = 1e-6;
+
+/// The second moment `E[x xᵀ]` of every layer's attention input x (after the input norm) with a constant 1
+/// appended, (d+1, d+1) each.
+///
+/// As a file: safetensors with an F64 tensor `layers.N` for each layer N and an I64 tensor `tokens` with the number of
+/// tokens; the metadata key `fingerprint` may name the model (docs/calibration.md).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Moments {
+    layers: Vec<Arc<Array2<f64>>>,
+    tokens: u64,
+    fingerprint: Option<String>,
+}
+
+impl Moments {
+    /// Measures them on a text, window by window; products and sums in f64. Progress is stage `"calibrate"`.
+    ///
+    /// # Errors
+    /// As [`evaluate`](super::evaluate()).
+    pub fn measure(model: &Model, windows: &Windows, run: crate::Run<'_>) -> Result<Self, RuntimeError> {
+        let total = windows.count() as u64;
+        let mut sums: Vec<Option<Tensor>> = vec![None; model.n_layers()];
+        for (done, tokens) in windows.batches(1).enumerate() {
+            run.step("calibrate", done as u64, total)?;
+            model.attention_inputs(tokens, |i, x| {
+                let x = x.to_dtype(DType::F64)?;
+                let ones = Tensor::ones((x.dim(0)?, 1), DType::F64, x.device())?;
+                let x = Tensor::cat(&[&x, &ones], 1)?;
+                let product = x.t()?.matmul(&x)?;
+                let sum = match sums[i].take() {
+                    Some(sum) => (sum + product)?,
+                    None => product,
+                };
+                sums[i] = Some(sum);
+                Ok(())
+            })?;
+        }
+        run.step("calibrate", total, total)?;
+        let (tokens, size) = (windows.tokens().len(), model.source().hidden + 1);
+        let layers = sums.into_iter().flatten().enumerate().map(|(i, sum)| {
+            let sum: Vec<f64> = sum.flatten_all()?.to_vec1()?;
+            let sum = Array2::from_shape_vec((size, size), sum).map_err(crate::Error::plugin)?;
+            if !sum.iter().all(|v| v.is_finite()) {
+                return Err(RuntimeError::NotFinite { what: format!("the attention input of layer {i}") });
+            }
+            Ok(Arc::new(symmetric(&sum) / tokens as f64))
+        });
+        let layers = layers.collect::<Result<_, RuntimeError>>()?;
+        Ok(Self { layers, tokens: tokens as u64, fingerprint: model.source().fingerprint.clone() })
+    }
+
+    /// Reads a file, made here or elsewhere, for the model `source`.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`]; [`RuntimeError::MomentsHeader`]; [`RuntimeError::MomentsTensor`] for a tensor that is
+    /// missing or of another type or shape; [`RuntimeError::MomentsValue`] for NaN, infinities, asymmetry, a negative
+    /// diagonal or a last entry other than 1; [`RuntimeError::MomentsModel`] for another number of layers, width or
+    /// fingerprint.
+    pub fn read(path: &Path, source: &Source) -> Result<Self, RuntimeError> {
+        let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
+        let header = |source| RuntimeError::MomentsHeader { path: path.to_path_buf(), source };
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
+        let fingerprint = metadata.metadata().as_ref().and_then(|m| m.get(FINGERPRINT).cloned());
+        if let (Some(found), Some(expected)) = (&fingerprint, &source.fingerprint) {
+            same("fingerprint", expected, found)?;
+        }
+        let tensors = SafeTensors::deserialize(&bytes).map_err(header)?;
+        let n_layers = tensors.names().iter().filter(|name| name.starts_with("layers.")).count();
+        same("number of layers", &source.layers, &n_layers)?;
+        let tokens = tokens_of(path, &tensors)?;
+        let layers = (0..n_layers).map(|i| read_layer(path, &tensors, i, source.hidden).map(Arc::new));
+        Ok(Self { layers: layers.collect::<Result<_, _>>()?, tokens, fingerprint })
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutputExists`](crate::checkpoint::CheckpointError::OutputExists) unless `force`,
+    /// [`CheckpointError::Io`](crate::checkpoint::CheckpointError::Io).
+    pub fn write(&self, path: &Path, options: WriteOptions) -> Result<(), RuntimeError> {
+        let encode =
+            |moment: &Arc<Array2<f64>>| moment.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let data: Vec<_> = self.layers.iter().map(encode).collect();
+        let tokens = self.tokens.to_le_bytes();
+        let view = |dtype, shape, bytes| TensorView::new(dtype, shape, bytes);
+        let header = |source| RuntimeError::MomentsHeader { path: path.to_path_buf(), source };
+        let mut tensors = vec![(TOKENS.to_string(), view(Dtype::I64, vec![], &tokens).map_err(header)?)];
+        for (i, (bytes, moment)) in data.iter().zip(&self.layers).enumerate() {
+            let tensor = view(Dtype::F64, moment.shape().to_vec(), bytes).map_err(header)?;
+            tensors.push((name(i), tensor));
+        }
+        let metadata = self.fingerprint.clone().map(|f| HashMap::from([(FINGERPRINT.to_string(), f)]));
+        let bytes = safetensors::serialize(tensors, metadata).map_err(header)?;
+        Ok(write_whole(path, &bytes, options)?)
+    }
+
+    /// Number of layers, L.
+    pub fn n_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Tokens that the means were taken over.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    /// The moment of a layer, (d+1, d+1), symmetric.
+    pub fn layer(&self, i: usize) -> Option<&Arc<Array2<f64>>> {
+        self.layers.get(i)
+    }
+
+    /// Gives the heads of layer `i` their moment.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`](crate::Error::LayerCount) when there is no such layer,
+    /// [`Error::Shape`](crate::Error::Shape).
+    pub fn attach(&self, i: usize, heads: LayerHeads) -> crate::Result<LayerHeads> {
+        let missing = crate::Error::LayerCount { what: "moments", expected: i + 1, found: self.layers.len() };
+        heads.with_moment(Arc::clone(self.layers.get(i).ok_or(missing)?))
+    }
+}
+
+fn name(layer: usize) -> String {
+    format!("layers.{layer}")
+}
+
+fn same<T: PartialEq + ToString>(what: &'static str, expected: &T, found: &T) -> Result<(), RuntimeError> {
+    if expected == found {
+        return Ok(());
+    }
+    let (expected, found) = (expected.to_string(), found.to_string());
+    Err(RuntimeError::MomentsModel { what, expected, found })
+}
+
+fn tokens_of(path: &Path, tensors: &SafeTensors<'_>) -> Result<u64, RuntimeError> {
+    let broken = |found: String| RuntimeError::MomentsTensor {
+        path: path.to_path_buf(),
+        tensor: TOKENS.to_string(),
+        expected: "one I64 above 0".to_string(),
+        found,
+    };
+    let tensor = tensors.tensor(TOKENS).map_err(|_| broken("nothing".to_string()))?;
+    let bytes: Option<[u8; 8]> = tensor.data().try_into().ok().filter(|_| tensor.dtype() == Dtype::I64);
+    let Some(bytes) = bytes else { return Err(broken(format!("{} {:?}", tensor.dtype(), tensor.shape()))) };
+    let tokens = i64::from_le_bytes(bytes);
+    u64::try_from(tokens).ok().filter(|&n| n > 0).ok_or_else(|| broken(tokens.to_string()))
+}
+
+fn read_layer(
+    path: &Path,
+    tensors: &SafeTensors<'_>,
+    layer: usize,
+    hidden: usize,
+) -> Result<Array2<f64>, RuntimeError> {
+    let (path, tensor, size) = (path.to_path_buf(), name(layer), hidden + 1);
+    let broken = |found: String| {
+        let (path, tensor) = (path.clone(), tensor.clone());
+        RuntimeError::MomentsTensor { path, tensor, expected: format!("F64 [{size}, {size}]"), found }
+    };
+    let stored = tensors.tensor(&tensor).map_err(|_| broken("nothing".to_string()))?;
+    if let (&[n, m], Dtype::F64) = (stored.shape(), stored.dtype()) {
+        if n == m {
+            same("width (with the constant)", &size, &n)?;
+        }
+    }
+    if stored.dtype() != Dtype::F64 || stored.shape() != [size, size] {
+        return Err(broken(format!("{} {:?}", stored.dtype(), stored.shape())));
+    }
+    let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
+    let moment = stored.data().chunks_exact(8).map(number).collect();
+    let moment = Array2::from_shape_vec((size, size), moment).map_err(crate::Error::plugin)?;
+    let rules: [(&'static str, bool); 4] = [
+        ("holds NaN or infinities", !moment.iter().all(|v| v.is_finite())),
+        ("has a negative diagonal, so it is no second moment", moment.diag().iter().any(|&v| v < 0.0)),
+        ("is not symmetric, so it is no second moment", !is_symmetric(&moment)),
+        (
+            "must end with 1, the moment of the constant that is appended to the input",
+            (moment[[hidden, hidden]] - 1.0).abs() > ASYMMETRY,
+        ),
+    ];
+    if let Some((rule, _)) = rules.into_iter().find(|(_, broken)| *broken) {
+        return Err(RuntimeError::MomentsValue { path, tensor, rule });
+    }
+    Ok(symmetric(&moment))
+}
+
+fn is_symmetric(moment: &Array2<f64>) -> bool {
+    moment.indexed_iter().all(|((i, j), &v)| {
+        (v - moment[[j, i]]).abs() <= ASYMMETRY * (moment[[i, i]] * moment[[j, j]]).sqrt()
+    })
+}
+
+/// (A + Aᵀ) / 2.
+fn symmetric(moment: &Array2<f64>) -> Array2<f64> {
+    (moment + &moment.t()) * 0.5
+}

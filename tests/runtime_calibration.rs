@@ -1,0 +1,248 @@
+//! Moments and layer sensitivity, against their definitions.
+#![cfg(feature = "runtime")]
+
+mod models;
+mod running;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use approx::assert_relative_eq;
+use ndarray::{Array1, Array2, Axis, concatenate};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::runtime::{Model, Moments, Sensitivity, Windows, evaluate};
+use qcqa::{
+    FirstHead, FitnessFn, Front, KvPooler, LayerHeads, MeanPooler, Nsga2, Optimizer, Partition, Run,
+    SearchSpace, WeightSharingError,
+};
+use running::{Slow, opened, runnable};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use tempfile::TempDir;
+
+fn ready(kv_heads: usize) -> (TempDir, Checkpoint, Model, Windows) {
+    let (root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, kv_heads, true));
+    let model = Model::load(&checkpoint).unwrap();
+    let tokens = (0..50u32).map(|t| t * t % 11 + t % 5).collect();
+    (root, checkpoint, model, Windows::new(tokens, 8).unwrap())
+}
+
+#[test]
+fn moments_are_their_definition() {
+    let (_root, checkpoint, model, windows) = ready(6);
+    let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
+    assert_eq!((moments.n_layers(), moments.tokens()), (2, 48));
+    let slow = Slow { checkpoint: &checkpoint, plan: None };
+    let mut sums = vec![Array2::<f64>::zeros((25, 25)); 2];
+    for window in windows.tokens().chunks(8) {
+        for (sum, x) in sums.iter_mut().zip(slow.run(window).1) {
+            let x = concatenate![Axis(1), x, Array2::ones((8, 1))];
+            *sum += &x.t().dot(&x);
+        }
+    }
+    for (i, sum) in sums.into_iter().enumerate() {
+        let (found, expected) = (moments.layer(i).unwrap(), sum / 48.0);
+        assert_eq!(found[[24, 24]], 1.0);
+        for ((at, &found), &expected) in found.indexed_iter().zip(&expected) {
+            assert_relative_eq!(found, expected, epsilon = 1e-5, max_relative = 1e-5);
+            assert_eq!(found, moments.layer(i).unwrap()[[at.1, at.0]]);
+        }
+        let heads = moments.attach(i, checkpoint.layer(i).unwrap()).unwrap();
+        assert_eq!(heads.moment(), moments.layer(i));
+    }
+    let error = moments.attach(2, checkpoint.layer(0).unwrap()).unwrap_err().to_string();
+    models::says(&error, &["moments", "3", "2"]);
+}
+
+#[test]
+fn moments_come_back_from_their_file() {
+    let (root, _, model, windows) = ready(6);
+    let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
+    let path = root.path().join("moments.safetensors");
+    moments.write(&path, WriteOptions::default()).unwrap();
+    assert_eq!(Moments::read(&path, model.source()).unwrap(), moments);
+    let bytes = std::fs::read(&path).unwrap();
+    models::says(&moments.write(&path, WriteOptions::default()).unwrap_err().to_string(), &["exists"]);
+    moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), bytes, "the same moments are the same file");
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left");
+}
+
+/// Writes a file of moments as somebody else might.
+fn foreign(path: &Path, tokens: &[i64], layers: &[Array2<f64>], fingerprint: Option<&str>) {
+    let bytes: Vec<Vec<u8>> =
+        layers.iter().map(|l| l.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let counts: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+    let mut views = HashMap::new();
+    for (i, (layer, bytes)) in layers.iter().zip(&bytes).enumerate() {
+        views.insert(
+            format!("layers.{i}"),
+            TensorView::new(Dtype::F64, layer.shape().to_vec(), bytes).unwrap(),
+        );
+    }
+    views.insert("tokens".into(), TensorView::new(Dtype::I64, vec![tokens.len()], &counts).unwrap());
+    let metadata = fingerprint.map(|f| HashMap::from([("fingerprint".to_string(), f.to_string())]));
+    std::fs::write(path, safetensors::serialize(views, metadata).unwrap()).unwrap();
+}
+
+#[test]
+fn moments_that_do_not_fit_are_refused() {
+    let (root, _, model, _) = ready(6);
+    let path = root.path().join("moments.safetensors");
+    let good = Array2::<f64>::eye(25);
+    let spoilt = |at: (usize, usize), value: f64| {
+        let mut moment = good.clone();
+        moment[at] = value;
+        moment
+    };
+    let error = |tokens: &[i64], layers: &[Array2<f64>], fingerprint: Option<&str>| {
+        foreign(&path, tokens, layers, fingerprint);
+        Moments::read(&path, model.source()).unwrap_err().to_string()
+    };
+    let two = |second: Array2<f64>| [good.clone(), second];
+    let value = |at, v| error(&[9], &two(spoilt(at, v)), None);
+    models::says(&value((3, 4), f64::NAN), &["moments.safetensors", "layers.1", "NaN"]);
+    models::says(&value((3, 3), f64::INFINITY), &["layers.1", "infinities"]);
+    models::says(&value((3, 4), 0.5), &["layers.1", "not symmetric"]);
+    models::says(&value((3, 3), -0.5), &["layers.1", "negative diagonal"]);
+    models::says(&value((24, 24), 2.0), &["layers.1", "end with 1"]);
+    models::says(&error(&[9], &two(Array2::eye(17)), None), &["another model", "width", "17", "25"]);
+    models::says(&error(&[9], &two(Array2::zeros((25, 5))), None), &["layers.1", "[25, 25]", "[25, 5]"]);
+    models::says(&error(&[9], &[good.clone()], None), &["another model", "number of layers", "1", "2"]);
+    models::says(&error(&[9], &two(good.clone()), Some("sha256:00")), &["another model", "fingerprint"]);
+    models::says(&error(&[0], &two(good.clone()), None), &["tokens", "above 0", "found 0"]);
+    models::says(&error(&[1, 2], &two(good.clone()), None), &["tokens", "found I64 [2]"]);
+    foreign(&path, &[9], &two(good.clone()), None);
+    assert_eq!(Moments::read(&path, model.source()).unwrap().tokens(), 9);
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+    models::says(&message, &["not a whole safetensors file", "qcqa calibrate"]);
+}
+
+/// The calibrated error by its definition: errors of keys and values over actual inputs.
+#[test]
+fn the_calibrated_error_is_its_definition() {
+    let (_root, checkpoint, model, windows) = ready(6);
+    let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
+    let slow = Slow { checkpoint: &checkpoint, plan: None };
+    let inputs: Vec<_> = windows.tokens().chunks(8).map(|window| slow.run(window).1).collect();
+    for layer in 0..2 {
+        let heads = moments.attach(layer, checkpoint.layer(layer).unwrap()).unwrap();
+        let fitness = WeightSharingError::calibrated(&heads).unwrap();
+        let mha = mean_error(&heads, &Partition::singletons(6).unwrap(), layer, &inputs);
+        assert_eq!((fitness.evaluate(&Partition::singletons(6).unwrap()).unwrap(), mha), (0.0, 0.0));
+        for labels in [[0, 1, 0, 2, 1, 1], [0; 6], [0, 0, 1, 1, 2, 2]] {
+            let partition = Partition::from_labels(&labels).unwrap();
+            let expected = mean_error(&heads, &partition, layer, &inputs);
+            assert_relative_eq!(fitness.evaluate(&partition).unwrap(), expected, max_relative = 1e-4);
+        }
+    }
+}
+
+/// The mean over tokens of the squared errors of keys and values that a partition makes.
+fn mean_error(heads: &LayerHeads, groups: &Partition, layer: usize, inputs: &[Vec<Array2<f64>>]) -> f64 {
+    let pooled = MeanPooler.pool(heads, groups).unwrap();
+    let (mut sum, mut tokens) = (0.0, 0);
+    for x in inputs.iter().flat_map(|window| window[layer].rows()) {
+        tokens += 1;
+        for (own, shared) in [(heads.key(), &pooled.key), (heads.value(), &pooled.value)] {
+            for head in 0..heads.n_heads() {
+                let of = |p: &qcqa::Projection, i: usize| -> Array1<f64> {
+                    let weight = p.weight().index_axis(Axis(0), i).mapv(f64::from);
+                    weight.dot(&x) + p.bias().unwrap().row(i).mapv(f64::from)
+                };
+                sum += (of(own, head) - of(shared, groups.group_of(head))).mapv(|e| e * e).sum();
+            }
+        }
+    }
+    sum / f64::from(tokens)
+}
+
+/// With the identity as moment the calibrated error is the plain one.
+#[test]
+fn the_calibrated_error_needs_a_moment() {
+    let (_root, checkpoint, ..) = ready(3);
+    let heads = checkpoint.layer(0).unwrap();
+    models::says(&WeightSharingError::calibrated(&heads).unwrap_err().to_string(), &["no input moment"]);
+    let plain = WeightSharingError::new(&heads).unwrap();
+    let heads = heads.with_moment(std::sync::Arc::new(Array2::eye(25))).unwrap();
+    let calibrated = WeightSharingError::calibrated(&heads).unwrap();
+    for (a, b) in plain.distances().iter().zip(calibrated.distances()) {
+        assert_relative_eq!(a, b, max_relative = 1e-6);
+    }
+    assert_relative_eq!(plain.energy().unwrap(), calibrated.energy().unwrap(), max_relative = 1e-6);
+    let negative = heads.with_moment(std::sync::Arc::new(-Array2::<f64>::eye(25))).unwrap();
+    models::says(&WeightSharingError::calibrated(&negative).unwrap_err().to_string(), &["squared distances"]);
+}
+
+fn fronts(checkpoint: &Checkpoint) -> Vec<Front> {
+    let front = |i: usize| {
+        let fitness = WeightSharingError::new(&checkpoint.layer(i).unwrap()).unwrap();
+        Nsga2::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(1)).unwrap()
+    };
+    (0..checkpoint.config().n_layers).map(front).collect()
+}
+
+#[test]
+fn sensitivity_is_the_rise_with_one_layer_grouped() {
+    let (root, checkpoint, model, windows) = ready(6);
+    let (fronts, run) = (fronts(&checkpoint), Run::new(0));
+    let heads = |i: usize| -> qcqa::Result<LayerHeads> { Ok(checkpoint.layer(i)?) };
+    let found = Sensitivity::measure(&model, &fronts, &heads, &MeanPooler, &windows, run).unwrap();
+    let before = evaluate(&model, &windows, run).unwrap().loss;
+    for (layer, front) in fronts.iter().enumerate() {
+        let expected: Vec<usize> = [1, 2, 3, 4].into_iter().filter(|&k| front.get(k).is_some()).collect();
+        assert!(found.measured()[layer].iter().map(|&(k, _)| k).eq(expected), "k of 6 heads");
+        for &(k, rise) in &found.measured()[layer] {
+            let mut groups = vec![Partition::singletons(6).unwrap(); 2];
+            groups[layer] = front.get(k).unwrap().partition.clone();
+            let plan = models::plan(&checkpoint, &groups);
+            let planned = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+            let after = evaluate(&planned, &windows, run).unwrap().loss;
+            assert_relative_eq!(rise, after - before, epsilon = 1e-6);
+            assert_eq!(found.rise(layer, k), Some(rise.max(0.0)));
+        }
+        // k = 5 lies half way from 4 to 6, where nothing is lost.
+        let four = found.measured()[layer].iter().find(|(k, _)| *k == 4).unwrap().1;
+        assert_relative_eq!(found.rise(layer, 5).unwrap(), (four / 2.0).max(0.0), epsilon = 1e-12);
+        assert_eq!((found.rise(layer, 6), found.rise(layer, 7)), (Some(0.0), None));
+    }
+    let costs = found.costs(&fronts, false).unwrap();
+    assert_eq!(costs.get(1, 2), found.rise(1, 2));
+    assert_eq!(costs.get(0, 6), Some(0.0));
+
+    // The file is used while everything is the same, and only then.
+    let cache = root.path().join("sensitivity.json");
+    let cached =
+        |pooler: &dyn KvPooler, windows: &Windows, heads: &dyn Fn(usize) -> qcqa::Result<LayerHeads>| {
+            Sensitivity::cached(&cache, &model, &fronts, heads, pooler, windows, run)
+        };
+    let never = |_: usize| -> qcqa::Result<LayerHeads> { Err(qcqa::Error::plugin("measured again")) };
+    assert_eq!(cached(&MeanPooler, &windows, &heads).unwrap(), found);
+    assert_eq!(cached(&MeanPooler, &windows, &never).unwrap(), found);
+    for again in
+        [cached(&FirstHead, &windows, &never), cached(&MeanPooler, &windows.clone().first(2), &never)]
+    {
+        models::says(&again.unwrap_err().to_string(), &["measured again"]);
+    }
+    std::fs::write(&cache, "not ours").unwrap();
+    models::says(&cached(&MeanPooler, &windows, &heads).unwrap_err().to_string(), &["sensitivity.json"]);
+    assert_eq!(std::fs::read_to_string(&cache).unwrap(), "not ours");
+}
+
+#[test]
+fn sensitivity_needs_a_front_for_every_layer() {
+    let (_root, checkpoint, model, windows) = ready(6);
+    let fronts = fronts(&checkpoint);
+    let heads = |i: usize| -> qcqa::Result<LayerHeads> { Ok(checkpoint.layer(i)?) };
+    let measure = |fronts: &[Front]| {
+        let found = Sensitivity::measure(&model, fronts, &heads, &MeanPooler, &windows, Run::new(0));
+        found.unwrap_err().to_string()
+    };
+    models::says(&measure(&fronts[..1]), &["fronts", "2", "1"]);
+    let (_other_root, other, ..) = ready(3);
+    let small = WeightSharingError::new(&other.layer(0).unwrap()).unwrap();
+    let small = Front::new(&small).unwrap();
+    models::says(&measure(&[fronts[0].clone(), small]), &["6", "3"]);
+}
