@@ -8,7 +8,7 @@ use super::output::{Output, bytes, file_bytes};
 use super::search::{describe, report, searched};
 use super::{Asked, CliError, Done, Writing};
 use crate::checkpoint::{self, Checkpoint, WriteOptions, read_plan, targets};
-use crate::{Plan, Run};
+use crate::{KvPooler, Plan, Run};
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
@@ -60,6 +60,16 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     Ok(Output { text, json })
 }
 
+/// The pooler that a plan names.
+pub(super) fn pooler_of(plan: &Plan, plan_file: &Path) -> Result<Box<dyn KvPooler>, CliError> {
+    let name = &plan.method.pooler;
+    PoolerName::from_str(name, false).map(PoolerName::make).map_err(|_| {
+        let known: Vec<_> = PoolerName::value_variants().iter().map(|&p| name_of(p)).collect();
+        let (file, known) = (plan_file.display(), known.join(", "));
+        CliError::Usage(format!("{file}: there is no pooler {name:?}; known are {known}"))
+    })
+}
+
 /// Converts as the plan says, and tells what came of it.
 fn write(
     checkpoint: &Checkpoint,
@@ -69,23 +79,12 @@ fn write(
     run: Run<'_>,
 ) -> Result<(String, Value), CliError> {
     let Writing { force, dry_run } = args.writing;
-    let pooler = PoolerName::from_str(&plan.method.pooler, false).map_err(|_| {
-        let known: Vec<_> = PoolerName::value_variants().iter().map(|&p| name_of(p)).collect();
-        let (file, known) = (plan_file.display(), known.join(", "));
-        CliError::Usage(format!("{file}: there is no pooler {:?}; known are {known}", plan.method.pooler))
-    })?;
+    let pooler = pooler_of(plan, plan_file)?;
     let target = targets::by_name(&args.target)
         .ok_or_else(|| CliError::Usage(format!("there is no target {}", args.target)))?;
     let options = WriteOptions { force, dry_run };
-    let report = checkpoint::convert(
-        checkpoint,
-        plan,
-        pooler.make().as_ref(),
-        target.as_ref(),
-        &args.out,
-        options,
-        run,
-    )?;
+    let report =
+        checkpoint::convert(checkpoint, plan, pooler.as_ref(), target.as_ref(), &args.out, options, run)?;
     let done = if dry_run { "would be written to" } else { "written to" };
     let cache = if target.saves_memory() {
         let (after, before) = (report.kv_bytes_after as u64, report.kv_bytes_before as u64);

@@ -11,12 +11,12 @@ use crate::{
 };
 
 /// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
-#[derive(Debug, Clone, Copy, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Method")]
 pub(super) struct MethodArgs {
-    /// How a qcqa method searches; auto: exact where that is cheap, else ward
-    #[arg(long, value_enum, default_value_t = OptimizerName::Auto)]
-    pub(super) optimizer: OptimizerName,
+    /// How the qcqa methods search; compare takes several
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
+    pub(super) optimizer: Vec<OptimizerName>,
     /// How the layers share the budget; uniform unless said
     #[arg(long, value_enum)]
     pub(super) allocation: Option<AllocationName>,
@@ -133,7 +133,10 @@ impl Resolved {
     ) -> Result<Self, CliError> {
         let nsga2 = Nsga2 { population: args.population, generations: args.generations, ..Nsga2::default() };
         let exact_is_cheap = checkpoint.config().kv_heads <= 12;
-        let search: Box<dyn Optimizer> = match args.optimizer {
+        let [optimizer] = args.optimizer[..] else {
+            return Err(CliError::Usage("one --optimizer at a time, but for compare".to_string()));
+        };
+        let search: Box<dyn Optimizer> = match optimizer {
             OptimizerName::Auto if exact_is_cheap => Box::new(Exact::default()),
             OptimizerName::Auto | OptimizerName::Ward => Box::new(Ward::default()),
             OptimizerName::Exact => Box::new(Exact::default()),

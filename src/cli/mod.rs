@@ -5,9 +5,11 @@
 
 mod compare;
 mod convert;
+mod eval;
 mod inspect;
 mod methods;
 mod output;
+mod plot;
 mod progress;
 mod search;
 
@@ -17,6 +19,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::checkpoint::CheckpointError;
+use crate::runtime::RuntimeError;
 use crate::{Error, Run};
 
 use methods::{MethodArgs, MethodName};
@@ -51,6 +54,10 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Search and convert in one
     Compress(convert::CompressArgs),
+    /// Perplexity of a model, or of a model under a plan, and how far it is from its source
+    Eval(eval::EvalArgs),
+    /// Measure the second moments of every layer's inputs on a text
+    Calibrate(eval::CalibrateArgs),
 }
 
 /// What searching takes, wherever it is done.
@@ -104,15 +111,15 @@ pub fn main() -> ExitCode {
         Command::Search(args) => search::search(args, run),
         Command::Convert(args) => convert::convert(args, run),
         Command::Compress(args) => convert::compress(args, run),
+        Command::Eval(args) => eval::eval(args, run),
+        Command::Calibrate(args) => eval::calibrate(args, run),
     };
     watch.finish();
     match done {
         Ok(output) => output.print(cli.json),
         Err(CliError::Usage(message)) => output::failed(cli.json, &message, 2),
-        Err(CliError::Failed(CheckpointError::Core(Error::Cancelled))) => {
-            output::failed(cli.json, "interrupted; nothing was written", 130)
-        }
-        Err(CliError::Failed(error)) => output::failed(cli.json, &error.to_string(), 1),
+        Err(CliError::Interrupted) => output::failed(cli.json, "interrupted; nothing was written", 130),
+        Err(CliError::Failed(message)) => output::failed(cli.json, &message, 1),
     }
 }
 
@@ -121,28 +128,32 @@ pub fn main() -> ExitCode {
 enum CliError {
     /// The flags contradict one another or the model.
     Usage(String),
+    /// Ctrl-C, or a request to end.
+    Interrupted,
     /// Something went wrong on the way.
-    Failed(CheckpointError),
+    Failed(String),
 }
 
 type Done = Result<Output, CliError>;
 
-impl From<CheckpointError> for CliError {
-    fn from(error: CheckpointError) -> Self {
-        Self::Failed(error)
-    }
-}
-
 impl From<Error> for CliError {
     fn from(error: Error) -> Self {
         match error {
-            // A layer that cannot be read names its file and tensor.
-            Error::Plugin(source) => match source.downcast::<CheckpointError>() {
-                Ok(error) => Self::Failed(*error),
-                Err(source) => Self::Failed(Error::Plugin(source).into()),
-            },
+            Error::Cancelled => Self::Interrupted,
             Error::BudgetUnreachable { .. } => Self::Usage(error.to_string()),
-            error => Self::Failed(error.into()),
+            error => Self::Failed(error.to_string()),
         }
+    }
+}
+
+impl From<CheckpointError> for CliError {
+    fn from(error: CheckpointError) -> Self {
+        Error::from(error).into()
+    }
+}
+
+impl From<RuntimeError> for CliError {
+    fn from(error: RuntimeError) -> Self {
+        Error::from(error).into()
     }
 }

@@ -11,7 +11,14 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 3] = [("layers", "reading layers"), ("search", "searching"), ("write", "writing")];
+const BARS: [(&str, &str); 6] = [
+    ("layers", "reading layers"),
+    ("search", "searching"),
+    ("write", "writing"),
+    ("evaluate", "evaluating"),
+    ("calibrate", "calibrating"),
+    ("choices", "choosing"),
+];
 
 /// Draws a bar with the time left when standard error is a terminal, and breaks off after Ctrl-C or SIGTERM.
 #[derive(Debug)]

@@ -1,0 +1,174 @@
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::convert::pooler_of;
+use super::output::{Output, bytes, percent, table};
+use super::{CliError, Done, Writing};
+use crate::Run;
+use crate::checkpoint::{Checkpoint, WriteOptions, read_plan, write_whole};
+use crate::runtime::{
+    Choices, Evaluation, IdWidth, Model, Moments, Vocabulary, Windows, evaluate, evaluate_against, read_ids,
+    read_text,
+};
+
+/// A text, in words or in tokens.
+#[derive(Debug, Args)]
+pub(super) struct TextArgs {
+    /// Text to read, UTF-8; tokenised by the model's tokenizer.json
+    #[arg(long, value_name = "FILE")]
+    pub(super) text: Option<PathBuf>,
+    /// Token ids to read instead: little-endian, 2 bytes each for up to 65536 words, else 4
+    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    pub(super) ids: Option<PathBuf>,
+}
+
+impl TextArgs {
+    /// The windows that the model reads; `None` where there is no text.
+    pub(super) fn windows(
+        &self,
+        checkpoint: &Checkpoint,
+        model: &Model,
+    ) -> Result<Option<Windows>, CliError> {
+        let tokens = match (&self.text, &self.ids) {
+            (Some(text), _) => Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?,
+            (None, Some(ids)) => {
+                read_ids(ids, IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary())?
+            }
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(Windows::new(tokens, model.window())?))
+    }
+
+    pub(super) fn required(&self, checkpoint: &Checkpoint, model: &Model) -> Result<Windows, CliError> {
+        let missing =
+            || CliError::Usage("a text is missing: --text FILE, or --ids FILE for token ids".to_string());
+        self.windows(checkpoint, model)?.ok_or_else(missing)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    /// Directory of the model, source or converted
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    /// Evaluate the model under this plan, without writing it
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// The model that MODEL was converted from, to compare it with
+    #[arg(long, value_name = "DIR", conflicts_with = "plan")]
+    source: Option<PathBuf>,
+    #[command(flatten)]
+    text: TextArgs,
+    /// Multiple choice items, a line each: {"query": …, "choices": […], "gold": 0}
+    #[arg(long, value_name = "FILE")]
+    choices: Option<PathBuf>,
+}
+
+pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    // The model in question, and the one it came from where there is one.
+    let (model, source) = match (&args.plan, &args.source) {
+        (Some(path), _) => {
+            let plan = read_plan(path)?;
+            let pooler = pooler_of(&plan, path)?;
+            (Model::planned(&checkpoint, &plan, pooler.as_ref())?, Some(Model::load(&checkpoint)?))
+        }
+        (None, Some(path)) => (Model::load(&checkpoint)?, Some(Model::load(&Checkpoint::open(path)?)?)),
+        (None, None) => (Model::load(&checkpoint)?, None),
+    };
+    let mut rows = Vec::new();
+    let mut json = json!({ "model": args.model, "plan": args.plan });
+    if args.choices.is_none() || args.text.text.is_some() || args.text.ids.is_some() {
+        let windows = args.text.required(&checkpoint, &model)?;
+        let (before, after) = match &source {
+            Some(source) => {
+                let (before, after) = evaluate_against(source, &[&model], &windows, run)?;
+                (Some(before), after.into_iter().next())
+            }
+            None => (None, Some(evaluate(&model, &windows, run)?)),
+        };
+        rows.extend(before.as_ref().map(|e| row("source", e)));
+        rows.extend(after.as_ref().map(|e| row("model", e)));
+        if let Some(after) = &after {
+            merge(&mut json, evaluation_json(after));
+        }
+        json["source_perplexity"] = json!(before.as_ref().or(after.as_ref()).map(Evaluation::perplexity));
+    }
+    let header =
+        ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
+    let mut text = if rows.is_empty() { String::new() } else { table(header, rows) };
+    if let Some(path) = &args.choices {
+        let score = Choices::read(path)?.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
+        let (accuracy, error) = (percent(score.accuracy), percent(score.standard_error));
+        text += &format!("accuracy {accuracy} ± {error} on {} items\n", score.items);
+        json["choices"] = json!({
+            "accuracy": score.accuracy, "standard_error": score.standard_error, "items": score.items,
+        });
+    }
+    Ok(Output { text, json })
+}
+
+fn row(name: &str, evaluation: &Evaluation) -> [String; 7] {
+    [
+        name.to_string(),
+        format!("{:.2}", evaluation.perplexity()),
+        evaluation.divergence.map_or("-".into(), |d| format!("{:.4}", d.kl)),
+        evaluation.divergence.map_or("-".into(), |d| percent(d.same_top)),
+        evaluation.tokens.to_string(),
+        format!("{:.0}", evaluation.tokens_per_second),
+        bytes(evaluation.kv_bytes_per_token as u64),
+    ]
+}
+
+/// The fields of an evaluation.
+pub(super) fn evaluation_json(evaluation: &Evaluation) -> Value {
+    json!({
+        "perplexity": evaluation.perplexity(), "loss": evaluation.loss, "tokens": evaluation.tokens,
+        "windows": evaluation.windows, "tokens_per_second": evaluation.tokens_per_second,
+        "runtime_kv_bytes_per_token": evaluation.kv_bytes_per_token,
+        "kl": evaluation.divergence.map(|d| d.kl), "same_top": evaluation.divergence.map(|d| d.same_top),
+    })
+}
+
+/// Puts the fields of one object into another.
+pub(super) fn merge(into: &mut Value, fields: Value) {
+    if let (Value::Object(into), Value::Object(fields)) = (into, fields) {
+        into.extend(fields);
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CalibrateArgs {
+    /// Directory of the model
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+    #[command(flatten)]
+    text: TextArgs,
+    /// The most windows of the text to read
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    windows: usize,
+    /// File of the moments
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    writing: Writing,
+}
+
+pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
+    let Writing { force, dry_run } = args.writing;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let model = Model::load(&checkpoint)?;
+    let windows = args.text.required(&checkpoint, &model)?.first(args.windows);
+    let (layers, tokens) = (model.n_layers(), windows.tokens().len());
+    // Better now than after the reading.
+    write_whole(&args.out, &[], WriteOptions { force, dry_run: true })?;
+    if !dry_run {
+        Moments::measure(&model, &windows, run)?.write(&args.out, WriteOptions { force, dry_run })?;
+    }
+    let done = if dry_run { "would be written to" } else { "written to" };
+    let text = format!("moments of {layers} layers over {tokens} tokens {done} {}\n", args.out.display());
+    let json = json!({ "out": args.out, "dry_run": dry_run, "layers": layers, "tokens": tokens });
+    Ok(Output { text, json })
+}

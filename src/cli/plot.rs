@@ -1,0 +1,68 @@
+//! Perplexity over KV cache, one curve a method, as SVG.
+
+use std::path::Path;
+
+use plotters::prelude::*;
+
+use super::CliError;
+use crate::checkpoint::{WriteOptions, write_whole};
+
+/// A curve: its name, and points (share of the KV cache, perplexity).
+pub(super) struct Curve {
+    pub(super) name: String,
+    pub(super) points: Vec<(f64, f64)>,
+}
+
+/// Draws the curves, perplexity on a logarithmic scale.
+pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
+    let points = || curves.iter().flat_map(|c| c.points.iter().copied());
+    let least = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
+    let most = points().map(|p| p.1).fold(0.0, f64::max);
+    if !(least > 0.0 && most.is_finite()) {
+        return Err(CliError::Failed("there is no finite perplexity to draw".to_string()));
+    }
+    let mut svg = String::new();
+    let failed = |e: DrawingAreaErrorKind<_>| CliError::Failed(format!("the plot cannot be drawn: {e}"));
+    {
+        let root = SVGBackend::with_string(&mut svg, (880, 520)).into_drawing_area();
+        root.fill(&WHITE).map_err(failed)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(title, ("sans-serif", 20))
+            .margin(16)
+            .x_label_area_size(44)
+            .y_label_area_size(64)
+            .build_cartesian_2d(0.0..1.05, (0.9 * least..1.15 * most).log_scale())
+            .map_err(failed)?;
+        chart
+            .configure_mesh()
+            .x_desc("KV cache, share of the source's")
+            .y_desc("perplexity")
+            .x_label_formatter(&|x| format!("{:.0}%", 100.0 * x))
+            .y_label_formatter(&|y| format!("{y:.0}"))
+            .draw()
+            .map_err(failed)?;
+        for (i, curve) in curves.iter().enumerate() {
+            let color = Palette99::pick(i).mix(0.9);
+            let line = LineSeries::new(curve.points.iter().copied(), color.stroke_width(2)).point_size(4);
+            chart
+                .draw_series(line)
+                .map_err(failed)?
+                .label(curve.name.clone())
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(3)));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK.mix(0.4))
+            .draw()
+            .map_err(failed)?;
+        root.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+/// Writes it, whole or not at all; a plot that is there is replaced.
+pub(super) fn write(path: &Path, svg: &str) -> Result<(), CliError> {
+    Ok(write_whole(path, svg.as_bytes(), WriteOptions { force: true, dry_run: false })?)
+}
