@@ -72,7 +72,8 @@ impl WeightSharingError {
         let legal = |(i, j): (usize, usize), d: f64| {
             d.is_finite() && d >= 0.0 && d == distances[[j, i]] && (i != j || d == 0.0)
         };
-        if !(distances.indexed_iter().all(|(at, &d)| legal(at, d)) && energy.is_finite() && energy >= 0.0) {
+        let legal_distances = distances.indexed_iter().all(|(at, &d)| legal(at, d));
+        if !(legal_distances && energy.is_finite() && energy >= 0.0) {
             return Err(Error::NotFinite {
                 what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string(),
             });
