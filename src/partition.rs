@@ -100,12 +100,12 @@ impl Partition {
         };
         let mut n_groups = 0;
         for label in &mut labels {
+            // Selections, no branch: which label is new cannot be predicted.
             let new = &mut new_label[usize::from(*label)];
-            if *new == UNSEEN {
-                *new = n_groups;
-                n_groups += 1;
-            }
-            *label = *new;
+            let unseen = *new == UNSEEN;
+            *label = if unseen { n_groups } else { *new };
+            *new = *label;
+            n_groups += u16::from(unseen);
         }
         Self { n_groups, labels }
     }

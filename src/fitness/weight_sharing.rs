@@ -61,10 +61,13 @@ impl WeightSharingError {
             let (last, size, sum) = &mut groups[usize::from(label)];
             let mut other = *last;
             before[head] = other;
+            // Its own sum, so that the additions of one head need not wait for those of the last.
+            let mut to_members = 0.0;
             while other != NONE {
-                *sum += row[usize::from(other)];
+                to_members += row[usize::from(other)];
                 other = before[usize::from(other)];
             }
+            *sum += to_members;
             *last = head as u16;
             *size += 1;
         }

@@ -1,10 +1,11 @@
 //! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017).
 
 use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, Hash};
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use rustc_hash::FxBuildHasher;
 
 use super::sort::{Standing, standings};
 use crate::{Error, Result, Run};
@@ -60,13 +61,11 @@ const TRIES: usize = 8;
 
 /// All individuals that were ever evaluated, by a 64-bit hash: nothing is evaluated twice.
 #[derive(Default)]
-struct Known(HashSet<u64>);
+struct Known(HashSet<u64, FxBuildHasher>);
 
 impl Known {
     fn is_new(&mut self, genome: &impl Hash) -> bool {
-        let mut hasher = DefaultHasher::new();
-        genome.hash(&mut hasher);
-        self.0.insert(hasher.finish())
+        self.0.insert(FxBuildHasher.hash_one(genome))
     }
 }
 

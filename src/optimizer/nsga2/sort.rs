@@ -22,38 +22,55 @@ impl Standing {
 /// lexicographic order a point belongs to the first front whose last member does not dominate it, and every
 /// front comes out sorted by both objectives, so that neighbours for the crowding distance lie side by side.
 pub(crate) fn standings(points: &[[f64; 2]]) -> Vec<Standing> {
-    let mut order: Vec<usize> = (0..points.len()).collect();
-    order.sort_unstable_by(|&a, &b| {
-        let ([a0, a1], [b0, b1]) = (points[a], points[b]);
-        a0.total_cmp(&b0).then(a1.total_cmp(&b1)).then(a.cmp(&b))
-    });
-    let mut fronts: Vec<Vec<usize>> = Vec::new();
-    for i in order {
-        let point = points[i];
-        let rank = fronts.partition_point(|front| {
-            let last = points[front[front.len() - 1]];
-            last[1] < point[1] || (last[1] == point[1] && last[0] < point[0])
-        });
-        match fronts.get_mut(rank) {
-            Some(front) => front.push(i),
-            None => fronts.push(vec![i]),
-        }
-    }
+    let mut order: Vec<([u64; 2], usize)> =
+        points.iter().enumerate().map(|(i, point)| (point.map(ordered), i)).collect();
+    order.sort_unstable();
+    let mut fronts: Vec<Sweep> = Vec::new();
+    // The neighbours of a point in its front; itself at the ends.
+    let mut neighbours = vec![[0; 2]; points.len()];
     let mut standings = vec![Standing { rank: 0, crowding: f64::INFINITY }; points.len()];
-    for (rank, front) in fronts.iter().enumerate() {
-        let (first, last) = (points[front[0]], points[front[front.len() - 1]]);
-        // A front whose members agree in an objective is not spread along it: that term is 0, not 0/0.
-        let scale = [last[0] - first[0], first[1] - last[1]]
-            .map(|range| if range > 0.0 { range.recip() } else { 0.0 });
-        for (at, &i) in front.iter().enumerate() {
-            standings[i].rank = rank;
-            if at > 0 && at + 1 < front.len() {
-                let (before, after) = (points[front[at - 1]], points[front[at + 1]]);
-                standings[i].crowding = (after[0] - before[0]) * scale[0] + (before[1] - after[1]) * scale[1];
-            }
+    for &(_, i) in &order {
+        let [x, y] = points[i];
+        let rank = fronts.partition_point(|front| {
+            let [last_x, last_y] = points[front.last];
+            last_y < y || (last_y == y && last_x < x)
+        });
+        if rank == fronts.len() {
+            fronts.push(Sweep { first: i, last: i });
+        }
+        let before = std::mem::replace(&mut fronts[rank].last, i);
+        neighbours[before][1] = i;
+        neighbours[i] = [before, i];
+        standings[i].rank = rank;
+    }
+    // A front whose members agree in an objective is not spread along it: that term is 0, not 0/0.
+    let scales: Vec<[f64; 2]> = fronts
+        .iter()
+        .map(|front| {
+            let (first, last) = (points[front.first], points[front.last]);
+            [last[0] - first[0], first[1] - last[1]]
+                .map(|range| if range > 0.0 { range.recip() } else { 0.0 })
+        })
+        .collect();
+    for (i, (standing, &[before, after])) in standings.iter_mut().zip(&neighbours).enumerate() {
+        if before != i && after != i {
+            let (scale, before, after) = (scales[standing.rank], points[before], points[after]);
+            standing.crowding = (after[0] - before[0]) * scale[0] + (before[1] - after[1]) * scale[1];
         }
     }
     standings
+}
+
+/// A front while the sweep adds to it.
+struct Sweep {
+    first: usize,
+    last: usize,
+}
+
+/// A number that sorts as `x` does by [`f64::total_cmp`].
+fn ordered(x: f64) -> u64 {
+    let bits = x.to_bits();
+    if bits >> 63 == 0 { bits | 1 << 63 } else { !bits }
 }
 
 #[cfg(test)]
