@@ -49,29 +49,30 @@ impl WeightSharingError {
         Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
     }
 
-    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head walks the chain of its group's earlier members.
-    /// The searches live off this.
+    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head meets all earlier ones, those of other groups with
+    /// weight 0, so that nothing branches. The searches live off this.
     fn error_of(&self, partition: &Partition) -> f64 {
-        const NONE: u16 = u16::MAX;
-        let n = self.n_heads();
+        const LANES: usize = 4;
         let distances = self.distances.as_slice().expect("contiguous since it was made");
-        let mut groups = vec![(NONE, 0u16, 0.0f64); partition.n_groups()];
-        let mut before = vec![NONE; n];
-        for ((head, &label), row) in partition.labels().iter().enumerate().zip(distances.chunks_exact(n)) {
-            let (last, size, sum) = &mut groups[usize::from(label)];
-            let mut other = *last;
-            before[head] = other;
-            // Its own sum, so that the additions of one head need not wait for those of the last.
-            let mut to_members = 0.0;
-            while other != NONE {
-                to_members += row[usize::from(other)];
-                other = before[usize::from(other)];
+        // As wide as the distances, so that comparing and adding take the same lanes.
+        let labels: Vec<f64> = partition.labels().iter().map(|&label| f64::from(label)).collect();
+        let mut groups = vec![(0.0, 0.0); partition.n_groups()];
+        let rows = distances.chunks_exact(labels.len());
+        for (head, (&label, row)) in partition.labels().iter().zip(rows).enumerate() {
+            let own = labels[head];
+            let joined = |(&other, &distance): (&f64, &f64)| if other == own { distance } else { 0.0 };
+            let (others, row) = (labels[..head].chunks_exact(LANES), row[..head].chunks_exact(LANES));
+            let rest: f64 = others.remainder().iter().zip(row.remainder()).map(joined).sum();
+            let mut lanes = [0.0; LANES];
+            for (others, distances) in others.zip(row) {
+                let pairs = others.iter().zip(distances);
+                lanes.iter_mut().zip(pairs).for_each(|(lane, pair)| *lane += joined(pair));
             }
-            *sum += to_members;
-            *last = head as u16;
-            *size += 1;
+            let (sum, size) = &mut groups[usize::from(label)];
+            *sum += lanes.iter().sum::<f64>() + rest;
+            *size += 1.0;
         }
-        groups.iter().map(|&(_, size, sum)| sum / f64::from(size)).sum()
+        groups.iter().map(|(sum, size)| sum / size).sum()
     }
 
     /// The squared distances D, (H, H).
