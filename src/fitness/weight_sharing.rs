@@ -55,9 +55,12 @@ impl WeightSharingError {
         const LANES: usize = 4;
         let distances = self.distances.as_slice().expect("contiguous since it was made");
         // As wide as the distances, so that comparing and adding take the same lanes.
-        let labels: Vec<f64> = partition.labels().iter().map(|&label| f64::from(label)).collect();
-        let mut groups = vec![(0.0, 0.0); partition.n_groups()];
-        let rows = distances.chunks_exact(labels.len());
+        let (n, k) = (partition.n_heads(), partition.n_groups());
+        let mut scratch = vec![0.0; n + 2 * k];
+        let (labels, groups) = scratch.split_at_mut(n);
+        let (sums, sizes) = groups.split_at_mut(k);
+        labels.iter_mut().zip(partition.labels()).for_each(|(wide, &label)| *wide = f64::from(label));
+        let rows = distances.chunks_exact(n);
         for (head, (&label, row)) in partition.labels().iter().zip(rows).enumerate() {
             let own = labels[head];
             let joined = |(&other, &distance): (&f64, &f64)| if other == own { distance } else { 0.0 };
@@ -68,11 +71,10 @@ impl WeightSharingError {
                 let pairs = others.iter().zip(distances);
                 lanes.iter_mut().zip(pairs).for_each(|(lane, pair)| *lane += joined(pair));
             }
-            let (sum, size) = &mut groups[usize::from(label)];
-            *sum += lanes.iter().sum::<f64>() + rest;
-            *size += 1.0;
+            sums[usize::from(label)] += lanes.iter().sum::<f64>() + rest;
+            sizes[usize::from(label)] += 1.0;
         }
-        groups.iter().map(|(sum, size)| sum / size).sum()
+        sums.iter().zip(sizes.iter()).map(|(sum, size)| sum / size).sum()
     }
 
     /// The squared distances D, (H, H).

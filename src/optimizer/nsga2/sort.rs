@@ -21,15 +21,20 @@ impl Standing {
 /// With two objectives a sweep does it in O(n log n) (Jensen 2003, doi:10.1109/TEVC.2003.817234): in
 /// lexicographic order a point belongs to the first front whose last member does not dominate it, and every
 /// front comes out sorted by both objectives, so that neighbours for the crowding distance lie side by side.
-pub(crate) fn standings(points: &[[f64; 2]]) -> Vec<Standing> {
-    let mut order: Vec<([u64; 2], usize)> =
-        points.iter().enumerate().map(|(i, point)| (point.map(ordered), i)).collect();
-    order.sort_unstable();
+///
+/// `order` is left in that order, by index, with a key of both objectives; members of before come first in it, and
+/// points new since then are sorted in.
+pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> Vec<Standing> {
+    let known = order.len();
+    order.extend(points.iter().enumerate().skip(known).map(|(i, point)| (key(*point), i)));
+    // Stable, so that it meets the sorted part as one run; ties fall by index.
+    order[known..].sort_unstable();
+    order.sort();
     let mut fronts: Vec<Sweep> = Vec::new();
     // The neighbours of a point in its front; itself at the ends.
     let mut neighbours = vec![[0; 2]; points.len()];
     let mut standings = vec![Standing { rank: 0, crowding: f64::INFINITY }; points.len()];
-    for &(_, i) in &order {
+    for &(_, i) in order.iter() {
         let [x, y] = points[i];
         let rank = fronts.partition_point(|front| {
             let [last_x, last_y] = points[front.last];
@@ -67,10 +72,13 @@ struct Sweep {
     last: usize,
 }
 
-/// A number that sorts as `x` does by [`f64::total_cmp`].
-fn ordered(x: f64) -> u64 {
-    let bits = x.to_bits();
-    if bits >> 63 == 0 { bits | 1 << 63 } else { !bits }
+/// A number that sorts as the point does lexicographically by [`f64::total_cmp`].
+fn key(point: [f64; 2]) -> u128 {
+    let [x, y] = point.map(|x| {
+        let bits = x.to_bits();
+        u128::from(if bits >> 63 == 0 { bits | 1 << 63 } else { !bits })
+    });
+    x << 64 | y
 }
 
 #[cfg(test)]
@@ -113,14 +121,14 @@ mod tests {
         #[test]
         fn ranks_agree_with_peeling(raw in prop::collection::vec((0u8..12, 0u8..12), 1..60)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [f64::from(a), f64::from(b)]).collect();
-            let ranks: Vec<_> = standings(&points).iter().map(|s| s.rank).collect();
+            let ranks: Vec<_> = standings(&points, &mut Vec::new()).iter().map(|s| s.rank).collect();
             prop_assert_eq!(ranks, ranks_by_peeling(&points));
         }
 
         #[test]
         fn crowding_agrees_with_sorting(raw in prop::collection::vec((0f64..1.0, 0f64..1.0), 1..40)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [a, b]).collect();
-            let found = standings(&points);
+            let found = standings(&points, &mut Vec::new());
             let ranks = ranks_by_peeling(&points);
             for (i, standing) in found.iter().enumerate() {
                 let expected = crowding_by_sorting(&points, &ranks, i);
