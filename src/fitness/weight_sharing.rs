@@ -56,7 +56,15 @@ impl WeightSharingError {
         let distances = self.distances.as_slice().expect("contiguous since it was made");
         // As wide as the distances, so that comparing and adding take the same lanes.
         let (n, k) = (partition.n_heads(), partition.n_groups());
-        let mut scratch = vec![0.0; n + 2 * k];
+        // Up to 64 heads on the stack: an allocation would take longer than the rest.
+        let (mut small, mut large) = ([0.0; 3 * 64], Vec::new());
+        let scratch = match small.get_mut(..n + 2 * k) {
+            Some(small) => small,
+            None => {
+                large.resize(n + 2 * k, 0.0);
+                &mut large[..]
+            }
+        };
         let (labels, groups) = scratch.split_at_mut(n);
         let (sums, sizes) = groups.split_at_mut(k);
         labels.iter_mut().zip(partition.labels()).for_each(|(wide, &label)| *wide = f64::from(label));

@@ -37,13 +37,15 @@ pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> 
     for &(_, i) in order.iter() {
         let [x, y] = points[i];
         let rank = fronts.partition_point(|front| {
-            let [last_x, last_y] = points[front.last];
+            let [last_x, last_y] = front.end;
             last_y < y || (last_y == y && last_x < x)
         });
         if rank == fronts.len() {
-            fronts.push(Sweep { first: i, last: i });
+            fronts.push(Sweep { start: [x, y], end: [x, y], last: i });
         }
-        let before = std::mem::replace(&mut fronts[rank].last, i);
+        let front = &mut fronts[rank];
+        let before = std::mem::replace(&mut front.last, i);
+        front.end = [x, y];
         neighbours[before][1] = i;
         neighbours[i] = [before, i];
         standings[i].rank = rank;
@@ -51,9 +53,8 @@ pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> 
     // A front whose members agree in an objective is not spread along it: that term is 0, not 0/0.
     let scales: Vec<[f64; 2]> = fronts
         .iter()
-        .map(|front| {
-            let (first, last) = (points[front.first], points[front.last]);
-            [last[0] - first[0], first[1] - last[1]]
+        .map(|Sweep { start, end, .. }| {
+            [end[0] - start[0], start[1] - end[1]]
                 .map(|range| if range > 0.0 { range.recip() } else { 0.0 })
         })
         .collect();
@@ -68,7 +69,9 @@ pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> 
 
 /// A front while the sweep adds to it.
 struct Sweep {
-    first: usize,
+    start: [f64; 2],
+    end: [f64; 2],
+    /// Index of the point at the end.
     last: usize,
 }
 
