@@ -90,8 +90,8 @@ impl AllBudgets {
 
     /// The total within a budget that costs least, the smallest such.
     pub fn best_total(&self, kv_heads: usize) -> Option<usize> {
-        let totals = (0..self.least.len().min(kv_heads.saturating_add(1)))
-            .filter_map(|t| Some((t, self.cost(t)?)));
+        let totals =
+            (0..self.least.len().min(kv_heads.saturating_add(1))).filter_map(|t| Some((t, self.cost(t)?)));
         totals.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(total, _)| total)
     }
 

@@ -116,8 +116,8 @@ fn compare(set: &Set, asked: &Asked) {
     for (seed, layer) in &set.layers {
         let layer = Rc::new(layer.clone());
         // In turns, so that a slow moment of the machine hits all of them.
-        for round in 0..if asked.quick { 3 } else { 8 } {
-            for (method, times) in methods.iter().zip(&mut times).filter(|(m, _)| round < 3 || !m.is_slow()) {
+        for round in 0..if asked.quick { 3 } else { 5 } {
+            for (method, times) in methods.iter().zip(&mut times).filter(|(m, _)| round < 1 || !m.is_slow()) {
                 for _ in 0..method.calls() {
                     let start = Instant::now();
                     black_box(method.search(&layer, *seed));

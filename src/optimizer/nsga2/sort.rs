@@ -54,8 +54,7 @@ pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> 
     let scales: Vec<[f64; 2]> = fronts
         .iter()
         .map(|Sweep { start, end, .. }| {
-            [end[0] - start[0], start[1] - end[1]]
-                .map(|range| if range > 0.0 { range.recip() } else { 0.0 })
+            [end[0] - start[0], start[1] - end[1]].map(|range| if range > 0.0 { range.recip() } else { 0.0 })
         })
         .collect();
     for (i, (standing, &[before, after])) in standings.iter_mut().zip(&neighbours).enumerate() {
