@@ -100,34 +100,14 @@ impl Partition {
         };
         let mut n_groups = 0;
         for label in &mut labels {
+            // Selections, no branch: which label is new cannot be predicted.
             let new = &mut new_label[usize::from(*label)];
-            if *new == UNSEEN {
-                *new = n_groups;
-                n_groups += 1;
-            }
-            *label = *new;
+            let unseen = *new == UNSEEN;
+            *label = if unseen { n_groups } else { *new };
+            *new = *label;
+            n_groups += u16::from(unseen);
         }
         Self { n_groups, labels }
-    }
-
-    /// The heads group by group, ascending within each, and where each group ends in that list.
-    pub(crate) fn members(&self) -> (Vec<u16>, Vec<u16>) {
-        // `ends[g + 1]` counts group g, then says where it starts; filling moves the starts to the ends.
-        let mut ends = vec![0u16; self.n_groups() + 1];
-        for &label in &self.labels {
-            ends[usize::from(label) + 1] += 1;
-        }
-        for g in 1..ends.len() {
-            ends[g] += ends[g - 1];
-        }
-        let mut members = vec![0u16; self.n_heads()];
-        for (head, &label) in self.labels.iter().enumerate() {
-            let end = &mut ends[usize::from(label)];
-            members[usize::from(*end)] = head as u16;
-            *end += 1;
-        }
-        ends.pop();
-        (members, ends)
     }
 
     /// The labels, to be changed and made a partition again.

@@ -17,31 +17,37 @@ impl ExactAllocation {
     ///
     /// # Errors
     /// [`Error::Cancelled`](crate::Error::Cancelled).
-    pub fn all_budgets<'a>(&self, costs: &'a LayerCosts, run: Run<'_>) -> Result<AllBudgets<'a>> {
+    pub fn all_budgets(&self, costs: &LayerCosts, run: Run<'_>) -> Result<AllBudgets> {
         let layers = costs.n_layers();
-        let mut tables = vec![vec![0.0]];
         if costs.same_k() {
-            let largest = costs.common().last().map_or(0, |k| k * layers);
-            let mut totals = vec![f64::INFINITY; largest + 1];
-            for k in costs.common() {
-                totals[k * layers] = costs.total(&vec![k; layers]).unwrap_or(f64::INFINITY);
+            let common = costs.common();
+            let mut least = vec![f64::INFINITY; common.last().map_or(0, |k| k * layers) + 1];
+            for k in common {
+                least[k * layers] = costs.total(&vec![k; layers]).unwrap_or(f64::INFINITY);
             }
-            return Ok(AllBudgets { costs, tables: vec![totals] });
+            return Ok(AllBudgets { layers, least, choices: Vec::new() });
         }
+        let mut least = vec![0.0];
+        let mut choices = Vec::with_capacity(layers);
         for layer in (0..layers).rev() {
-            let after = &tables[tables.len() - 1];
-            let mut totals = vec![f64::INFINITY; after.len() + costs.n_heads(layer)];
+            let mut totals = vec![f64::INFINITY; least.len() + costs.n_heads(layer)];
+            // As wide as the costs, so that both are chosen in the same lanes.
+            let mut chosen = vec![0u64; totals.len()];
             for (k, cost) in costs.choices(layer) {
-                for (total, after) in totals[k..].iter_mut().zip(after) {
+                let places = totals[k..].iter_mut().zip(&mut chosen[k..]);
+                for ((total, chosen), after) in places.zip(&least) {
                     let sum = cost + after;
-                    *total = if sum < *total { sum } else { *total };
+                    let better = sum < *total;
+                    *total = if better { sum } else { *total };
+                    *chosen = if better { k as u64 } else { *chosen };
                 }
             }
-            tables.push(totals);
+            choices.push(chosen.into_iter().map(|k| k as u32).collect());
+            least = totals;
             run.step("allocation", (layers - layer) as u64, layers as u64)?;
         }
-        tables.reverse();
-        Ok(AllBudgets { costs, tables })
+        choices.reverse();
+        Ok(AllBudgets { layers, least, choices })
     }
 }
 
@@ -53,43 +59,39 @@ impl Allocator for ExactAllocation {
 
 /// The best choice for every total of KV heads, as [`ExactAllocation::all_budgets`] found it.
 #[derive(Debug, Clone)]
-pub struct AllBudgets<'a> {
-    costs: &'a LayerCosts,
-    /// `tables[l][t]`: the least cost of the layers l… with t KV heads in all; the first alone where all layers
-    /// have one k.
-    tables: Vec<Vec<f64>>,
+pub struct AllBudgets {
+    layers: usize,
+    /// The least cost of each total.
+    least: Vec<f64>,
+    /// `choices[l][t]`: the k of layer l in the best choice for the layers l… with t KV heads in all; empty where
+    /// all layers have one k.
+    choices: Vec<Vec<u32>>,
 }
 
-impl AllBudgets<'_> {
+impl AllBudgets {
     /// The least cost with exactly `total` KV heads in all layers; `None` where no choice has that many.
     pub fn cost(&self, total: usize) -> Option<f64> {
-        self.tables[0].get(total).copied().filter(|c| c.is_finite())
+        self.least.get(total).copied().filter(|c| c.is_finite())
     }
 
     /// The best choice with exactly `total` KV heads.
     pub fn choice(&self, mut total: usize) -> Option<Vec<usize>> {
         self.cost(total)?;
-        let layers = self.costs.n_layers();
-        if self.costs.same_k() {
-            return Some(vec![total / layers; layers]);
+        if self.choices.is_empty() {
+            return Some(vec![total / self.layers; self.layers]);
         }
-        let layer_choice = |layer: usize| {
-            // The sum that was the least is met again, bit for bit.
-            let gives = |&(k, cost): &(usize, f64)| {
-                let after = total.checked_sub(k).and_then(|rest| self.tables[layer + 1].get(rest));
-                after.is_some_and(|after| cost + after == self.tables[layer][total])
-            };
-            let k = self.costs.choices(layer).find(gives).map(|(k, _)| k)?;
+        let layer_choice = |choices: &Vec<u32>| {
+            let k = choices[total] as usize;
             total -= k;
-            Some(k)
+            k
         };
-        (0..layers).map(layer_choice).collect()
+        Some(self.choices.iter().map(layer_choice).collect())
     }
 
     /// The total within a budget that costs least, the smallest such.
     pub fn best_total(&self, kv_heads: usize) -> Option<usize> {
-        let totals = (0..self.tables[0].len().min(kv_heads.saturating_add(1)))
-            .filter_map(|t| Some((t, self.cost(t)?)));
+        let totals =
+            (0..self.least.len().min(kv_heads.saturating_add(1))).filter_map(|t| Some((t, self.cost(t)?)));
         totals.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(total, _)| total)
     }
 

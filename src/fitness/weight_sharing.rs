@@ -81,26 +81,40 @@ impl WeightSharingError {
         Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
     }
 
-    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head walks the chain of its group's earlier members.
-    /// The searches live off this.
+    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head meets all earlier ones, those of other groups with
+    /// weight 0, so that nothing branches. The searches live off this.
     fn error_of(&self, partition: &Partition) -> f64 {
-        const NONE: u16 = u16::MAX;
-        let n = self.n_heads();
+        const LANES: usize = 4;
         let distances = self.distances.as_slice().expect("contiguous since it was made");
-        let mut groups = vec![(NONE, 0u16, 0.0f64); partition.n_groups()];
-        let mut before = vec![NONE; n];
-        for ((head, &label), row) in partition.labels().iter().enumerate().zip(distances.chunks_exact(n)) {
-            let (last, size, sum) = &mut groups[usize::from(label)];
-            let mut other = *last;
-            before[head] = other;
-            while other != NONE {
-                *sum += row[usize::from(other)];
-                other = before[usize::from(other)];
+        // As wide as the distances, so that comparing and adding take the same lanes.
+        let (n, k) = (partition.n_heads(), partition.n_groups());
+        // Up to 64 heads on the stack: an allocation would take longer than the rest.
+        let (mut small, mut large) = ([0.0; 3 * 64], Vec::new());
+        let scratch = match small.get_mut(..n + 2 * k) {
+            Some(small) => small,
+            None => {
+                large.resize(n + 2 * k, 0.0);
+                &mut large[..]
             }
-            *last = head as u16;
-            *size += 1;
+        };
+        let (labels, groups) = scratch.split_at_mut(n);
+        let (sums, sizes) = groups.split_at_mut(k);
+        labels.iter_mut().zip(partition.labels()).for_each(|(wide, &label)| *wide = f64::from(label));
+        let rows = distances.chunks_exact(n);
+        for (head, (&label, row)) in partition.labels().iter().zip(rows).enumerate() {
+            let own = labels[head];
+            let joined = |(&other, &distance): (&f64, &f64)| if other == own { distance } else { 0.0 };
+            let (others, row) = (labels[..head].chunks_exact(LANES), row[..head].chunks_exact(LANES));
+            let rest: f64 = others.remainder().iter().zip(row.remainder()).map(joined).sum();
+            let mut lanes = [0.0; LANES];
+            for (others, distances) in others.zip(row) {
+                let pairs = others.iter().zip(distances);
+                lanes.iter_mut().zip(pairs).for_each(|(lane, pair)| *lane += joined(pair));
+            }
+            sums[usize::from(label)] += lanes.iter().sum::<f64>() + rest;
+            sizes[usize::from(label)] += 1.0;
         }
-        groups.iter().map(|&(_, size, sum)| sum / f64::from(size)).sum()
+        sums.iter().zip(sizes.iter()).map(|(sum, size)| sum / size).sum()
     }
 
     /// The squared distances D, (H, H).

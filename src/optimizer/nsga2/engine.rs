@@ -1,10 +1,11 @@
 //! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017).
 
 use std::collections::HashSet;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::{BuildHasher, Hash};
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use rustc_hash::FxBuildHasher;
 
 use super::sort::{Standing, standings};
 use crate::{Error, Result, Run};
@@ -60,13 +61,11 @@ const TRIES: usize = 8;
 
 /// All individuals that were ever evaluated, by a 64-bit hash: nothing is evaluated twice.
 #[derive(Default)]
-struct Known(HashSet<u64>);
+struct Known(HashSet<u64, FxBuildHasher>);
 
 impl Known {
     fn is_new(&mut self, genome: &impl Hash) -> bool {
-        let mut hasher = DefaultHasher::new();
-        genome.hash(&mut hasher);
-        self.0.insert(hasher.finish())
+        self.0.insert(FxBuildHasher.hash_one(genome))
     }
 }
 
@@ -93,7 +92,8 @@ pub(crate) fn evolve<P: Problem>(
     for (genome, &point) in genomes.iter().zip(&points) {
         visit(genome, point)?;
     }
-    let mut standing = survive(&mut genomes, &mut points, population);
+    let mut order = Vec::new();
+    let mut standing = survive(&mut genomes, &mut points, &mut order, population);
 
     for generation in 0..generations {
         run.step(stage, generation as u64, generations as u64)?;
@@ -117,7 +117,7 @@ pub(crate) fn evolve<P: Problem>(
         }
         genomes.append(&mut offspring);
         points.extend(scores);
-        standing = survive(&mut genomes, &mut points, population);
+        standing = survive(&mut genomes, &mut points, &mut order, population);
     }
     run.step(stage, generations as u64, generations as u64)
 }
@@ -136,8 +136,13 @@ fn fill<G: Hash>(genomes: &mut Vec<G>, known: &mut Known, wanted: usize, mut dra
 }
 
 /// Keeps the `population` best by rank, of the last front that fits in part the loneliest; the order stays.
-fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usize) -> Vec<Standing> {
-    let mut standing = standings(points);
+fn survive<G>(
+    genomes: &mut Vec<G>,
+    points: &mut Vec<[f64; 2]>,
+    order: &mut Vec<(u128, usize)>,
+    population: usize,
+) -> Vec<Standing> {
+    let mut standing = standings(points, order);
     if genomes.len() <= population {
         return standing;
     }
@@ -159,6 +164,17 @@ fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usiz
     last.sort_unstable_by(|&i, &j| standing[j].crowding.total_cmp(&standing[i].crowding).then(i.cmp(&j)));
     let mut stays: Vec<bool> = standing.iter().map(|s| s.rank < whole).collect();
     last.iter().take(population - kept).for_each(|&i| stays[i] = true);
+    // How many of those before each one stay is where it goes.
+    let places = stays.iter().scan(0, |kept, &stays| {
+        *kept += usize::from(stays);
+        Some(*kept - usize::from(stays))
+    });
+    let places: Vec<usize> = places.collect();
+    order.retain_mut(|(_, i)| {
+        let stays = stays[*i];
+        *i = places[*i];
+        stays
+    });
     let mut flags = stays.iter().cycle();
     let mut keep = || flags.next().copied().unwrap_or(false);
     genomes.retain(|_| keep());

@@ -21,39 +21,66 @@ impl Standing {
 /// With two objectives a sweep does it in O(n log n) (Jensen 2003, doi:10.1109/TEVC.2003.817234): in
 /// lexicographic order a point belongs to the first front whose last member does not dominate it, and every
 /// front comes out sorted by both objectives, so that neighbours for the crowding distance lie side by side.
-pub(crate) fn standings(points: &[[f64; 2]]) -> Vec<Standing> {
-    let mut order: Vec<usize> = (0..points.len()).collect();
-    order.sort_unstable_by(|&a, &b| {
-        let ([a0, a1], [b0, b1]) = (points[a], points[b]);
-        a0.total_cmp(&b0).then(a1.total_cmp(&b1)).then(a.cmp(&b))
-    });
-    let mut fronts: Vec<Vec<usize>> = Vec::new();
-    for i in order {
-        let point = points[i];
-        let rank = fronts.partition_point(|front| {
-            let last = points[front[front.len() - 1]];
-            last[1] < point[1] || (last[1] == point[1] && last[0] < point[0])
-        });
-        match fronts.get_mut(rank) {
-            Some(front) => front.push(i),
-            None => fronts.push(vec![i]),
-        }
-    }
+///
+/// `order` is left in that order, by index, with a key of both objectives; members of before come first in it, and
+/// points new since then are sorted in.
+pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> Vec<Standing> {
+    let known = order.len();
+    order.extend(points.iter().enumerate().skip(known).map(|(i, point)| (key(*point), i)));
+    // Stable, so that it meets the sorted part as one run; ties fall by index.
+    order[known..].sort_unstable();
+    order.sort();
+    let mut fronts: Vec<Sweep> = Vec::new();
+    // The neighbours of a point in its front; itself at the ends.
+    let mut neighbours = vec![[0; 2]; points.len()];
     let mut standings = vec![Standing { rank: 0, crowding: f64::INFINITY }; points.len()];
-    for (rank, front) in fronts.iter().enumerate() {
-        let (first, last) = (points[front[0]], points[front[front.len() - 1]]);
-        // A front whose members agree in an objective is not spread along it: that term is 0, not 0/0.
-        let scale = [last[0] - first[0], first[1] - last[1]]
-            .map(|range| if range > 0.0 { range.recip() } else { 0.0 });
-        for (at, &i) in front.iter().enumerate() {
-            standings[i].rank = rank;
-            if at > 0 && at + 1 < front.len() {
-                let (before, after) = (points[front[at - 1]], points[front[at + 1]]);
-                standings[i].crowding = (after[0] - before[0]) * scale[0] + (before[1] - after[1]) * scale[1];
-            }
+    for &(_, i) in order.iter() {
+        let [x, y] = points[i];
+        let rank = fronts.partition_point(|front| {
+            let [last_x, last_y] = front.end;
+            last_y < y || (last_y == y && last_x < x)
+        });
+        if rank == fronts.len() {
+            fronts.push(Sweep { start: [x, y], end: [x, y], last: i });
+        }
+        let front = &mut fronts[rank];
+        let before = std::mem::replace(&mut front.last, i);
+        front.end = [x, y];
+        neighbours[before][1] = i;
+        neighbours[i] = [before, i];
+        standings[i].rank = rank;
+    }
+    // A front whose members agree in an objective is not spread along it: that term is 0, not 0/0.
+    let scales: Vec<[f64; 2]> = fronts
+        .iter()
+        .map(|Sweep { start, end, .. }| {
+            [end[0] - start[0], start[1] - end[1]].map(|range| if range > 0.0 { range.recip() } else { 0.0 })
+        })
+        .collect();
+    for (i, (standing, &[before, after])) in standings.iter_mut().zip(&neighbours).enumerate() {
+        if before != i && after != i {
+            let (scale, before, after) = (scales[standing.rank], points[before], points[after]);
+            standing.crowding = (after[0] - before[0]) * scale[0] + (before[1] - after[1]) * scale[1];
         }
     }
     standings
+}
+
+/// A front while the sweep adds to it.
+struct Sweep {
+    start: [f64; 2],
+    end: [f64; 2],
+    /// Index of the point at the end.
+    last: usize,
+}
+
+/// A number that sorts as the point does lexicographically by [`f64::total_cmp`].
+fn key(point: [f64; 2]) -> u128 {
+    let [x, y] = point.map(|x| {
+        let bits = x.to_bits();
+        u128::from(if bits >> 63 == 0 { bits | 1 << 63 } else { !bits })
+    });
+    x << 64 | y
 }
 
 #[cfg(test)]
@@ -96,14 +123,14 @@ mod tests {
         #[test]
         fn ranks_agree_with_peeling(raw in prop::collection::vec((0u8..12, 0u8..12), 1..60)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [f64::from(a), f64::from(b)]).collect();
-            let ranks: Vec<_> = standings(&points).iter().map(|s| s.rank).collect();
+            let ranks: Vec<_> = standings(&points, &mut Vec::new()).iter().map(|s| s.rank).collect();
             prop_assert_eq!(ranks, ranks_by_peeling(&points));
         }
 
         #[test]
         fn crowding_agrees_with_sorting(raw in prop::collection::vec((0f64..1.0, 0f64..1.0), 1..40)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [a, b]).collect();
-            let found = standings(&points);
+            let found = standings(&points, &mut Vec::new());
             let ranks = ranks_by_peeling(&points);
             for (i, standing) in found.iter().enumerate() {
                 let expected = crowding_by_sorting(&points, &ranks, i);

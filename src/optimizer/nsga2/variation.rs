@@ -79,27 +79,28 @@ impl Variation {
         let offset = a.n_groups() as u16;
         let enters = coins(b.n_groups(), rng);
         let pairs = a.labels().iter().zip(b.labels());
-        let labels = pairs.map(|(&a, &b)| if heads_up(&enters, b) { offset + b } else { a }).collect();
+        let labels = pairs.map(|(&a, &b)| if enters.heads_up(b) { offset + b } else { a }).collect();
         self.finish(labels, a.n_groups() + b.n_groups(), rng)
     }
 
     /// Each group of `a` stays with probability ½; the other heads fill its remaining groups in the order of
     /// `b`'s groups, so that neighbours in `b` stay together. As many groups as `a`, all of one size.
     fn interleave(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
-        let k = a.n_groups();
-        let size = self.n_heads / k;
+        let (k, groups) = (a.n_groups(), b.n_groups());
         let stays = coins(k, rng);
-        let (mut order, ends) = b.members();
-        order.rotate_left(usize::from(ends[usize::from(below(ends.len(), rng))]));
+        let before_first = usize::from(below(groups, rng));
+        let mut order = lined_up(b, (0..groups).map(|g| (g + groups - 1 - before_first) % groups));
         let mut labels = a.labels().to_vec().into_boxed_slice();
-        let mut open =
-            (0..k as u16).filter(|&g| !heads_up(&stays, g)).flat_map(|g| std::iter::repeat_n(g, size));
-        for head in order {
-            let label = &mut labels[usize::from(head)];
-            if !heads_up(&stays, *label) {
-                // As many places are open as heads are free.
-                *label = open.next().unwrap_or(*label);
-            }
+        let mut free = 0;
+        for at in 0..order.len() {
+            // Written in any case and kept where it is free: a branch here could not be predicted.
+            let head = order[at];
+            order[free] = head;
+            free += usize::from(!stays.heads_up(labels[usize::from(head)]));
+        }
+        let open = (0..k as u16).filter(|&g| !stays.heads_up(g));
+        for (group, heads) in open.zip(order[..free].chunks(self.n_heads / k)) {
+            heads.iter().for_each(|&head| labels[usize::from(head)] = group);
         }
         Partition::canonical(labels, k)
     }
@@ -107,11 +108,11 @@ impl Variation {
     /// Other equal groups: the heads, group by group in random order, are cut into another number of pieces.
     fn regroup(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
         let k = self.counts[usize::from(below(self.counts.len(), rng))];
-        let mut groups = partition.groups();
-        groups.shuffle(rng);
+        let mut ranks: Vec<usize> = (0..partition.n_groups()).collect();
+        ranks.shuffle(rng);
         let mut labels = vec![0; self.n_heads].into_boxed_slice();
-        for (at, &head) in groups.iter().flatten().enumerate() {
-            labels[head] = (at * k / self.n_heads) as u16;
+        for (at, &head) in lined_up(partition, ranks.into_iter()).iter().enumerate() {
+            labels[usize::from(head)] = (at * k / self.n_heads) as u16;
         }
         Partition::canonical(labels, k)
     }
@@ -165,14 +166,37 @@ fn below(n: usize, rng: &mut ChaCha8Rng) -> u16 {
     rng.random_range(0..n as u32) as u16
 }
 
-/// A fair coin for each of n groups, 64 to the word.
-fn coins(n: usize, rng: &mut ChaCha8Rng) -> Vec<u64> {
-    (0..n.div_ceil(64)).map(|_| rng.random()).collect()
+/// A fair coin for each group, 64 to the word.
+struct Coins {
+    first: u64,
+    others: Vec<u64>,
 }
 
-/// How the coin of group `g` fell.
-fn heads_up(coins: &[u64], g: u16) -> bool {
-    coins[usize::from(g) / 64] >> (g % 64) & 1 == 1
+impl Coins {
+    /// How the coin of group `g` fell.
+    fn heads_up(&self, g: u16) -> bool {
+        let word = if g < 64 { self.first } else { self.others[usize::from(g) / 64 - 1] };
+        word >> (g % 64) & 1 == 1
+    }
+}
+
+/// Tosses a coin for each of n groups.
+fn coins(n: usize, rng: &mut ChaCha8Rng) -> Coins {
+    Coins { first: rng.random(), others: (1..n.div_ceil(64)).map(|_| rng.random()).collect() }
+}
+
+/// The heads of equal groups, group by group: those of group g come at the place that `ranks` gives as its g-th.
+fn lined_up(partition: &Partition, ranks: impl Iterator<Item = usize>) -> Vec<u16> {
+    let size = partition.n_heads() / partition.n_groups();
+    let mut places: Vec<usize> = ranks.map(|rank| rank * size).collect();
+    // A copy is made faster than zeros are allocated; all of it is written over.
+    let mut order = partition.labels().to_vec();
+    for (head, &label) in partition.labels().iter().enumerate() {
+        let place = &mut places[usize::from(label)];
+        order[*place] = head as u16;
+        *place += 1;
+    }
+    order
 }
 
 /// Two heads of different groups, where there are such, change places.

@@ -30,7 +30,8 @@ use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
 /// pairs of heads, and is asked for groups (once each), or for whole partitions where it is not a sum over groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ward {
-    /// Rounds of iterated local search for each number of groups; 0: local search alone.
+    /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at every
+    /// fourth number of groups where their sizes are arbitrary.
     pub rounds: usize,
     /// The most questions to a fitness without pairwise distances, those aside that complete the front.
     pub evaluations: u64,
@@ -122,6 +123,9 @@ struct Search<'a, M> {
 /// Passes up and down the front at most; two or three nearly always do.
 const PASSES: usize = 12;
 
+/// Rounds of iterated local search at every such k that belong to the local search of arbitrary groups.
+const TASTE: usize = 4;
+
 impl<'a, M: Moves> Search<'a, M> {
     fn new(moves: M, space: &SearchSpace, counts: &[usize], run: Run<'a>) -> Self {
         let n_heads = counts[counts.len() - 1];
@@ -179,6 +183,14 @@ impl<'a, M: Moves> Search<'a, M> {
     /// Everything: local search, then as many rounds of iterated local search.
     fn all(&mut self, rounds: usize) -> Result<()> {
         self.local()?;
+        if self.cardinality == Cardinality::Arbitrary {
+            // What one k finds spreads to its neighbours, so few of them need shaking.
+            let all = self.counts.clone();
+            self.counts = all.iter().copied().skip(1).step_by(TASTE).collect();
+            self.shake(TASTE)?;
+            self.counts = all;
+            self.local()?;
+        }
         // In a few courses, so that what one k finds reaches its neighbours.
         let courses = rounds.min(4);
         for course in 0..courses {
