@@ -9,7 +9,7 @@ use std::path::Path;
 
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
-use qcqa::checkpoint::Checkpoint;
+use qcqa::checkpoint::{Checkpoint, WriteOptions};
 use qcqa::runtime::{Model, Moments, Sensitivity, Windows, evaluate};
 use qcqa::{
     FirstHead, FitnessFn, Front, KvPooler, LayerHeads, MeanPooler, Nsga2, Optimizer, Partition, Run,
@@ -108,7 +108,10 @@ fn moments_that_do_not_fit_are_refused() {
     models::says(&value((24, 24), 2.0), &["layers.1", "end with 1"]);
     models::says(&error(&[9], &two(Array2::eye(17)), None), &["another model", "width", "17", "25"]);
     models::says(&error(&[9], &two(Array2::zeros((25, 5))), None), &["layers.1", "[25, 25]", "[25, 5]"]);
-    models::says(&error(&[9], std::slice::from_ref(&good), None), &["another model", "number of layers", "1", "2"]);
+    models::says(
+        &error(&[9], std::slice::from_ref(&good), None),
+        &["another model", "number of layers", "1", "2"],
+    );
     models::says(&error(&[9], &two(good.clone()), Some("sha256:00")), &["another model", "fingerprint"]);
     models::says(&error(&[0], &two(good.clone()), None), &["tokens", "above 0", "found 0"]);
     models::says(&error(&[1, 2], &two(good.clone()), None), &["tokens", "found I64 [2]"]);
