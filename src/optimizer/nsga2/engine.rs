@@ -57,7 +57,7 @@ impl Settings {
 }
 
 /// Draws for one new individual before a generation does with fewer: small spaces run out of new ones.
-const TRIES: usize = 8;
+const TRIES: usize = 2;
 
 /// All individuals that were ever evaluated, by a 64-bit hash: nothing is evaluated twice.
 #[derive(Default)]
