@@ -66,12 +66,14 @@
 //! * `linalg`: spectral lower bounds.
 //! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
 //! * `checkpoint`: Hugging Face directories in and out.
+//! * `runtime`: models run for real, on the CPU: perplexity, divergence from the source, multiple choice, second
+//!   moments of the inputs, sensitivity of the layers.
 //! * `cli`: the binary `qcqa`, with all of the above.
 //!
 //! # Limits
 //!
 //! * The weight-sharing error is a proxy: it sees the weights and not what the model computes. A lower error need
-//!   not mean a lower perplexity.
+//!   not mean a lower perplexity; `runtime` measures it.
 //! * Mean pooling loses much: at half the cache the small trained models in the tests need fine-tuning to be of use.
 //! * For near-orthogonal heads of unequal norms the least error is one large group and single heads; look at the
 //!   group sizes, and limit them by [`SearchSpace::max_group_size`].

@@ -1,45 +1,16 @@
 //! The binary as its users meet it: results in both forms, exit codes, and nothing lost on the way.
 #![cfg(feature = "cli")]
 
+mod command;
 mod models;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use command::{done, fails, json, qcqa, text};
 use models::{llama, novels, says, snapshot};
 use qcqa::checkpoint::Checkpoint;
 use serde_json::Value;
-
-fn qcqa(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_qcqa")).args(args).output().unwrap()
-}
-
-/// Standard output of a command that must succeed, and that must be silent on standard error: this is no terminal.
-#[track_caller]
-fn done(args: &[&str]) -> String {
-    let output = qcqa(args);
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{args:?}");
-    assert_eq!(output.status.code(), Some(0), "{args:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-#[track_caller]
-fn json(args: &[&str]) -> Value {
-    serde_json::from_str(&done(&[args, &["--json"]].concat())).unwrap()
-}
-
-/// The message of a command that must fail with this code.
-#[track_caller]
-fn fails(code: i32, args: &[&str]) -> String {
-    let output = qcqa(args);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
-    message
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 #[test]
 fn inspect_tells_what_a_model_is() {

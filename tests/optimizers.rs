@@ -1,7 +1,10 @@
 //! Ward and Exact against brute force, on pairwise and on other people's fitness functions.
 
+mod common;
+
 use std::ops::ControlFlow;
 
+use common::all_partitions;
 use ndarray::{Array2, ArrayView2};
 use proptest::prelude::*;
 use qcqa::{
@@ -29,24 +32,6 @@ fn plain_error(points: &[Vec<f64>], partition: &Partition) -> f64 {
         }
     }
     error
-}
-
-/// Every partition of n heads, by restricted growth.
-fn all_partitions(n: usize) -> Vec<Partition> {
-    fn grow(labels: &mut Vec<usize>, groups: usize, n: usize, out: &mut Vec<Partition>) {
-        if labels.len() == n {
-            out.push(Partition::from_labels(labels).unwrap());
-            return;
-        }
-        for label in 0..=groups {
-            labels.push(label);
-            grow(labels, groups.max(label + 1), n, out);
-            labels.pop();
-        }
-    }
-    let mut out = Vec::new();
-    grow(&mut Vec::new(), 0, n, &mut out);
-    out
 }
 
 /// The least error of each k in the space, by looking at everything.

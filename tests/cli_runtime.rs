@@ -1,0 +1,120 @@
+//! The binary on texts: evaluation, calibration, and the comparison that draws.
+#![cfg(feature = "cli")]
+
+mod command;
+mod models;
+
+use std::fs;
+use std::path::Path;
+
+use command::{fails, json, text};
+use models::{novels, says};
+use serde_json::Value;
+
+/// The beginning of the evaluation text, some windows long.
+fn short_text(directory: &Path) -> String {
+    let whole = fs::read_to_string(novels().join("evaluation.txt")).unwrap();
+    let path = directory.join("short.txt");
+    fs::write(&path, whole.chars().take(4000).collect::<String>()).unwrap();
+    text(&path).to_string()
+}
+
+#[test]
+fn a_plan_and_the_model_written_from_it_are_the_same() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, words) = (novels(), short_text(root.path()));
+    let [plan, out] = ["plan.json", "half"].map(|name| root.path().join(name));
+    json(&["search", text(&model), "--kv", "0.5", "--target", "stock", "--out", text(&plan)]);
+    json(&["convert", text(&model), "--plan", text(&plan), "--out", text(&out)]);
+
+    let planned = json(&["eval", text(&model), "--plan", text(&plan), "--text", &words]);
+    let written = json(&["eval", text(&out), "--source", text(&model), "--text", &words]);
+    for field in ["perplexity", "source_perplexity", "kl", "same_top"] {
+        let [planned, written] = [&planned, &written].map(|value| value[field].as_f64().unwrap());
+        assert!((planned - written).abs() <= 1e-4 * planned, "{field}: {planned} {written}");
+    }
+    assert_eq!(planned["runtime_kv_bytes_per_token"], 2 * 4 * 16 * 4 * 4, "four heads, four layers, f32");
+    assert!(planned["perplexity"].as_f64() > planned["source_perplexity"].as_f64());
+
+    let alone = json(&["eval", text(&model), "--text", &words]);
+    assert_eq!(alone["perplexity"], alone["source_perplexity"]);
+    assert_eq!(alone["kl"], Value::Null);
+}
+
+#[test]
+fn token_ids_serve_where_there_is_no_tokenizer() {
+    let root = tempfile::tempdir().unwrap();
+    let ids = root.path().join("ids.bin");
+    let tokens = (0..600u16).map(|i| (i * 7) % 1024);
+    fs::write(&ids, tokens.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+    let value = json(&["eval", text(&novels()), "--ids", text(&ids)]);
+    assert_eq!((value["windows"].as_u64(), value["tokens"].as_u64()), (Some(2), Some(510)));
+}
+
+#[test]
+fn choices_are_scored() {
+    let root = tempfile::tempdir().unwrap();
+    let items = root.path().join("items.jsonl");
+    let item = r#"{"query": "He looked at the", "choices": [" house", " qxzqxz"], "gold": 0}"#;
+    fs::write(&items, format!("{item}\n{}\n", item.replace("\"gold\": 0", "\"gold\": 1"))).unwrap();
+    let value = json(&["eval", text(&novels()), "--choices", text(&items)]);
+    assert_eq!(value["choices"]["accuracy"], 0.5);
+    assert_eq!(value["choices"]["items"], 2);
+}
+
+#[test]
+fn compare_adds_perplexity_and_draws() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, words, plot) = (novels(), short_text(root.path()), root.path().join("plot.svg"));
+    let value = json(&[
+        "compare",
+        text(&model),
+        "--kv",
+        "0.5",
+        "--text",
+        &words,
+        "--plot",
+        text(&plot),
+        "--optimizer",
+        "exact,nsga2",
+    ]);
+    let lines = value["lines"].as_array().unwrap();
+    let source = value["source_perplexity"].as_f64().unwrap();
+    assert!(
+        lines
+            .iter()
+            .all(|line| line["perplexity"].as_f64().unwrap() > source && line["kl"].as_f64() > Some(0.0))
+    );
+    let searched: Vec<_> =
+        lines.iter().filter(|l| l["method"] == "qcqa-ec").map(|l| &l["optimizer"]).collect();
+    assert_eq!(searched, ["exact", "nsga2"]);
+    let svg = fs::read_to_string(&plot).unwrap();
+    says(&svg, &["<svg", "perplexity", "qcqa-ac exact", "gqa"]);
+    says(&fails(2, &["compare", text(&model), "--kv", "0.5", "--plot", text(&plot)]), &["--text"]);
+}
+
+#[test]
+fn calibrate_writes_once_and_only_when_asked() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, words, out) = (novels(), short_text(root.path()), root.path().join("moments.safetensors"));
+    let args = ["calibrate", text(&model), "--text", &words, "--windows", "2", "--out", text(&out)];
+    let dry = json(&[&args[..], &["--dry-run"]].concat());
+    assert_eq!((dry["tokens"].as_u64(), out.exists()), (Some(512), false));
+    json(&args);
+    assert!(out.is_file());
+    says(&fails(1, &args), &["moments.safetensors", "--force"]);
+}
+
+#[test]
+fn bad_texts_say_what_to_do() {
+    let root = tempfile::tempdir().unwrap();
+    let model = novels();
+    let file = root.path().join("text");
+    fs::write(&file, [0xff, 0xfe, 0x00]).unwrap();
+    says(&fails(1, &["eval", text(&model), "--text", text(&file)]), &["UTF-8", "--ids"]);
+    fs::write(&file, "too short").unwrap();
+    says(&fails(1, &["eval", text(&model), "--text", text(&file)]), &["256"]);
+    says(&fails(2, &["eval", text(&model)]), &["--text", "--ids"]);
+    fs::write(&file, u16::MAX.to_le_bytes().repeat(300)).unwrap();
+    says(&fails(1, &["eval", text(&model), "--ids", text(&file)]), &["65535", "1024"]);
+}
