@@ -18,10 +18,14 @@ pub(super) fn add_gram(tile: &[f32], sum: &mut [f64]) {
 /// The same through `ndarray`'s product, which knows nothing of symmetry and packs what need not be packed.
 #[cfg(not(feature = "simd"))]
 pub(super) fn add_gram(tile: &[f32], sum: &mut [f64]) {
+    /// Its sums run one after the other, not in lanes: shorter ones keep their digits.
+    const COLUMNS: usize = 128;
     let n = tile.len() / TILE;
     let tile = ndarray::ArrayView2::from_shape((n, TILE), tile).expect("n rows of a tile");
-    let product = tile.dot(&tile.t());
-    sum.iter_mut().zip(&product).for_each(|(sum, &product)| *sum += f64::from(product));
+    for part in tile.axis_chunks_iter(ndarray::Axis(1), COLUMNS) {
+        let product = part.dot(&part.t());
+        sum.iter_mut().zip(&product).for_each(|(sum, &product)| *sum += f64::from(product));
+    }
 }
 
 #[cfg(feature = "simd")]
