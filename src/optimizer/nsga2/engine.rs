@@ -150,16 +150,12 @@ fn survive<G>(
     for s in &standing {
         sizes[s.rank] += 1;
     }
-    let mut kept = 0;
-    let whole = sizes
-        .iter()
-        .take_while(|&&size| {
-            kept + size <= population && {
-                kept += size;
-                true
-            }
-        })
-        .count();
+    // The fronts that fit whole, and how many they are.
+    let (mut whole, mut kept) = (0, 0);
+    while kept + sizes[whole] <= population {
+        kept += sizes[whole];
+        whole += 1;
+    }
     let mut last: Vec<usize> = (0..points.len()).filter(|&i| standing[i].rank == whole).collect();
     last.sort_unstable_by(|&i, &j| standing[j].crowding.total_cmp(&standing[i].crowding).then(i.cmp(&j)));
     let mut stays: Vec<bool> = standing.iter().map(|s| s.rank < whole).collect();
