@@ -5,7 +5,7 @@ mod common;
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 
-use common::{integer_layer, layer};
+use common::integer_layer;
 use qcqa::{
     Budget, CostScale, Error, LayerHeads, LayerSelection, Limits, Nsga2, Plan, Progress, Qcqa, Result, Run,
     Search, SearchSpace, UniformAllocation,
@@ -87,7 +87,7 @@ fn the_same_seed_gives_the_same_plan_on_any_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-            let layers = (0..3u8).map(|i| Ok(layer(i.into(), 8, 40, 900, false)));
+            let layers = (0..3u8).map(|i| Ok(common::layer(i.into(), 8, 40, 900, false)));
             let fronts = qcqa.fronts(layers, Run::new(7)).unwrap();
             let source = common::source(3, 8, 40, 900);
             qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(7)).unwrap()
