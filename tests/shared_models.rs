@@ -58,14 +58,40 @@ fn methods_are_ordered_and_honest(model: &Path) {
     }
 }
 
+/// Exact never loses, and Ward equals it on most k.
+fn ward_is_nearly_exact(model: &Path) {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    let (mut equal, mut all) = (0, 0);
+    for i in 0..checkpoint.config().n_layers {
+        let fitness = WeightSharingError::new(&checkpoint.rows(i).unwrap()).unwrap();
+        for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {
+            let optimizers: [&dyn Optimizer; 3] = [&Exact::default(), &Ward::default(), &Nsga2::default()];
+            let [exact, ward, nsga2] = optimizers.map(|o| o.optimize(&fitness, &space, Run::new(1)).unwrap());
+            for point in exact.iter() {
+                let k = point.partition.n_groups();
+                let tolerance = 1e-12 * fitness.energy().unwrap();
+                let [ward, nsga2] = [&ward, &nsga2].map(|front| front.error(k).unwrap());
+                assert!(point.error <= ward.min(nsga2) + tolerance, "layer {i}, k = {k}");
+                equal += usize::from(ward <= point.error + tolerance);
+                all += 1;
+            }
+        }
+    }
+    println!("Ward equals Exact on {equal} of {all} k");
+    assert!(10 * equal >= 9 * all, "{equal} of {all}");
+}
+
 #[test]
 fn novels_1m() {
-    methods_are_ordered_and_honest(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/novels-1m"));
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/novels-1m");
+    methods_are_ordered_and_honest(&model);
+    ward_is_nearly_exact(&model);
 }
 
 #[test]
 fn novels_14m() {
     if let Some(model) = shared("novels-14m") {
         methods_are_ordered_and_honest(&model);
+        ward_is_nearly_exact(&model);
     }
 }
