@@ -18,12 +18,17 @@ impl FrontPoint {
     /// How far the error may be above the optimum, relative to the lower bound: `error / bound − 1`.
     /// 0 when both are 0; `None` without a bound or when the bound alone is 0.
     pub fn gap(&self) -> Option<f64> {
-        let bound = self.lower_bound?;
-        match (self.error > bound, bound > 0.0) {
-            (false, _) => Some(0.0),
-            (true, true) => Some(self.error / bound - 1.0),
-            (true, false) => None,
-        }
+        gap(self.error, self.lower_bound)
+    }
+}
+
+/// The rule of [`FrontPoint::gap`].
+pub(crate) fn gap(error: f64, lower_bound: Option<f64>) -> Option<f64> {
+    let bound = lower_bound?;
+    match (error > bound, bound > 0.0) {
+        (false, _) => Some(0.0),
+        (true, true) => Some(error / bound - 1.0),
+        (true, false) => None,
     }
 }
 

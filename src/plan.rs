@@ -104,6 +104,13 @@ pub struct LayerPlan {
     pub lower_bound: Option<f64>,
 }
 
+impl LayerPlan {
+    /// How far the error may be above the optimum, as [`FrontPoint::gap`](crate::FrontPoint::gap).
+    pub fn gap(&self) -> Option<f64> {
+        crate::front::gap(self.error, self.lower_bound)
+    }
+}
+
 impl Plan {
     /// The version of the format that this crate writes and reads.
     pub const VERSION: u32 = 1;

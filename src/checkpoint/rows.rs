@@ -2,6 +2,7 @@ use std::path::Path;
 
 use super::{CheckpointError, Dtype};
 use crate::HeadRows;
+use crate::fitness::read_across;
 
 /// The keys and values of a layer as rows, decoded from the mapped file piece by piece.
 ///
@@ -67,18 +68,11 @@ impl HeadRows for LayerRows<'_> {
         self.parts.iter().map(|part| self.share(part)).sum()
     }
 
-    fn read(&self, head: usize, mut start: usize, mut out: &mut [f32]) {
-        for part in &self.parts {
-            let share = self.share(part);
-            if start < share && !out.is_empty() {
-                let (now, rest) = out.split_at_mut(out.len().min(share - start));
-                let size = part.dtype.bytes();
-                part.dtype.decode(&part.bytes[(head * share + start) * size..][..now.len() * size], now);
-                out = rest;
-                start = share;
-            }
-            start -= share.min(start);
-        }
-        assert!(out.is_empty(), "read past the end of a head");
+    fn read(&self, head: usize, start: usize, out: &mut [f32]) {
+        let parts = self.parts.iter().map(|part| (part, self.share(part)));
+        read_across(parts, start, out, |part, share, start, out| {
+            let size = part.dtype.bytes();
+            part.dtype.decode(&part.bytes[(head * share + start) * size..][..out.len() * size], out);
+        });
     }
 }

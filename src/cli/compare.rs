@@ -11,7 +11,7 @@ use super::search::{gap, kv_bytes, total_share};
 use super::{CliError, Done, fraction};
 use crate::checkpoint::Checkpoint;
 use crate::runtime::{Evaluation, Model, evaluate_against};
-use crate::{FitnessFn, Front, FrontPoint, LayerPlan, Plan, Run, WeightSharingError};
+use crate::{FitnessFn, Front, LayerPlan, Plan, Run, WeightSharingError};
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
@@ -192,11 +192,7 @@ fn evaluate(
 
 /// The largest gap of a layer, where all are known.
 fn worst_gap(plan: &Plan) -> Option<f64> {
-    let gap = |layer: &LayerPlan| {
-        let LayerPlan { groups, error, lower_bound } = layer.clone();
-        FrontPoint { partition: groups, error, lower_bound }.gap()
-    };
-    plan.layers.iter().map(gap).try_fold(0.0, |most: f64, gap| Some(most.max(gap?)))
+    plan.layers.iter().map(LayerPlan::gap).try_fold(0.0, |most: f64, gap| Some(most.max(gap?)))
 }
 
 /// A curve for each method, from the smallest cache to the whole.

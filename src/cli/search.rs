@@ -51,17 +51,16 @@ pub(super) fn searched(
 /// The plan as a table, a line for each layer, and what it comes to.
 pub(super) fn describe(checkpoint: &Checkpoint, plan: &Plan, fronts: &[Front]) -> String {
     let rows = plan.layers.iter().zip(fronts).enumerate().map(|(i, (layer, front))| {
-        let k = layer.groups.n_groups();
         let mut sizes = layer.groups.sizes();
         sizes.sort_unstable_by(|a, b| b.cmp(a));
         let sizes: Vec<_> = sizes.iter().map(usize::to_string).collect();
         [
             i.to_string(),
-            k.to_string(),
+            layer.groups.n_groups().to_string(),
             sizes.join(","),
             format!("{:.4}", layer.error),
             share(layer.error, front.energy()).map_or("-".into(), percent),
-            front.get(k).and_then(|p| p.gap()).map_or("-".into(), gap),
+            layer.gap().map_or("-".into(), gap),
         ]
     });
     let table = table(["layer", "groups", "sizes", "WSE", "share", "gap at most"], rows);

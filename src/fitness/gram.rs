@@ -33,20 +33,31 @@ impl HeadRows for LayerHeads {
         parts(self).map(|part| part.len() / self.n_heads()).sum()
     }
 
-    fn read(&self, head: usize, mut start: usize, mut out: &mut [f32]) {
-        for part in parts(self) {
-            let len = part.len() / self.n_heads();
-            if start < len && !out.is_empty() {
-                let now = out.len().min(len - start);
-                let (head_part, rest) = out.split_at_mut(now);
-                head_part.copy_from_slice(&part[head * len + start..][..now]);
-                out = rest;
-                start = len;
-            }
-            start -= len.min(start);
-        }
-        assert!(out.is_empty(), "read past the end of a head");
+    fn read(&self, head: usize, start: usize, out: &mut [f32]) {
+        let parts = parts(self).map(|part| (part, part.len() / self.n_heads()));
+        read_across(parts, start, out, |part, len, start, out| {
+            out.copy_from_slice(&part[head * len + start..][..out.len()]);
+        });
     }
+}
+
+/// Reads a row that lies in several parts, each with its length: `copy(part, length, start, out)` for every piece.
+pub(crate) fn read_across<P>(
+    parts: impl Iterator<Item = (P, usize)>,
+    mut start: usize,
+    mut out: &mut [f32],
+    copy: impl Fn(P, usize, usize, &mut [f32]),
+) {
+    for (part, len) in parts {
+        if start < len && !out.is_empty() {
+            let (now, rest) = out.split_at_mut(out.len().min(len - start));
+            copy(part, len, start, now);
+            out = rest;
+            start = len;
+        }
+        start -= len.min(start);
+    }
+    assert!(out.is_empty(), "read past the end of a head");
 }
 
 /// The contiguous arrays that make up the rows, each (H, something).

@@ -10,6 +10,8 @@ use ndarray::ArrayView2;
 
 use crate::{Partition, Result};
 
+#[cfg(feature = "checkpoint")]
+pub(crate) use gram::read_across;
 pub use gram::{HeadRows, squared_distances};
 pub use weight_sharing::WeightSharingError;
 
