@@ -30,6 +30,7 @@ impl KvPooler for Medoid {
             value: select(heads.value())?,
             query: None,
             output: None,
+            output_bias: None,
         })
     }
 }

@@ -148,6 +148,11 @@ pub enum Error {
     /// A calibrated computation on a layer that carries no input moment.
     #[error("the layer carries no input moment; calibrate the model, or use the uncalibrated form")]
     NoMoment,
+    /// A method that turns the query side, on a layer of which only keys and values were given.
+    #[error(
+        "the layer carries no queries and outputs, which low-rank sharing turns; give them, or pool by the mean"
+    )]
+    NoQueries,
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
     #[error(
         "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"

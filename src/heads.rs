@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, ArrayView3};
 
 use crate::{Error, Partition, Result};
 
@@ -110,6 +110,15 @@ impl Rotation {
             Self::HalfSplit { dims } | Self::Interleaved { dims } => dims,
         }
     }
+
+    /// The dimensions (a, b) that turn together, for each frequency f < dims/2.
+    pub fn pairs(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + use<> {
+        let rotation = *self;
+        (0..self.dims() / 2).map(move |f| match rotation {
+            Self::Interleaved { .. } => (2 * f, 2 * f + 1),
+            _ => (f, f + rotation.dims() / 2),
+        })
+    }
 }
 
 /// The heads of one layer: H KV heads and, where the caller has them, their query heads and output columns.
@@ -122,6 +131,7 @@ pub struct LayerHeads {
     value: Projection,
     query: Option<Projection>,
     output: Option<Array3<f32>>,
+    output_bias: Option<Array1<f32>>,
     rotation: Rotation,
     moment: Option<Arc<Array2<f64>>>,
 }
@@ -142,7 +152,15 @@ impl LayerHeads {
         }
         key.check_finite("key projection")?;
         value.check_finite("value projection")?;
-        Ok(Self { key, value, query: None, output: None, rotation: Rotation::None, moment: None })
+        Ok(Self {
+            key,
+            value,
+            query: None,
+            output: None,
+            output_bias: None,
+            rotation: Rotation::None,
+            moment: None,
+        })
     }
 
     /// Adds the H·r query heads (H·r, h, d) and the output projection as (H·r, d, h): `output[q]` maps the
@@ -169,6 +187,21 @@ impl LayerHeads {
             return Err(Error::NotFinite { what: "output projection".to_string() });
         }
         Ok(Self { query: Some(query), output: Some(output), ..self })
+    }
+
+    /// Adds the bias of the output projection, (D).
+    ///
+    /// # Errors
+    /// [`Error::NoQueries`] before the output projection is given, [`Error::Shape`], [`Error::NotFinite`].
+    pub fn with_output_bias(self, bias: Array1<f32>) -> Result<Self> {
+        let outputs = self.output.as_ref().ok_or(Error::NoQueries)?.dim().1;
+        if bias.len() != outputs {
+            return Err(Error::shape("output bias", &[outputs], bias.shape()));
+        }
+        if !bias.iter().all(|v| v.is_finite()) {
+            return Err(Error::NotFinite { what: "output bias".to_string() });
+        }
+        Ok(Self { output_bias: Some(bias), ..self })
     }
 
     /// States how positions rotate keys and queries.
@@ -228,6 +261,11 @@ impl LayerHeads {
         self.output.as_ref().map(|o| o.view())
     }
 
+    /// Bias of the output projection, (D).
+    pub fn output_bias(&self) -> Option<ArrayView1<'_, f32>> {
+        self.output_bias.as_ref().map(|b| b.view())
+    }
+
     /// The rotation of keys and queries.
     pub fn rotation(&self) -> Rotation {
         self.rotation
@@ -250,6 +288,8 @@ pub struct PooledLayer {
     pub query: Option<Projection>,
     /// Output projection in the source's order, (H·r, d, h); `None` where unchanged.
     pub output: Option<Array3<f32>>,
+    /// Bias of the output projection, (D); `None` where unchanged.
+    pub output_bias: Option<Array1<f32>>,
 }
 
 impl PooledLayer {
@@ -281,6 +321,15 @@ impl PooledLayer {
             }
             if !pooled.iter().all(|v| v.is_finite()) {
                 return Err(Error::NotFinite { what: "pooled output".to_string() });
+            }
+        }
+        if let Some(pooled) = &self.output_bias {
+            let expected = heads.output_bias.as_ref().map_or(0, |bias| bias.len());
+            if pooled.len() != expected {
+                return Err(Error::shape("pooled output bias", &[expected], pooled.shape()));
+            }
+            if !pooled.iter().all(|v| v.is_finite()) {
+                return Err(Error::NotFinite { what: "pooled output bias".to_string() });
             }
         }
         Ok(())

@@ -94,6 +94,8 @@ mod fitness;
 mod front;
 mod grouping;
 mod heads;
+#[cfg(feature = "linalg")]
+mod low_rank;
 mod optimizer;
 mod partition;
 mod pipeline;
@@ -112,6 +114,9 @@ pub use allocator::{
 pub use budget::{Budget, Limits, kv_bytes_per_token};
 pub use error::{Error, Result};
 pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squared_distances};
+#[cfg(feature = "linalg")]
+#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
+pub use fitness::{LowRankError, Residuals};
 pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, KeyNorm, UniformGqa};
 pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
@@ -122,7 +127,10 @@ pub use optimizer::{Exact, Nsga2, Optimizer, Ward, attach_bounds, nearest_bounds
 pub use partition::{Cardinality, Partition, SearchSpace};
 pub use pipeline::{MakeFitness, Qcqa, Search, optimize_layers};
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};
-pub use pooler::{FirstHead, KvPooler, MeanPooler};
+pub use pooler::{FirstHead, KvPooler, MeanPooler, PoolLayer};
+#[cfg(feature = "linalg")]
+#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
+pub use pooler::{LowRankPooler, ProcrustesPooler};
 pub use run::{Observer, Progress, Run};
 
 #[doc = include_str!("../README.md")]

@@ -81,7 +81,7 @@ impl KvPooler for Zero {
     fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
         let (_, h, d) = heads.key().weight().dim();
         let zero = || Projection::new(Array3::zeros((partition.n_groups(), h, d)), None);
-        Ok(PooledLayer { key: zero()?, value: zero()?, query: None, output: None })
+        Ok(PooledLayer { key: zero()?, value: zero()?, query: None, output: None, output_bias: None })
     }
 }
 

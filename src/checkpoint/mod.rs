@@ -46,7 +46,7 @@ pub use plan_file::{read_plan, write_plan};
 pub use read::Checkpoint;
 pub use rows::LayerRows;
 pub use targets::{Expanded, Layout, Stock, Target};
-pub use write::{Report, WriteOptions, convert};
+pub use write::{Report, WriteOptions, convert, convert_with};
 
 #[cfg(feature = "runtime")]
 pub(crate) use {output::write_whole, write::same_source};

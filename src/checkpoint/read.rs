@@ -181,7 +181,11 @@ impl Checkpoint {
         let output = Array3::from_shape_vec((hidden, query_heads, head_dim), output)
             .map_err(crate::Error::plugin)?
             .permuted_axes([1, 0, 2]);
-        Ok(heads.with_queries(query, output.as_standard_layout().into_owned())?)
+        let heads = heads.with_queries(query, output.as_standard_layout().into_owned())?;
+        if !self.has(Part::Output) {
+            return Ok(heads);
+        }
+        Ok(heads.with_output_bias(self.numbers(&self.family.bias(i, Part::Output))?.into())?)
     }
 
     /// The keys and values of layer `i` alone, with their rotation.
@@ -278,12 +282,10 @@ impl Checkpoint {
         &self.shards
     }
 
-    /// The attention tensors of a layer whose rows or columns belong to heads: name, projection, whether a bias.
-    /// The bias of the output belongs to none.
+    /// The attention tensors of a layer: name, projection, whether a bias.
     pub(super) fn head_tensors(&self, layer: usize) -> impl Iterator<Item = (String, Part, bool)> {
         Part::ALL.into_iter().flat_map(move |part| {
-            let bias =
-                (self.has(part) && part != Part::Output).then(|| (self.family.bias(layer, part), part, true));
+            let bias = self.has(part).then(|| (self.family.bias(layer, part), part, true));
             [Some((self.family.weight(layer, part), part, false)), bias].into_iter().flatten()
         })
     }

@@ -9,13 +9,13 @@ use super::families::Part;
 use super::shards::Entry;
 use super::targets::Layout;
 use super::{Checkpoint, CheckpointError, Dtype};
-use crate::{KvPooler, Plan, PooledLayer, Projection, Run};
+use crate::{Plan, PoolLayer, PooledLayer, Projection, Run};
 
 /// What all tensors of a conversion share.
 pub(super) struct Job<'a> {
     pub(super) source: &'a Checkpoint,
     pub(super) plan: &'a Plan,
-    pub(super) pooler: &'a dyn KvPooler,
+    pub(super) pool: &'a PoolLayer<'a>,
     pub(super) layouts: &'a [Layout],
     pub(super) run: Run<'a>,
     /// Tensors and other files, written and in all.
@@ -32,13 +32,13 @@ impl<'a> Job<'a> {
     pub(super) fn new(
         source: &'a Checkpoint,
         plan: &'a Plan,
-        pooler: &'a dyn KvPooler,
+        pool: &'a PoolLayer<'a>,
         layouts: &'a [Layout],
         total: u64,
         run: Run<'a>,
     ) -> Self {
         let (done, pooled, stopped) = (Cell::new(0), RefCell::new(None), RefCell::new(None));
-        Self { source, plan, pooler, layouts, run, done, total, pooled, stopped }
+        Self { source, plan, pool, layouts, run, done, total, pooled, stopped }
     }
 
     /// Counts one tensor or file.
@@ -64,7 +64,7 @@ impl<'a> Job<'a> {
                 *cache = None;
                 let groups = &self.plan.layers[layer].groups;
                 let heads = self.source.layer(layer)?;
-                let pooled = self.pooler.pool(&heads, groups)?;
+                let pooled = (self.pool)(layer, &heads)?;
                 pooled.check(&heads, groups.n_groups())?;
                 f(&cache.insert((layer, pooled)).1)
             }
@@ -133,6 +133,10 @@ impl Tensor<'_> {
                 let changed = pooled.query.as_ref().map(|q| self.encode(dtype, rows(q, bias, &all)));
                 let block = if bias { h } else { h * d } * dtype.bytes();
                 Ok(permute(changed.unwrap_or(Ok(stored))?, query_order, block))
+            }
+            Part::Output if bias => {
+                let changed = pooled.output_bias.as_ref().map(|b| self.encode(dtype, b.iter().copied()));
+                changed.unwrap_or(Ok(stored))
             }
             Part::Output => {
                 // (H·r, d, h) → (d, H·r, h), as it is stored.

@@ -14,7 +14,7 @@ use super::shards::INDEX;
 use super::targets::Layout;
 use super::views::{HeadsOf, Job, Tensor};
 use super::{Checkpoint, CheckpointError, Target};
-use crate::{KvPooler, Plan, Run, kv_bytes_per_token};
+use crate::{KvPooler, Plan, PoolLayer, Run, kv_bytes_per_token};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -60,6 +60,24 @@ pub fn convert(
     options: WriteOptions,
     run: Run<'_>,
 ) -> Result<Report, CheckpointError> {
+    let pool = |i: usize, heads: &crate::LayerHeads| pooler.pool(heads, &plan.layers[i].groups);
+    convert_with(source, plan, &pool, target, out, options, run)
+}
+
+/// The same for layers that are pooled with more than a pooler knows, for example the moments of their inputs:
+/// `pool(i, heads)` gives the shared heads of layer i, one for each group of the plan.
+///
+/// # Errors
+/// As [`convert`], and what `pool` reports.
+pub fn convert_with(
+    source: &Checkpoint,
+    plan: &Plan,
+    pool: &PoolLayer<'_>,
+    target: &dyn Target,
+    out: &Path,
+    options: WriteOptions,
+    run: Run<'_>,
+) -> Result<Report, CheckpointError> {
     plan.check()?;
     same_source(source, plan)?;
     target.check(plan)?;
@@ -70,7 +88,7 @@ pub fn convert(
     shards.chain(extras.iter().map(|e| &e.from)).try_for_each(|file| destination.spare(file))?;
 
     let total = source.files().tensors.len() + extras.len();
-    let job = Job::new(source, plan, pooler, &layouts, total as u64, run);
+    let job = Job::new(source, plan, pool, &layouts, total as u64, run);
     let shards = outputs(&job);
     let small = small_files(source, plan, target, &shards)?;
     let mut report = report(source, &layouts, &shards, &extras, &small);

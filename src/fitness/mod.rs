@@ -1,6 +1,8 @@
 //! The quality that a partition of one layer loses.
 
 mod gram;
+#[cfg(feature = "linalg")]
+mod low_rank;
 mod product;
 mod weight_sharing;
 
@@ -13,6 +15,8 @@ use crate::{Partition, Result};
 #[cfg(feature = "checkpoint")]
 pub(crate) use gram::read_across;
 pub use gram::{HeadRows, squared_distances};
+#[cfg(feature = "linalg")]
+pub use low_rank::{LowRankError, Residuals};
 pub use weight_sharing::WeightSharingError;
 
 /// The quality lost by a partition of one layer; bound to that layer when it is made.

@@ -1,7 +1,11 @@
 //! Rules that merge the KV heads of a layer.
 
 mod first;
+#[cfg(feature = "linalg")]
+mod low_rank;
 mod mean;
+#[cfg(feature = "linalg")]
+mod procrustes;
 
 use std::fmt::Debug;
 
@@ -10,7 +14,11 @@ use ndarray::{Array2, Array3};
 use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
 
 pub use first::FirstHead;
+#[cfg(feature = "linalg")]
+pub use low_rank::LowRankPooler;
 pub use mean::MeanPooler;
+#[cfg(feature = "linalg")]
+pub use procrustes::ProcrustesPooler;
 
 /// A rule that merges the KV heads of one layer, group by group.
 ///
@@ -23,6 +31,10 @@ pub trait KvPooler: Debug + Send + Sync {
     /// can fail with.
     fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer>;
 }
+
+/// What makes the shared heads of layer i from its heads, where a [`KvPooler`] alone does not know enough: it adds the
+/// moments of the layer's inputs, or hands out what was refitted.
+pub type PoolLayer<'a> = dyn Fn(usize, &LayerHeads) -> Result<PooledLayer> + 'a;
 
 /// Pools keys and values head by head with one linear rule; the query side stays.
 ///
@@ -46,7 +58,13 @@ fn pool_rows(
             bias.map(|b| Array2::from_shape_vec((groups.len(), h), b)).transpose().map_err(shaped)?,
         )
     };
-    Ok(PooledLayer { key: pool(heads.key())?, value: pool(heads.value())?, query: None, output: None })
+    Ok(PooledLayer {
+        key: pool(heads.key())?,
+        value: pool(heads.value())?,
+        query: None,
+        output: None,
+        output_bias: None,
+    })
 }
 
 fn pool_flat(

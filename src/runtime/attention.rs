@@ -64,12 +64,8 @@ pub(super) struct Pass {
 }
 
 impl Attention {
-    /// The attention of a layer, as it is or with shared heads. `output_bias` is (d).
-    pub(super) fn new(
-        heads: &LayerHeads,
-        shared: Option<(&PooledLayer, &Partition)>,
-        output_bias: Option<Tensor>,
-    ) -> crate::Result<Self> {
+    /// The attention of a layer, as it is or with shared heads.
+    pub(super) fn new(heads: &LayerHeads, shared: Option<(&PooledLayer, &Partition)>) -> crate::Result<Self> {
         let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
         let mut groups: Vec<(usize, Vec<usize>)> = match shared {
             Some((_, partition)) => partition.groups().into_iter().enumerate().collect(),
@@ -114,11 +110,14 @@ impl Attention {
         let columns: Array3<f32> = output.select(ndarray::Axis(0), &query_order);
         let columns: Vec<f32> = columns.permuted_axes([1, 0, 2]).iter().copied().collect();
         let output = Tensor::from_vec(columns, (outputs, query_order.len() * head_dim), &Device::Cpu);
+        let output_bias =
+            pooled.and_then(|p| p.output_bias.as_ref()).map(|b| b.view()).or(heads.output_bias());
+        let output_bias = output_bias.map(|b| Tensor::from_vec(b.to_vec(), b.len(), &Device::Cpu));
         Ok(Self {
             qkv,
             bias: bias.transpose().map_err(tensor_error)?,
             output: output.map_err(tensor_error)?,
-            output_bias,
+            output_bias: output_bias.transpose().map_err(tensor_error)?,
             blocks,
             query_heads: query_order.len(),
             kv_heads: kv_order.len(),
@@ -129,11 +128,6 @@ impl Attention {
     /// KV heads that are computed and kept, k.
     pub(super) fn kv_heads(&self) -> usize {
         self.kv_heads
-    }
-
-    /// The same bias for shared heads.
-    pub(super) fn output_bias(&self) -> Option<Tensor> {
-        self.output_bias.clone()
     }
 
     /// Inputs (B·T, d) → outputs (B·T, d).

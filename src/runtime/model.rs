@@ -11,7 +11,7 @@ use super::rope::Rope;
 use super::text::within;
 use super::{RuntimeError, Windows};
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, same_source};
-use crate::{KvPooler, LayerHeads, Partition, Plan, PooledLayer, Projection, Rotation, Source};
+use crate::{KvPooler, LayerHeads, Partition, Plan, PoolLayer, PooledLayer, Projection, Rotation, Source};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
@@ -87,25 +87,26 @@ impl Model {
         plan: &Plan,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
-        Self::planned_from(checkpoint, plan, pooler, &|layer| Ok(checkpoint.layer(layer)?))
+        let pool = |i: usize, heads: &LayerHeads| pooler.pool(heads, &plan.layers[i].groups);
+        Self::planned_with(checkpoint, plan, &pool)
     }
 
-    /// The same for poolers that need more of a layer than the checkpoint holds: `layer(i)` gives the heads, for
-    /// example with their [`Moments`](super::Moments) attached.
+    /// The same for layers that are pooled with more than a pooler knows, for example the
+    /// [`Moments`](super::Moments) of their inputs: `pool(i, heads)` gives the shared heads of layer i.
     ///
     /// # Errors
-    /// As [`Model::planned`], and what `layer` reports.
-    pub fn planned_from(
+    /// As [`Model::planned`], and what `pool` reports.
+    pub fn planned_with(
         checkpoint: &Checkpoint,
         plan: &Plan,
-        pooler: &dyn KvPooler,
-        layer: &dyn Fn(usize) -> crate::Result<LayerHeads>,
+        pool: &PoolLayer<'_>,
     ) -> Result<Self, RuntimeError> {
         plan.check()?;
         same_source(checkpoint, plan)?;
         let mut model = Self::load(checkpoint)?;
         for (i, planned) in plan.layers.iter().enumerate() {
-            model = model.regrouped(i, &layer(i)?, &planned.groups, pooler)?;
+            let heads = checkpoint.layer(i)?;
+            model = model.with_pooled(i, &heads, &planned.groups, pool(i, &heads)?)?;
         }
         Ok(model)
     }
@@ -125,12 +126,27 @@ impl Model {
         partition: &Partition,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
-        let pooled = pooler.pool(heads, partition)?;
+        self.with_pooled(layer, heads, partition, pooler.pool(heads, partition)?)
+    }
+
+    /// The same with shared heads that are already there.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Overflow`]; as [`PooledLayer::check`].
+    ///
+    /// # Panics
+    /// When there is no such layer.
+    pub fn with_pooled(
+        &self,
+        layer: usize,
+        heads: &LayerHeads,
+        partition: &Partition,
+        pooled: PooledLayer,
+    ) -> Result<Self, RuntimeError> {
         pooled.check(heads, partition.n_groups())?;
         let pooled = rounded(pooled, self.dtype, layer)?;
         let mut model = self.clone();
-        let bias = model.layers[layer].attention.output_bias();
-        model.layers[layer].attention = Attention::new(heads, Some((&pooled, partition)), bias)?;
+        model.layers[layer].attention = Attention::new(heads, Some((&pooled, partition)))?;
         Ok(model)
     }
 
@@ -310,7 +326,6 @@ impl Layer {
             weights.seen(&name(&format!("self_attn.{part}_proj.weight")));
             weights.seen(&name(&format!("self_attn.{part}_proj.bias")));
         }
-        let output_bias = optional("self_attn.o_proj.bias", d)?;
         let m = weights.rows(&name("mlp.gate_proj.weight"))?;
         let [gate, up] =
             ["gate", "up"].map(|part| weights.take(&name(&format!("mlp.{part}_proj.weight")), &[m, d]));
@@ -324,7 +339,7 @@ impl Layer {
         };
         Ok(Self {
             rotation: heads.rotation(),
-            attention: Attention::new(&heads, None, output_bias)?,
+            attention: Attention::new(&heads, None)?,
             attention_norm: weights.take(&name("input_layernorm.weight"), &[d])?,
             mlp_norm: weights.take(&name("post_attention_layernorm.weight"), &[d])?,
             gate_up: Tensor::cat(&[&gate?, &up?], 0)?,
@@ -355,12 +370,14 @@ fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result<PooledLaye
         weight.iter_mut().chain(bias.iter_mut().flatten()).try_for_each(|value| round(what, value))?;
         Ok(Projection::new(weight, bias)?)
     };
-    let PooledLayer { key, value, query, mut output } = pooled;
+    let PooledLayer { key, value, query, mut output, mut output_bias } = pooled;
     output.iter_mut().flatten().try_for_each(|value| round("output projection", value))?;
+    output_bias.iter_mut().flatten().try_for_each(|value| round("output bias", value))?;
     Ok(PooledLayer {
         key: projection("keys", key)?,
         value: projection("values", value)?,
         query: query.map(|query| projection("queries", query)).transpose()?,
         output,
+        output_bias,
     })
 }

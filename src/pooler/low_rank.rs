@@ -1,0 +1,42 @@
+use super::KvPooler;
+use crate::low_rank::{self, Metric, SharedGroup, pool_groups};
+use crate::{LayerHeads, Partition, PooledLayer, Result};
+
+/// The best low-rank fit of each group's heads under the layer's inputs; queries and outputs turn to match.
+///
+/// A group keeps one value head, the best rank-h approximation of all its `O_i V_i C^½`, and one key head, at every
+/// rotated frequency the best rank-1 approximation of its `√w_i κ_i C^½` (docs/method.md, "Low-rank sharing"). What the
+/// group loses is [`LowRankError`](crate::LowRankError). C is the moment that the layer carries; without one inputs are
+/// taken as white and the weights alone decide. Shared rows have the root mean square of the members' rows; groups of
+/// one head are copied bit for bit. f64 throughout, rounded once.
+///
+/// An output bias, where the layer has one, makes up for the mean of what is lost.
+///
+/// # Errors
+/// [`Error::NoQueries`](crate::Error::NoQueries) for a layer without queries and outputs,
+/// [`Error::NotFinite`](crate::Error::NotFinite) for a moment that is none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRankPooler {
+    /// Added to the moment of every input, as a share of their mean square: keeps directions that a short calibration
+    /// text never showed.
+    pub ridge: f64,
+}
+
+impl Default for LowRankPooler {
+    fn default() -> Self {
+        Self { ridge: 1e-2 }
+    }
+}
+
+impl KvPooler for LowRankPooler {
+    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+        let metric = Metric::new(heads, self.ridge);
+        let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
+        pool_groups(heads, partition, &metric, |members| {
+            let value = values.fit(members)?;
+            let rotated = keys.rotated.as_ref().map(|k| k.fit(members)).transpose()?;
+            let unrotated = keys.unrotated.as_ref().map(|k| k.fit(members)).transpose()?;
+            Ok(SharedGroup::new(value, rotated, unrotated))
+        })
+    }
+}

@@ -1,0 +1,41 @@
+use super::KvPooler;
+use crate::low_rank::{self, Metric, SharedGroup, pool_groups};
+use crate::{LayerHeads, Partition, PooledLayer, Result};
+
+/// The mean of a group's heads after turning them towards one another: orthogonal alignment (Schönemann 1966,
+/// doi:10.1007/BF02289451; of several at once, Gower 1975, doi:10.1007/BF02291478), as published for merging attention
+/// heads (arXiv 2412.20677).
+///
+/// Values turn by any orthogonal map, which the output undoes; keys by one phase for each rotated frequency, and by any
+/// orthogonal map where nothing rotates, which the query undoes. How well heads agree is measured under the moment that
+/// the layer carries, or C = I. The published alternative to [`LowRankPooler`](crate::LowRankPooler), which may also
+/// stretch and weighs heads by who reads them.
+///
+/// # Errors
+/// As [`LowRankPooler`](crate::LowRankPooler).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ProcrustesPooler {
+    /// Rounds in which each head in turn is aligned with the mean of the others.
+    pub rounds: usize,
+    /// As [`LowRankPooler::ridge`](crate::LowRankPooler::ridge).
+    pub ridge: f64,
+}
+
+impl Default for ProcrustesPooler {
+    fn default() -> Self {
+        Self { rounds: 8, ridge: 1e-2 }
+    }
+}
+
+impl KvPooler for ProcrustesPooler {
+    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+        let metric = Metric::new(heads, self.ridge);
+        let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
+        pool_groups(heads, partition, &metric, |members| {
+            let value = values.align(members, self.rounds)?;
+            let rotated = keys.rotated.as_ref().map(|k| k.align(members, self.rounds)).transpose()?;
+            let unrotated = keys.unrotated.as_ref().map(|k| k.align(members, self.rounds)).transpose()?;
+            Ok(SharedGroup::new(value, rotated, unrotated))
+        })
+    }
+}
