@@ -1,11 +1,18 @@
 use crate::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
+///
+/// They know which heads are settled: an exchange need not be sought for those whose group is as it was when none
+/// was found.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Groups {
     pub(super) labels: Vec<u16>,
     pub(super) sizes: Vec<usize>,
     pub(super) cap: usize,
+    /// Relocations so far; how many there had been when each group last changed, and when each head was settled.
+    clock: u32,
+    changed: Vec<u32>,
+    settled: Vec<u32>,
 }
 
 impl Groups {
@@ -18,6 +25,34 @@ impl Groups {
             self.sizes[usize::from(label)] += 1;
         }
         self.cap = cap;
+        self.changed.clear();
+        self.changed.resize(n_groups, 0);
+        self.settle_all();
+    }
+
+    /// Whether the group of `head` changed since it was settled.
+    pub(super) fn is_open(&self, head: usize) -> bool {
+        self.changed[self.of(head)] > self.settled[head]
+    }
+
+    pub(super) fn settle(&mut self, head: usize) {
+        self.settled[head] = self.clock;
+    }
+
+    pub(super) fn settle_all(&mut self) {
+        self.settled.clear();
+        self.settled.resize(self.labels.len(), self.clock);
+    }
+
+    pub(super) fn open_all(&mut self) {
+        self.clock += 1;
+        self.changed.fill(self.clock);
+    }
+
+    /// Adds an empty group.
+    pub(super) fn open_group(&mut self) {
+        self.sizes.push(0);
+        self.changed.push(self.clock);
     }
 
     pub(super) fn n_heads(&self) -> usize {
@@ -41,12 +76,16 @@ impl Groups {
         self.sizes[from] -= 1;
         self.sizes[to] += 1;
         self.labels[head] = to as u16;
+        self.clock += 1;
+        self.changed[from] = self.clock;
+        self.changed[to] = self.clock;
     }
 
     /// Gives the last group the number of an empty one.
     pub(super) fn drop_empty(&mut self, group: usize) {
         let last = self.n_groups() - 1;
         self.sizes.swap_remove(group);
+        self.changed.swap_remove(group);
         for label in &mut self.labels {
             if usize::from(*label) == last {
                 *label = group as u16;
@@ -61,7 +100,9 @@ impl Groups {
 pub(super) trait Moves {
     fn groups(&self) -> &Groups;
 
-    /// Starts from this partition.
+    fn groups_mut(&mut self) -> &mut Groups;
+
+    /// Starts from this partition, all of it settled.
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()>;
 
     /// Goes back to a partition from which the one at hand came by a few moves.
@@ -121,10 +162,10 @@ pub(super) trait Moves {
         Ok(best)
     }
 
-    /// The exchange of `i` with a later head that has the least change.
+    /// The exchange of `i` that has the least change.
     fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
         let mut best = (f64::INFINITY, i);
-        for j in i + 1..self.groups().n_heads() {
+        for j in 0..self.groups().n_heads() {
             if self.groups().labels[i] != self.groups().labels[j] {
                 let change = self.exchange(i, j)?;
                 if change < best.0 {
@@ -173,8 +214,8 @@ pub(super) trait Moves {
     }
 }
 
-/// Relocations, then exchanges, each taken when it gains, until none does (Hartigan & Wong 1979,
-/// doi:10.2307/2346830).
+/// Relocations, then exchanges of heads that are not settled, each taken when it gains, until none does (Hartigan &
+/// Wong 1979, doi:10.2307/2346830).
 pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     let n = moves.groups().n_heads();
     loop {
@@ -190,10 +231,13 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
         }
         let mut swapped = false;
         for i in 0..if exchanges { n } else { 0 } {
-            let (change, j) = moves.best_exchange(i)?;
-            if change < -moves.tolerance() {
-                moves.swap(i, j)?;
-                swapped = true;
+            if moves.groups().is_open(i) {
+                let (change, j) = moves.best_exchange(i)?;
+                moves.groups_mut().settle(i);
+                if change < -moves.tolerance() {
+                    moves.swap(i, j)?;
+                    swapped = true;
+                }
             }
         }
         if !swapped {

@@ -131,8 +131,19 @@ impl Moves for Pairs {
         &self.groups
     }
 
+    fn groups_mut(&mut self) -> &mut Groups {
+        &mut self.groups
+    }
+
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
+        // What was found last is often what comes next: its sums are there.
+        let known = self.groups.n_groups() == n_groups && self.groups.labels == labels;
         self.groups.load(labels, n_groups, cap);
+        if known {
+            (0..n_groups).for_each(|group| self.refresh(group));
+            self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
+            return Ok(());
+        }
         self.within.fill(0.0);
         let n = self.n;
         for (head, row) in self.sums.chunks_exact_mut(n).enumerate() {
@@ -158,6 +169,7 @@ impl Moves for Pairs {
                 self.relocate(head, usize::from(label))?;
             }
         }
+        self.groups.settle_all();
         Ok(())
     }
 
@@ -214,7 +226,7 @@ impl Moves for Pairs {
 
     fn isolate(&mut self, head: usize) -> Result<()> {
         let new = self.groups.n_groups();
-        self.groups.sizes.push(0);
+        self.groups.open_group();
         self.within[new] = 0.0;
         self.sums.chunks_exact_mut(self.n).for_each(|row| row[new] = 0.0);
         self.by_group[new * self.n..][..self.n].fill(0.0);
@@ -303,7 +315,7 @@ impl Moves for Pairs {
         let (row, in_a) = (&self.distances[i * n..][..n], &self.by_group[a * n..][..n]);
         let (sums, share, own) = (&self.sums[i * n..][..n], self.shares[a], self.sum(i, a));
         let mut best = (-self.tolerance, i);
-        for j in i + 1..n {
+        for j in 0..n {
             let b = self.groups.of(j);
             let change = (in_a[j] - own - row[j]) * share
                 + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];
