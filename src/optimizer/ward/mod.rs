@@ -173,7 +173,7 @@ impl<'a, M: Moves> Search<'a, M> {
         for k in self.counts.clone() {
             if let Some(found) = &best[k] {
                 self.moves.load(&found.labels, k, self.cap(k))?;
-                self.moves.groups_mut().open_all();
+                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
@@ -283,7 +283,7 @@ impl<'a, M: Moves> Search<'a, M> {
             while self.moves.groups().n_groups() > k {
                 fuse(&mut self.moves)?;
             }
-            self.moves.groups_mut().open_all();
+            self.moves.groups_mut().unsettle();
             descend(&mut self.moves, true)?;
             self.offer();
         }
@@ -338,7 +338,7 @@ impl Search<'_, Pairs> {
         if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
             if let Some(labels) = crate::optimizer::matching::pairs(distances) {
                 self.moves.load(&labels, k, 2)?;
-                self.moves.groups_mut().open_all();
+                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, true)?;
                 self.offer();
             }

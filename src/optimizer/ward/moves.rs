@@ -2,17 +2,20 @@ use crate::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
 ///
-/// They know which heads are settled: an exchange need not be sought for those whose group is as it was when none
-/// was found.
+/// They know what is settled: where two groups are as they were after a descent, no move between them gains.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Groups {
     pub(super) labels: Vec<u16>,
     pub(super) sizes: Vec<usize>,
     pub(super) cap: usize,
-    /// Relocations so far; how many there had been when each group last changed, and when each head was settled.
+    /// Changes so far; how many there had been when each group last changed, when each head was last offered
+    /// exchanges, and when all was settled.
     clock: u32,
     changed: Vec<u32>,
-    settled: Vec<u32>,
+    offered: Vec<u32>,
+    settled: u32,
+    /// The groups that changed since all was settled.
+    pub(super) fresh: Vec<u16>,
 }
 
 impl Groups {
@@ -25,34 +28,48 @@ impl Groups {
             self.sizes[usize::from(label)] += 1;
         }
         self.cap = cap;
+        self.clock = 0;
         self.changed.clear();
         self.changed.resize(n_groups, 0);
-        self.settle_all();
+        self.settle();
     }
 
-    /// Whether the group of `head` changed since it was settled.
-    pub(super) fn is_open(&self, head: usize) -> bool {
-        self.changed[self.of(head)] > self.settled[head]
+    /// Declares that no move gains.
+    pub(super) fn settle(&mut self) {
+        self.settled = self.clock;
+        self.offered.clear();
+        self.offered.resize(self.labels.len(), self.clock);
+        self.fresh.clear();
     }
 
-    pub(super) fn settle(&mut self, head: usize) {
-        self.settled[head] = self.clock;
+    /// Declares that any move may gain.
+    pub(super) fn unsettle(&mut self) {
+        (0..self.n_groups()).for_each(|group| self.touch(group));
     }
 
-    pub(super) fn settle_all(&mut self) {
-        self.settled.clear();
-        self.settled.resize(self.labels.len(), self.clock);
+    /// Whether the group changed since all was settled.
+    pub(super) fn is_fresh(&self, group: usize) -> bool {
+        self.changed[group] > self.settled
     }
 
-    pub(super) fn open_all(&mut self) {
+    /// Whether the group of `head` changed since this was last asked.
+    pub(super) fn is_open(&mut self, head: usize) -> bool {
+        let last = std::mem::replace(&mut self.offered[head], self.clock);
+        self.changed[usize::from(self.labels[head])] > last
+    }
+
+    fn touch(&mut self, group: usize) {
+        if !self.is_fresh(group) {
+            self.fresh.push(group as u16);
+        }
         self.clock += 1;
-        self.changed.fill(self.clock);
+        self.changed[group] = self.clock;
     }
 
     /// Adds an empty group.
     pub(super) fn open_group(&mut self) {
         self.sizes.push(0);
-        self.changed.push(self.clock);
+        self.changed.push(0);
     }
 
     pub(super) fn n_heads(&self) -> usize {
@@ -76,9 +93,8 @@ impl Groups {
         self.sizes[from] -= 1;
         self.sizes[to] += 1;
         self.labels[head] = to as u16;
-        self.clock += 1;
-        self.changed[from] = self.clock;
-        self.changed[to] = self.clock;
+        self.touch(from);
+        self.touch(to);
     }
 
     /// Gives the last group the number of an empty one.
@@ -86,6 +102,11 @@ impl Groups {
         let last = self.n_groups() - 1;
         self.sizes.swap_remove(group);
         self.changed.swap_remove(group);
+        self.fresh.retain(|&fresh| usize::from(fresh) != group);
+        self.fresh
+            .iter_mut()
+            .filter(|fresh| usize::from(**fresh) == last)
+            .for_each(|fresh| *fresh = group as u16);
         for label in &mut self.labels {
             if usize::from(*label) == last {
                 *label = group as u16;
@@ -145,13 +166,16 @@ pub(super) trait Moves {
     /// Closes an empty group; the last group takes its number.
     fn drop_empty(&mut self, group: usize);
 
-    /// The relocation of `head` with the least change, where there is room and its group keeps a head.
+    /// The relocation of `head` with the least change, of those not settled; where there is room and its group keeps
+    /// a head.
     fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
         let from = self.groups().of(head);
         let mut best = (f64::INFINITY, from);
         if self.groups().sizes[from] > 1 {
             for to in 0..self.groups().n_groups() {
-                if to != from && self.groups().has_room(to) {
+                let groups = self.groups();
+                let may_gain = groups.is_fresh(from) || groups.is_fresh(to);
+                if to != from && may_gain && groups.has_room(to) {
                     let change = self.relocation(head, to)?;
                     if change < best.0 {
                         best = (change, to);
@@ -214,7 +238,7 @@ pub(super) trait Moves {
     }
 }
 
-/// Relocations, then exchanges of heads that are not settled, each taken when it gains, until none does (Hartigan &
+/// Relocations, then exchanges, where they are not settled, each taken when it gains, until none does (Hartigan &
 /// Wong 1979, doi:10.2307/2346830).
 pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     let n = moves.groups().n_heads();
@@ -231,9 +255,8 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
         }
         let mut swapped = false;
         for i in 0..if exchanges { n } else { 0 } {
-            if moves.groups().is_open(i) {
+            if moves.groups_mut().is_open(i) {
                 let (change, j) = moves.best_exchange(i)?;
-                moves.groups_mut().settle(i);
                 if change < -moves.tolerance() {
                     moves.swap(i, j)?;
                     swapped = true;

@@ -76,6 +76,19 @@ impl Pairs {
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
+    /// The relocation of `head` with the least change to a group that changed.
+    fn best_fresh_relocation(&self, head: usize, from: usize) -> (f64, usize) {
+        let mut best = (f64::INFINITY, from);
+        for &to in &self.groups.fresh {
+            let to = usize::from(to);
+            let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
+            if paid < best.0 {
+                best = (paid, to);
+            }
+        }
+        (best.0 - self.saved(head, from), best.1)
+    }
+
     /// The heads that gain by leaving `group` after `first`, and the change of them all.
     fn follow(&mut self, group: usize, first: usize, leaving: &mut Vec<usize>) -> f64 {
         let n = self.n;
@@ -144,21 +157,20 @@ impl Moves for Pairs {
             self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
             return Ok(());
         }
-        self.within.fill(0.0);
         let n = self.n;
-        for (head, row) in self.sums.chunks_exact_mut(n).enumerate() {
-            row[..n_groups].fill(0.0);
-            for (&label, &distance) in labels.iter().zip(&self.distances[head * n..][..n]) {
-                row[usize::from(label)] += distance;
-            }
-            let own = usize::from(labels[head]);
-            self.within[own] += 0.5 * row[own];
+        self.by_group[..n_groups * n].fill(0.0);
+        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
+            let sums = &mut self.by_group[usize::from(label) * n..][..n];
+            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
         }
-        for group in 0..n_groups {
-            let column = self.sums.iter().skip(group).step_by(n);
-            self.by_group[group * n..][..n].iter_mut().zip(column).for_each(|(t, &s)| *t = s);
-            self.refresh(group);
+        self.within.fill(0.0);
+        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
+            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
         }
+        for (head, &label) in labels.iter().enumerate() {
+            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        }
+        (0..n_groups).for_each(|group| self.refresh(group));
         self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
         Ok(())
     }
@@ -169,7 +181,7 @@ impl Moves for Pairs {
                 self.relocate(head, usize::from(label))?;
             }
         }
-        self.groups.settle_all();
+        self.groups.settle();
         Ok(())
     }
 
@@ -289,6 +301,9 @@ impl Moves for Pairs {
         if self.groups.sizes[from] <= 1 {
             return Ok((f64::INFINITY, from));
         }
+        if !self.groups.is_fresh(from) {
+            return Ok(self.best_fresh_relocation(head, from));
+        }
         let k = self.groups.n_groups();
         let (sums, within) = (&self.sums[head * self.n..][..k], &self.within[..k]);
         let (joined, credit) = (&self.joined[..k], &self.credit[..k]);
@@ -328,12 +343,17 @@ impl Moves for Pairs {
 
     /// In every group the head that gains most by leaving, then those that gain by following it, one by one.
     fn best_split(&mut self) -> Result<Vec<usize>> {
+        let mut firsts = vec![(f64::NEG_INFINITY, None); self.groups.n_groups()];
+        for head in 0..self.n {
+            let group = self.groups.of(head);
+            let saved = self.saved(head, group);
+            if saved >= firsts[group].0 && self.groups.sizes[group] > 1 {
+                firsts[group] = (saved, Some(head));
+            }
+        }
         let mut best = (f64::INFINITY, Vec::new());
         let mut leaving = Vec::with_capacity(self.n);
-        for group in 0..self.groups.n_groups() {
-            let first = (0..self.n)
-                .filter(|&head| self.groups.of(head) == group && self.groups.sizes[group] > 1)
-                .max_by(|&i, &j| self.saved(i, group).total_cmp(&self.saved(j, group)));
+        for (group, (_, first)) in firsts.into_iter().enumerate() {
             if let Some(first) = first {
                 let change = self.follow(group, first, &mut leaving);
                 if change < best.0 {
