@@ -186,6 +186,8 @@ impl<'a, M: Moves> Search<'a, M> {
         self.local()?;
         if self.cardinality == Cardinality::Arbitrary {
             // What one k finds spreads to its neighbours, so few of them need shaking.
+            self.migrate()?;
+            self.local()?;
             let all = self.counts.clone();
             self.counts = all.iter().copied().skip(1).step_by(TASTE).collect();
             self.shake(TASTE)?;
@@ -309,6 +311,23 @@ impl<'a, M: Moves> Search<'a, M> {
                 }
             }
             self.run.step("ward", 0, 1)?;
+        }
+        Ok(())
+    }
+
+    /// Migrations at every k, each followed by a descent, until none gains.
+    fn migrate(&mut self) -> Result<()> {
+        for k in self.counts.clone() {
+            self.load(k, self.cap)?;
+            loop {
+                let (_, to, heads) = self.moves.best_migration()?;
+                if heads.is_empty() {
+                    break;
+                }
+                heads.iter().try_for_each(|&head| self.moves.relocate(head, to))?;
+                descend(&mut self.moves, true)?;
+                self.offer();
+            }
         }
         Ok(())
     }

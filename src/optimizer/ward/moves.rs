@@ -230,6 +230,11 @@ pub(super) trait Moves {
         Ok(best.1.into_iter().collect())
     }
 
+    /// Heads that gain when they leave one group for another together, though none does alone: none here.
+    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
+        Ok((0.0, 0, Vec::new()))
+    }
+
     /// Lets two heads trade places.
     fn swap(&mut self, i: usize, j: usize) -> Result<()> {
         let (a, b) = (self.groups().of(i), self.groups().of(j));

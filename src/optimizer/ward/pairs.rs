@@ -30,9 +30,11 @@ pub(super) struct Pairs {
     inverse: Vec<f64>,
     /// `Σ_{i∈a,j∈b} D_ij`, (a, b), made when a union is sought.
     across: Vec<f64>,
-    /// Work space of a split.
+    /// Work space of heads that follow one another.
+    members: Vec<usize>,
     staying: Vec<usize>,
     to_new: Vec<f64>,
+    to_left: Vec<f64>,
     tolerance: f64,
 }
 
@@ -56,8 +58,10 @@ impl Pairs {
             credit: zeros(),
             joined: zeros(),
             inverse,
+            members: Vec::with_capacity(n),
             staying: Vec::with_capacity(n),
             to_new: zeros(),
+            to_left: zeros(),
             tolerance: 0.0,
         }
     }
@@ -89,42 +93,60 @@ impl Pairs {
         (best.0 - self.saved(head, from), best.1)
     }
 
-    /// The heads that gain by leaving `group` after `first`, and the change of them all.
-    fn follow(&mut self, group: usize, first: usize, leaving: &mut Vec<usize>) -> f64 {
+    /// Lists the members of a group, for [`follow`](Self::follow).
+    fn list(&mut self, group: usize) {
+        self.members.clear();
+        self.members.extend((0..self.n).filter(|&head| self.groups.of(head) == group));
+    }
+
+    /// The heads that gain by leaving the group that is listed, `from`, after `first` for the group `to`, or for a
+    /// new one; and the change of them all.
+    fn follow(&mut self, from: usize, to: Option<usize>, first: usize, leaving: &mut Vec<usize>) -> f64 {
         let n = self.n;
         let mut staying = std::mem::take(&mut self.staying);
-        staying.clear();
-        staying.extend((0..n).filter(|&head| self.groups.of(head) == group));
+        staying.clone_from(&self.members);
         leaving.clear();
-        // W of both sides; `to_new[i]` is the sum of D from head i to those that left.
-        let (mut old_within, mut new_within) = (self.within[group], 0.0);
+        // W and sizes of both sides; `to_new[i]` is the sum of D from head i to the other side.
+        let mut old_within = self.within[from];
+        let (mut new_within, mut there, error) =
+            to.map_or((0.0, 0, 0.0), |to| (self.within[to], self.groups.sizes[to], self.errors[to]));
         let mut to_new = std::mem::take(&mut self.to_new);
-        to_new.fill(0.0);
+        for &head in &staying {
+            to_new[head] = to.map_or(0.0, |to| self.by_group[to * n + head]);
+        }
+        // Those that left count on both sides of a head's sum.
+        let mut to_left = std::mem::take(&mut self.to_left);
+        staying.iter().for_each(|&head| to_left[head] = 0.0);
         let mut next = staying.iter().position(|&head| head == first);
         while let Some(place) = next {
             let head = staying.swap_remove(place);
-            old_within -= self.sum(head, group) - to_new[head];
+            old_within -= self.sum(head, from) - to_left[head];
             new_within += to_new[head];
             leaving.push(head);
-            to_new.iter_mut().zip(self.row(head)).for_each(|(sum, distance)| *sum += distance);
-            let (rest, left) = (staying.len(), leaving.len());
-            let now = old_within * self.inverse[rest] + new_within * self.inverse[left];
-            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[left + 1]);
+            there += 1;
+            let row = &self.distances[head * n..][..n];
+            for &other in &staying {
+                to_new[other] += row[other];
+                to_left[other] += row[other];
+            }
+            let rest = staying.len();
+            let now = old_within * self.inverse[rest] + new_within * self.inverse[there];
+            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[there + 1]);
             let mut least = now - self.tolerance;
             next = None;
-            if rest > 1 && left < self.groups.cap {
+            if rest > 1 && there < self.groups.cap {
                 for (place, &head) in staying.iter().enumerate() {
-                    let (new, all) = (to_new[head], self.sum(head, group));
-                    let then = (old_within - (all - new)) * less + (new_within + new) * more;
+                    let lost = self.sum(head, from) - to_left[head];
+                    let then = (old_within - lost) * less + (new_within + to_new[head]) * more;
                     if then < least {
                         (least, next) = (then, Some(place));
                     }
                 }
             }
         }
-        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[leaving.len()];
-        (self.staying, self.to_new) = (staying, to_new);
-        now - self.errors[group]
+        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[there];
+        (self.staying, self.to_new, self.to_left) = (staying, to_new, to_left);
+        now - self.errors[from] - error
     }
 
     fn refresh(&mut self, group: usize) {
@@ -355,12 +377,46 @@ impl Moves for Pairs {
         let mut leaving = Vec::with_capacity(self.n);
         for (group, (_, first)) in firsts.into_iter().enumerate() {
             if let Some(first) = first {
-                let change = self.follow(group, first, &mut leaving);
+                self.list(group);
+                let change = self.follow(group, None, first, &mut leaving);
                 if change < best.0 {
                     best = (change, leaving.clone());
                 }
             }
         }
         Ok(best.1)
+    }
+
+    /// Of every two groups the head that goes from one to the other at the least loss, then those that gain by
+    /// following it.
+    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
+        let k = self.groups.n_groups();
+        let mut best = (-self.tolerance, 0, Vec::new());
+        let mut leaving = Vec::with_capacity(self.n);
+        for from in 0..k {
+            if self.groups.sizes[from] <= 2 {
+                continue;
+            }
+            self.list(from);
+            for to in (0..k).filter(|&to| to != from) {
+                let (mut cheapest, mut first) = (f64::INFINITY, (f64::INFINITY, None));
+                for &head in &self.members {
+                    let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
+                    cheapest = cheapest.min(paid);
+                    let change = paid - self.saved(head, from);
+                    if change < first.0 {
+                        first = (change, Some(head));
+                    }
+                }
+                // More heads would not pay less.
+                if let Some(first) = first.1.filter(|_| cheapest < self.errors[from]) {
+                    let change = self.follow(from, Some(to), first, &mut leaving);
+                    if change < best.0 {
+                        best = (change, to, leaving.clone());
+                    }
+                }
+            }
+        }
+        Ok(best)
     }
 }
