@@ -101,7 +101,8 @@ impl Moments {
         let tokens = tokens_of(path, &tensors)?;
         let layers = (0..n_layers).map(|i| read_layer(path, &tensors, i, source.hidden).map(Arc::new));
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
-        let contents = || digest([tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(encoded)));
+        let contents =
+            || digest([tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(encoded)));
         let fingerprint = own.unwrap_or_else(contents);
         Ok(Self { layers, tokens, model, fingerprint })
     }

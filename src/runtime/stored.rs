@@ -5,11 +5,7 @@ use crate::checkpoint::{CheckpointError, Dtype};
 use crate::{PooledLayer, Projection};
 
 /// What a pooler made, as it would be stored.
-pub(super) fn rounded(
-    pooled: PooledLayer,
-    dtype: Dtype,
-    layer: usize,
-) -> Result<PooledLayer, RuntimeError> {
+pub(super) fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result<PooledLayer, RuntimeError> {
     let round = |what: &str, value: &mut f32| -> Result<(), RuntimeError> {
         let stored = match dtype {
             Dtype::Bf16 => bf16::from_f32(*value).to_f32(),
