@@ -182,20 +182,44 @@ impl<'a> Qcqa<'a> {
     /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator
     /// report, [`Error::PlanInconsistent`] when `source` does not describe these fronts.
     pub fn plan(&self, fronts: &[Front], budget: Budget, source: Source, run: Run<'_>) -> Result<Plan> {
-        let (layers, heads) = (source.layers, source.kv_heads);
-        if fronts.len() != layers {
-            return Err(Error::LayerCount { what: "fronts", expected: layers, found: fronts.len() });
-        }
         let costs = LayerCosts::new(fronts, self.cost, &self.limits)?;
+        self.allocated(fronts, &costs, budget, source, run)
+    }
+
+    /// The same with costs that were measured: `costs` holds what each k of each layer loses, under the limits (see
+    /// [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
+    ///
+    /// # Errors
+    /// As [`Qcqa::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
+    pub fn plan_with_costs(
+        &self,
+        fronts: &[Front],
+        costs: &LayerCosts,
+        budget: Budget,
+        source: Source,
+        run: Run<'_>,
+    ) -> Result<Plan> {
+        self.clone().with_cost(CostScale::Measured).allocated(fronts, costs, budget, source, run)
+    }
+
+    fn allocated(
+        &self,
+        fronts: &[Front],
+        costs: &LayerCosts,
+        budget: Budget,
+        source: Source,
+        run: Run<'_>,
+    ) -> Result<Plan> {
+        let (layers, heads) = (source.layers, source.kv_heads);
+        for (what, found) in [("fronts", fronts.len()), ("layer costs", costs.n_layers())] {
+            if found != layers {
+                return Err(Error::LayerCount { what, expected: layers, found });
+            }
+        }
         let most = budget.kv_heads(layers, heads)?;
-        let ks = self.allocator.allocate(&costs, most, run)?;
+        let ks = self.allocator.allocate(costs, most, run)?;
         let points = fronts.iter().zip(&ks).map(|(front, &k)| {
-            let point = front.get(k).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })?;
-            Ok(LayerPlan {
-                groups: point.partition.clone(),
-                error: point.error,
-                lower_bound: point.lower_bound,
-            })
+            front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
         });
         let layers: Vec<LayerPlan> = points.collect::<Result<_>>()?;
         let kv_heads = ks.iter().sum();
@@ -209,6 +233,7 @@ impl<'a> Qcqa<'a> {
             qcqa: env!("CARGO_PKG_VERSION").into(),
             source,
             method: self.method(),
+            calibration: None,
             seed: run.seed(),
             budget: PlanBudget { asked, reached: kv_heads as f64 / all, kv_heads },
             layers,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Cardinality, CostScale, Error, Partition, Result};
+use crate::{Cardinality, CostScale, Error, FrontPoint, Partition, Result};
 
 /// A partition for every layer, with what made it.
 ///
@@ -21,6 +21,9 @@ pub struct Plan {
     pub source: Source,
     /// The resolved method.
     pub method: Method,
+    /// Fingerprint of the calibration that the plan was made with, if any: a pooler that uses moments needs the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
     /// Seed of the search.
     pub seed: u64,
     /// Budget asked for and reached.
@@ -55,7 +58,7 @@ pub struct Source {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Method {
-    /// Name of the method: `gqa`, `mqa`, `qcqa-ec`, `qcqa-ac`, or a pipeline's own.
+    /// Name of the method: `gqa`, `mqa`, `qcqa-ec`, `qcqa-ac`, `low-rank`, or a pipeline's own.
     pub name: String,
     /// The optimizer or grouping, with its settings.
     pub search: String,
@@ -102,6 +105,12 @@ pub struct LayerPlan {
     pub error: f64,
     /// Certified lower bound on the error of any partition into as many groups.
     pub lower_bound: Option<f64>,
+}
+
+impl From<&FrontPoint> for LayerPlan {
+    fn from(point: &FrontPoint) -> Self {
+        Self { groups: point.partition.clone(), error: point.error, lower_bound: point.lower_bound }
+    }
 }
 
 impl LayerPlan {

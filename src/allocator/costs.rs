@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Front, Limits, Result};
+use crate::{Error, Front, FrontPoint, Limits, Result};
 
 /// How the errors of different layers are made comparable before they are added up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -14,6 +14,9 @@ pub enum CostScale {
     /// The error as a share of the layer's own energy.
     #[default]
     EnergyShare,
+    /// Not the error but what the model was measured to lose, for each layer and k: costs that come as a table
+    /// ([`Qcqa::plan_with_costs`](crate::Qcqa::plan_with_costs)).
+    Measured,
 }
 
 /// What each number of groups costs in each layer: the one place where layers are made comparable.
@@ -29,9 +32,25 @@ impl LayerCosts {
     ///
     /// # Errors
     /// [`Error::NoEnergy`] when the scale needs an energy that a front lacks (or that is 0 while an error is
-    /// not), [`Error::LayerCount`] when `limits` fixes a layer that does not exist, [`Error::GroupCount`] when
-    /// it fixes a k that the layer's front has no point for.
+    /// not), [`Error::Setting`] for [`CostScale::Measured`], which no error can be put on; as
+    /// [`LayerCosts::priced`].
     pub fn new(fronts: &[Front], scale: CostScale, limits: &Limits) -> Result<Self> {
+        Self::priced(fronts, limits, |layer, point| {
+            scaled(point.error, fronts[layer].energy(), scale, layer).map(Some)
+        })
+    }
+
+    /// The costs that `price(layer, point)` names for the points of every layer's front, without what the limits
+    /// forbid; `None` where that k is not to be had.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`] when `limits` fixes a layer that does not exist, [`Error::GroupCount`] when it fixes a k
+    /// that the layer's front has no point for; what `price` reports; as [`LayerCosts::from_table`].
+    pub fn priced(
+        fronts: &[Front],
+        limits: &Limits,
+        price: impl Fn(usize, &FrontPoint) -> Result<Option<f64>>,
+    ) -> Result<Self> {
         if let Some((&layer, _)) = limits.fixed.last_key_value().filter(|(l, _)| **l >= fronts.len()) {
             return Err(Error::LayerCount { what: "fixed layers", expected: fronts.len(), found: layer + 1 });
         }
@@ -44,7 +63,7 @@ impl LayerCosts {
             for point in front.iter().filter(|p| limits.space.admits(&p.partition)) {
                 let k = point.partition.n_groups();
                 if fixed.is_none_or(|f| f == k) {
-                    costs[k - 1] = Some(scaled(point.error, front.energy(), scale, layer)?);
+                    costs[k - 1] = price(layer, point)?;
                 }
             }
             Ok(costs)
@@ -170,5 +189,10 @@ fn scaled(error: f64, energy: Option<f64>, scale: CostScale, layer: usize) -> Re
         (CostScale::EnergyShare, Some(energy)) if energy > 0.0 => Ok(error / energy),
         (CostScale::EnergyShare, Some(_)) if error == 0.0 => Ok(0.0),
         (CostScale::EnergyShare, _) => Err(Error::NoEnergy { layer }),
+        (CostScale::Measured, _) => Err(Error::Setting {
+            name: "the cost scale",
+            value: "measured".to_string(),
+            expected: "raw or a share of the energy (measured costs come as a table)",
+        }),
     }
 }

@@ -49,4 +49,7 @@ pub use targets::{Expanded, Layout, Stock, Target};
 pub use write::{Report, WriteOptions, convert, convert_with};
 
 #[cfg(feature = "runtime")]
-pub(crate) use {output::write_whole, write::same_source};
+pub(crate) use {
+    output::write_whole,
+    write::{check_output, same_source},
+};

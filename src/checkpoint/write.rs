@@ -119,6 +119,12 @@ pub fn convert_with(
     Ok(report)
 }
 
+/// Checks the place that [`convert`] would write to, as far as that can be without a plan.
+#[cfg(feature = "runtime")]
+pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Result<(), CheckpointError> {
+    Destination::check(out, source.path(), force).map(drop)
+}
+
 /// Checks that the plan was made for this checkpoint; the message names the field that differs.
 pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), CheckpointError> {
     let (planned, found) = (&plan.source, source.source()?);

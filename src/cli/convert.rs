@@ -3,12 +3,13 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::methods::{PoolerName, name_of};
+use super::calibrated::{CalibrationArgs, before_and_after, pooling};
+use super::methods::{MethodName, PoolerName, name_of};
 use super::output::{Output, bytes, file_bytes};
-use super::search::{describe, report, searched};
+use super::search::searched;
 use super::{Asked, CliError, Done, Writing};
 use crate::checkpoint::{self, Checkpoint, WriteOptions, read_plan, targets};
-use crate::{KvPooler, Plan, Run};
+use crate::{Plan, PoolLayer, Run};
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
@@ -18,6 +19,8 @@ pub(super) struct ConvertArgs {
     /// File of the plan
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -47,44 +50,65 @@ struct OutputArgs {
 pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.model)?;
     let plan = read_plan(&args.plan)?;
-    let (text, json) = write(&checkpoint, &plan, &args.output, &args.plan, run)?;
+    let name = pooler_of(&plan, &args.plan)?;
+    args.output.check(&checkpoint)?;
+    let calibration = args.calibration.of_plan(&plan, &args.plan, name, &checkpoint, run)?;
+    let pooler = name.make();
+    let pool = pooling(&plan, name, pooler.as_ref(), calibration.as_ref());
+    let (text, json) = write(&checkpoint, &plan, &pool, &args.output, run)?;
     Ok(Output { text, json })
 }
 
 pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
-    let (checkpoint, plan, fronts) = searched(&args.asked, Some(&args.output.target), run)?;
-    let (written, output) = write(&checkpoint, &plan, &args.output, Path::new("the plan"), run)?;
-    let text = format!("{}\n{written}", describe(&checkpoint, &plan, &fronts));
-    let mut json = report(&checkpoint, &plan, &fronts);
+    let checkpoint = Checkpoint::open(&args.asked.model)?;
+    args.output.check(&checkpoint)?;
+    let calibration = args.asked.calibration.open(&checkpoint, run)?;
+    let (calibration, target) = (calibration.as_ref(), Some(args.output.target.as_str()));
+    let found = searched(&args.asked, MethodName::LowRank, target, &checkpoint, calibration, run)?;
+    let pooler = found.pooler.make();
+    let pool = pooling(&found.plan, found.pooler, pooler.as_ref(), calibration);
+    let effect = before_and_after(&checkpoint, &found.plan, &pool, calibration, run)?;
+    let (written, output) = write(&checkpoint, &found.plan, &pool, &args.output, run)?;
+    let mut json = found.report(&checkpoint);
+    let mut text = found.describe(&checkpoint) + "\n";
+    if let Some((table, fields)) = effect {
+        text += &format!("{table}\n");
+        json["calibration_text"] = fields;
+    }
     json["output"] = output;
-    Ok(Output { text, json })
+    Ok(Output { text: text + &written, json })
 }
 
 /// The pooler that a plan names.
-pub(super) fn pooler_of(plan: &Plan, plan_file: &Path) -> Result<Box<dyn KvPooler>, CliError> {
+pub(super) fn pooler_of(plan: &Plan, plan_file: &Path) -> Result<PoolerName, CliError> {
     let name = &plan.method.pooler;
-    PoolerName::from_str(name, false).map(PoolerName::make).map_err(|_| {
+    PoolerName::from_str(name, false).map_err(|_| {
         let known: Vec<_> = PoolerName::value_variants().iter().map(|&p| name_of(p)).collect();
         let (file, known) = (plan_file.display(), known.join(", "));
         CliError::Usage(format!("{file}: there is no pooler {name:?}; known are {known}"))
     })
 }
 
+impl OutputArgs {
+    /// Checks the place for the output: better now than after everything is computed.
+    fn check(&self, checkpoint: &Checkpoint) -> Result<(), CliError> {
+        Ok(checkpoint::check_output(checkpoint, &self.out, self.writing.force)?)
+    }
+}
+
 /// Converts as the plan says, and tells what came of it.
 fn write(
     checkpoint: &Checkpoint,
     plan: &Plan,
+    pool: &PoolLayer<'_>,
     args: &OutputArgs,
-    plan_file: &Path,
     run: Run<'_>,
 ) -> Result<(String, Value), CliError> {
     let Writing { force, dry_run } = args.writing;
-    let pooler = pooler_of(plan, plan_file)?;
     let target = targets::by_name(&args.target)
         .ok_or_else(|| CliError::Usage(format!("there is no target {}", args.target)))?;
     let options = WriteOptions { force, dry_run };
-    let report =
-        checkpoint::convert(checkpoint, plan, pooler.as_ref(), target.as_ref(), &args.out, options, run)?;
+    let report = checkpoint::convert_with(checkpoint, plan, pool, target.as_ref(), &args.out, options, run)?;
     let done = if dry_run { "would be written to" } else { "written to" };
     let cache = if target.saves_memory() {
         let (after, before) = (report.kv_bytes_after as u64, report.kv_bytes_before as u64);

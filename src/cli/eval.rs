@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::calibrated::{CalibrationArgs, pooling};
 use super::convert::pooler_of;
 use super::output::{Output, bytes, percent, table};
 use super::{CliError, Done, Writing};
@@ -60,6 +61,8 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "plan")]
     source: Option<PathBuf>,
     #[command(flatten)]
+    calibration: CalibrationArgs,
+    #[command(flatten)]
     text: TextArgs,
     /// Multiple choice items, a line each: {"query": …, "choices": […], "gold": 0}
     #[arg(long, value_name = "FILE")]
@@ -67,13 +70,19 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
+    if args.calibration.calibration.is_some() && args.plan.is_none() {
+        return Err(CliError::Usage("--calibration belongs to a plan: give --plan FILE, too".to_string()));
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
     // The model in question, and the one it came from where there is one.
     let (model, source) = match (&args.plan, &args.source) {
         (Some(path), _) => {
             let plan = read_plan(path)?;
-            let pooler = pooler_of(&plan, path)?;
-            (Model::planned(&checkpoint, &plan, pooler.as_ref())?, Some(Model::load(&checkpoint)?))
+            let name = pooler_of(&plan, path)?;
+            let calibration = args.calibration.of_plan(&plan, path, name, &checkpoint, run)?;
+            let (pooler, source) = (name.make(), Model::load(&checkpoint)?);
+            let pool = pooling(&plan, name, pooler.as_ref(), calibration.as_ref());
+            (source.under(&checkpoint, &plan, &pool)?, Some(source))
         }
         (None, Some(path)) => (Model::load(&checkpoint)?, Some(Model::load(&Checkpoint::open(path)?)?)),
         (None, None) => (Model::load(&checkpoint)?, None),

@@ -1,14 +1,8 @@
-//! Names of methods and of their parts, resolved into the pieces of the library.
+//! Names of methods and of their parts, as the command line and plans use them.
 
 use clap::{Args, ValueEnum};
 
-use super::CliError;
-use crate::checkpoint::{Checkpoint, targets};
-use crate::{
-    Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FirstHead, FitnessFn, Front,
-    Grouping, KeyNorm, KvPooler, LayerSelection, Limits, MeanPooler, Nsga2, Optimizer, Plan, Qcqa, Run,
-    Search, SearchSpace, UniformAllocation, UniformGqa, Ward, WeightSharingError, optimize_layers,
-};
+use crate::{FirstHead, KvPooler, LowRankPooler, MeanPooler, ProcrustesPooler};
 
 /// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
 #[derive(Debug, Clone, Args)]
@@ -17,15 +11,16 @@ pub(super) struct MethodArgs {
     /// How the qcqa methods search; compare takes several
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
     pub(super) optimizer: Vec<OptimizerName>,
-    /// How the layers share the budget; uniform unless said
+    /// How the layers share the budget; uniform unless said, but for low-rank: sensitivity with a calibration text, else
+    /// exact
     #[arg(long, value_enum)]
     pub(super) allocation: Option<AllocationName>,
     /// How the errors of different layers are made comparable
     #[arg(long, value_enum, default_value_t = CostName::EnergyShare)]
     pub(super) cost: CostName,
-    /// How the heads of a group are merged
-    #[arg(long, value_enum, default_value_t = PoolerName::Mean)]
-    pub(super) pooler: PoolerName,
+    /// How the heads of a group are merged; mean unless said, but for low-rank
+    #[arg(long, value_enum)]
+    pub(super) pooler: Option<PoolerName>,
     /// The most groups of a layer that shares
     #[arg(long, value_name = "K")]
     pub(super) max_groups: Option<usize>,
@@ -52,11 +47,13 @@ pub(super) enum MethodName {
     QcqaEc,
     /// Searched groups of any size
     QcqaAc,
+    /// Searched groups that share the best low-rank fit; sizes as the target allows
+    LowRank,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum OptimizerName {
-    /// Exact up to 12 heads, ward above
+    /// Exact up to 12 heads (8 for low-rank), ward above
     Auto,
     /// The optimum, up to 16 heads
     Exact,
@@ -72,8 +69,10 @@ pub(super) enum AllocationName {
     Uniform,
     /// The paper's stage 2: one k, or no sharing, for each layer
     Selection,
-    /// The best k for each layer
+    /// The best k for each layer by the errors
     Exact,
+    /// The best k for each layer by what the model was measured to lose on the calibration text
+    Sensitivity,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -91,196 +90,46 @@ pub(super) enum PoolerName {
     Mean,
     /// The first of them
     First,
+    /// Their mean after turning them towards one another
+    Procrustes,
+    /// Their best low-rank fit under the layer's inputs
+    LowRank,
+}
+
+impl MethodName {
+    /// Whether an optimizer searches its groups.
+    pub(super) fn searches(self) -> bool {
+        matches!(self, Self::QcqaEc | Self::QcqaAc | Self::LowRank)
+    }
+}
+
+impl AllocationName {
+    /// Those that need nothing but the errors.
+    pub(super) const OF_ERRORS: [Self; 3] = [Self::Uniform, Self::Selection, Self::Exact];
 }
 
 impl PoolerName {
+    /// The pooler asked for, or the method's own.
+    pub(super) fn of(method: MethodName, asked: Option<Self>) -> Self {
+        asked.unwrap_or(if method == MethodName::LowRank { Self::LowRank } else { Self::Mean })
+    }
+
     pub(super) fn make(self) -> Box<dyn KvPooler> {
         match self {
             Self::Mean => Box::new(MeanPooler),
             Self::First => Box::new(FirstHead),
+            Self::Procrustes => Box::new(ProcrustesPooler::default()),
+            Self::LowRank => Box::new(LowRankPooler::default()),
         }
+    }
+
+    /// Whether it works under the moments of the layer's inputs.
+    pub(super) fn uses_moments(self) -> bool {
+        matches!(self, Self::Procrustes | Self::LowRank)
     }
 }
 
 /// The name that the command line and plans use.
 pub(super) fn name_of(value: impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
-}
-
-enum Engine {
-    Optimizer(Box<dyn Optimizer>),
-    Grouping(Box<dyn Grouping>),
-}
-
-/// A method with everything resolved for one model.
-pub(super) struct Resolved {
-    name: MethodName,
-    engine: Engine,
-    allocator: Box<dyn Allocator>,
-    cost: CostScale,
-    limits: Limits,
-    pooler: String,
-    target: Option<String>,
-}
-
-impl Resolved {
-    /// The method as the flags ask for it, within what the target can hold.
-    pub(super) fn new(
-        name: MethodName,
-        args: &MethodArgs,
-        target: Option<&str>,
-        checkpoint: &Checkpoint,
-    ) -> Result<Self, CliError> {
-        let nsga2 = Nsga2 { population: args.population, generations: args.generations, ..Nsga2::default() };
-        let exact_is_cheap = checkpoint.config().kv_heads <= 12;
-        let [optimizer] = args.optimizer[..] else {
-            return Err(CliError::Usage("one --optimizer at a time, but for compare".to_string()));
-        };
-        let search: Box<dyn Optimizer> = match optimizer {
-            OptimizerName::Auto if exact_is_cheap => Box::new(Exact::default()),
-            OptimizerName::Auto | OptimizerName::Ward => Box::new(Ward::default()),
-            OptimizerName::Exact => Box::new(Exact::default()),
-            OptimizerName::Nsga2 => Box::new(nsga2),
-        };
-        let engine = match name {
-            MethodName::Gqa | MethodName::Mqa => Engine::Grouping(Box::new(UniformGqa)),
-            MethodName::KeyNorm => Engine::Grouping(Box::new(KeyNorm)),
-            MethodName::QcqaEc | MethodName::QcqaAc => Engine::Optimizer(search),
-        };
-        let allocator: Box<dyn Allocator> = match args.allocation.unwrap_or(AllocationName::Uniform) {
-            AllocationName::Uniform => Box::new(UniformAllocation),
-            AllocationName::Exact => Box::new(ExactAllocation),
-            AllocationName::Selection => Box::new(LayerSelection {
-                population: args.population,
-                generations: args.generations,
-                ..LayerSelection::default()
-            }),
-        };
-        Ok(Self {
-            name,
-            engine,
-            allocator,
-            cost: match args.cost {
-                CostName::Raw => CostScale::Raw,
-                CostName::EnergyShare => CostScale::EnergyShare,
-            },
-            limits: limits(name, args, target)?,
-            pooler: name_of(args.pooler),
-            target: target.map(str::to_string),
-        })
-    }
-
-    fn pipeline(&self) -> Qcqa<'_> {
-        let search = match &self.engine {
-            Engine::Optimizer(optimizer) => Search::Optimizer(optimizer.as_ref()),
-            Engine::Grouping(grouping) => Search::Grouping(grouping.as_ref()),
-        };
-        Qcqa::new(search, self.allocator.as_ref())
-            .with_cost(self.cost)
-            .with_limits(self.limits.clone())
-            .described(&name_of(self.name), &self.pooler, self.target.as_deref())
-    }
-
-    /// The front of every layer. An optimizer reads the mapped weights piece by piece and searches the layers side
-    /// by side; a grouping looks at one decoded layer at a time.
-    pub(super) fn fronts(&self, checkpoint: &Checkpoint, run: Run<'_>) -> Result<Vec<Front>, CliError> {
-        let Engine::Optimizer(_) = &self.engine else {
-            let layers =
-                (0..checkpoint.config().n_layers).map(|i| checkpoint.key_value(i).map_err(Error::from));
-            return Ok(self.pipeline().fronts(layers, run)?);
-        };
-        let fitness = weight_sharing(checkpoint, run)?;
-        self.fronts_of(&fitness.iter().map(|f| f as &dyn FitnessFn).collect::<Vec<_>>(), run)
-    }
-
-    /// The same from fitness functions that are already there; empty for a grouping.
-    pub(super) fn fronts_of(&self, fitness: &[&dyn FitnessFn], run: Run<'_>) -> Result<Vec<Front>, CliError> {
-        match &self.engine {
-            Engine::Optimizer(optimizer) => {
-                Ok(optimize_layers(optimizer.as_ref(), fitness, &self.limits.space, run)?)
-            }
-            Engine::Grouping(_) => Ok(Vec::new()),
-        }
-    }
-
-    /// The front of one decoded layer by the method's rule; `None` for a method that searches.
-    pub(super) fn grouped(
-        &self,
-        heads: &crate::LayerHeads,
-        fitness: &dyn FitnessFn,
-        run: Run<'_>,
-    ) -> Result<Option<Front>, CliError> {
-        match &self.engine {
-            Engine::Optimizer(_) => Ok(None),
-            Engine::Grouping(grouping) => Ok(Some(Search::Grouping(grouping.as_ref()).front(
-                heads,
-                fitness,
-                &self.limits.space,
-                run,
-            )?)),
-        }
-    }
-
-    /// The plan within this share of the cache.
-    pub(super) fn plan(
-        &self,
-        checkpoint: &Checkpoint,
-        fronts: &[Front],
-        kv: Option<f64>,
-        run: Run<'_>,
-    ) -> Result<Plan, CliError> {
-        let budget = match (self.name, kv) {
-            (MethodName::Mqa, _) => Budget::Heads(checkpoint.config().n_layers),
-            (_, Some(kv)) => Budget::Fraction(kv),
-            (_, None) => {
-                return Err(CliError::Usage("--kv FRACTION is missing: 0.5 keeps half the cache".into()));
-            }
-        };
-        Ok(self.pipeline().plan(fronts, budget, checkpoint.source()?, run)?)
-    }
-}
-
-/// The weight-sharing error of every layer, read piece by piece.
-fn weight_sharing(checkpoint: &Checkpoint, run: Run<'_>) -> Result<Vec<WeightSharingError>, CliError> {
-    let layers = checkpoint.config().n_layers;
-    let fitness = |i: usize| {
-        run.step("layers", i as u64, layers as u64)?;
-        let rows = checkpoint.rows(i)?;
-        WeightSharingError::new(&rows).map_err(|error| match (error, rows.check_finite()) {
-            // The rows know which tensor it was.
-            (Error::NotFinite { .. }, Err(named)) => named.into(),
-            (error, _) => error.into(),
-        })
-    };
-    (0..layers).map(fitness).collect()
-}
-
-/// What method, target and flags allow together.
-fn limits(method: MethodName, args: &MethodArgs, target: Option<&str>) -> Result<Limits, CliError> {
-    let own = match method {
-        MethodName::Gqa | MethodName::Mqa | MethodName::QcqaEc => SearchSpace::equal(),
-        MethodName::KeyNorm | MethodName::QcqaAc => SearchSpace::arbitrary(),
-    };
-    let mut limits = Limits::default();
-    if let Some(name) = target {
-        let known =
-            targets::by_name(name).ok_or_else(|| CliError::Usage(format!("there is no target {name}")))?;
-        limits = known.limits();
-    }
-    if limits.space.cardinality == Cardinality::Equal && own.cardinality == Cardinality::Arbitrary {
-        return Err(CliError::Usage(format!(
-            "--target {} holds equal groups only, which --method {} does not make; use --method qcqa-ec, or --target \
-             expanded (for evaluation: saves no memory)",
-            target.unwrap_or_default(),
-            name_of(method),
-        )));
-    }
-    let least = |a: Option<usize>, b: Option<usize>| a.into_iter().chain(b).min();
-    let one_group = (method == MethodName::Mqa).then_some(1);
-    let space = SearchSpace {
-        cardinality: own.cardinality,
-        max_groups: least(least(limits.space.max_groups, args.max_groups), one_group),
-        max_group_size: least(limits.space.max_group_size, args.max_group_size),
-    };
-    Ok(Limits { space, ..limits })
 }

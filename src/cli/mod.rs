@@ -3,7 +3,9 @@
 //! Results go to standard output, as tables or with `--json` as JSON; progress and errors go to standard error.
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
+mod calibrated;
 mod compare;
+mod comparison;
 mod convert;
 mod eval;
 mod inspect;
@@ -11,6 +13,7 @@ mod methods;
 mod output;
 mod plot;
 mod progress;
+mod resolved;
 mod search;
 
 use std::path::PathBuf;
@@ -22,6 +25,7 @@ use crate::checkpoint::CheckpointError;
 use crate::runtime::RuntimeError;
 use crate::{Error, Run};
 
+use calibrated::CalibrationArgs;
 use methods::{MethodArgs, MethodName};
 use output::Output;
 use progress::Watch;
@@ -69,11 +73,13 @@ struct Asked {
     /// Share of the KV cache that may be kept, above 0 and at most 1 (not needed for mqa)
     #[arg(long, value_name = "FRACTION", value_parser = fraction)]
     kv: Option<f64>,
-    /// How heads are grouped
-    #[arg(long, value_enum, default_value_t = MethodName::QcqaEc)]
-    method: MethodName,
+    /// How heads are grouped; search: qcqa-ec unless said, compress: low-rank
+    #[arg(long, value_enum)]
+    method: Option<MethodName>,
     #[command(flatten)]
     options: MethodArgs,
+    #[command(flatten)]
+    calibration: CalibrationArgs,
 }
 
 /// What writing takes, wherever it is done.

@@ -11,13 +11,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 6] = [
+const BARS: [(&str, &str); 8] = [
     ("layers", "reading layers"),
     ("search", "searching"),
     ("write", "writing"),
     ("evaluate", "evaluating"),
     ("calibrate", "calibrating"),
-    ("choices", "choosing"),
+    ("sensitivity", "weighing layers"),
+    ("choose", "choosing groups"),
+    ("choices", "answering"),
 ];
 
 /// Draws a bar with the time left when standard error is a terminal, and breaks off after Ctrl-C or SIGTERM.

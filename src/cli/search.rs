@@ -3,10 +3,13 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::methods::Resolved;
+use super::calibrated::note;
+use super::methods::{MethodName, PoolerName};
 use super::output::{Output, bytes, percent, table};
+use super::resolved::Resolved;
 use super::{Asked, CliError, Done, Writing};
-use crate::checkpoint::{Checkpoint, WriteOptions, targets, write_plan};
+use crate::checkpoint::{Checkpoint, WriteOptions, targets, write_plan, write_whole};
+use crate::runtime::Calibration;
 use crate::{Front, Plan, Run, kv_bytes_per_token};
 
 #[derive(Debug, Args)]
@@ -25,68 +28,97 @@ pub(super) struct SearchArgs {
 
 pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     let Writing { force, dry_run } = args.writing;
-    let (checkpoint, plan, fronts) = searched(&args.asked, args.target.as_deref(), run)?;
-    write_plan(&args.out, &plan, WriteOptions { force, dry_run })?;
-    let note = if dry_run { "would be written to" } else { "written to" };
-    let text = format!("{}\nplan {note} {}\n", describe(&checkpoint, &plan, &fronts), args.out.display());
-    let mut json = report(&checkpoint, &plan, &fronts);
+    // Better now than after the search.
+    write_whole(&args.out, &[], WriteOptions { force, dry_run: true })?;
+    let checkpoint = Checkpoint::open(&args.asked.model)?;
+    let calibration = args.asked.calibration.open(&checkpoint, run)?;
+    let target = args.target.as_deref();
+    let found = searched(&args.asked, MethodName::QcqaEc, target, &checkpoint, calibration.as_ref(), run)?;
+    write_plan(&args.out, &found.plan, WriteOptions { force, dry_run })?;
+    let done = if dry_run { "would be written to" } else { "written to" };
+    let description = found.describe(&checkpoint);
+    let mut json = found.report(&checkpoint);
     json["out"] = json!(args.out);
     json["dry_run"] = dry_run.into();
-    Ok(Output { text, json })
+    Ok(Output { text: format!("{description}\nplan {done} {}\n", args.out.display()), json })
 }
 
-/// Opens the model, searches every layer, and plans.
+/// A plan, with what it was chosen from and what is to be said of it.
+pub(super) struct Searched {
+    pub(super) plan: Plan,
+    pub(super) fronts: Vec<Front>,
+    pub(super) pooler: PoolerName,
+    note: Option<&'static str>,
+}
+
+/// Searches every layer, and plans; `default` is the method unless another is asked for.
 pub(super) fn searched(
     asked: &Asked,
+    default: MethodName,
     target: Option<&str>,
+    checkpoint: &Checkpoint,
+    calibration: Option<&Calibration>,
     run: Run<'_>,
-) -> Result<(Checkpoint, Plan, Vec<Front>), CliError> {
-    let checkpoint = Checkpoint::open(&asked.model)?;
-    let method = Resolved::new(asked.method, &asked.options, target, &checkpoint)?;
-    let fronts = method.fronts(&checkpoint, run)?;
-    let plan = method.plan(&checkpoint, &fronts, asked.kv, run)?;
-    Ok((checkpoint, plan, fronts))
+) -> Result<Searched, CliError> {
+    let method = asked.method.unwrap_or(default);
+    let method = Resolved::new(method, &asked.options, target, checkpoint, calibration)?;
+    let found = method.found(run)?;
+    let plan = method.plan(&found, asked.kv, run)?;
+    let pooler = method.pooler();
+    Ok(Searched { plan, fronts: found.fronts, pooler, note: note(pooler, calibration) })
 }
 
-/// The plan as a table, a line for each layer, and what it comes to.
-pub(super) fn describe(checkpoint: &Checkpoint, plan: &Plan, fronts: &[Front]) -> String {
-    let rows = plan.layers.iter().zip(fronts).enumerate().map(|(i, (layer, front))| {
-        let mut sizes = layer.groups.sizes();
-        sizes.sort_unstable_by(|a, b| b.cmp(a));
-        let sizes: Vec<_> = sizes.iter().map(usize::to_string).collect();
-        [
-            i.to_string(),
-            layer.groups.n_groups().to_string(),
-            sizes.join(","),
-            format!("{:.4}", layer.error),
-            share(layer.error, front.energy()).map_or("-".into(), percent),
-            layer.gap().map_or("-".into(), gap),
-        ]
-    });
-    let table = table(["layer", "groups", "sizes", "WSE", "share", "gap at most"], rows);
-    let (before, after) = kv_bytes(checkpoint, plan);
-    format!(
-        "{}: asked for {} of the KV cache, reached {} ({} KV heads of {})\n\
-         {} a token instead of {}; WSE {:.4}, {} of the layers' energy\n\n{table}",
-        plan.method.name,
-        percent(plan.budget.asked),
-        percent(plan.budget.reached),
-        plan.budget.kv_heads,
-        plan.source.layers * plan.source.kv_heads,
-        bytes(after as u64),
-        bytes(before as u64),
-        plan.error(),
-        total_share(plan, fronts).map_or("-".into(), percent),
-    )
+impl Searched {
+    /// The plan as a table, a line for each layer, and what it comes to.
+    pub(super) fn describe(&self, checkpoint: &Checkpoint) -> String {
+        let Self { plan, fronts, .. } = self;
+        let rows = plan.layers.iter().zip(fronts).enumerate().map(|(i, (layer, front))| {
+            let mut sizes = layer.groups.sizes();
+            sizes.sort_unstable_by(|a, b| b.cmp(a));
+            let sizes: Vec<_> = sizes.iter().map(usize::to_string).collect();
+            [
+                i.to_string(),
+                layer.groups.n_groups().to_string(),
+                sizes.join(","),
+                format!("{:.4}", layer.error),
+                share(layer.error, front.energy()).map_or("-".into(), percent),
+                layer.gap().map_or("-".into(), gap),
+            ]
+        });
+        let error = if is_wse(plan) { "WSE" } else { "error" };
+        let table = table(["layer", "groups", "sizes", error, "share", "gap at most"], rows);
+        let (before, after) = kv_bytes(checkpoint, plan);
+        let note = self.note.map_or(String::new(), |note| format!("\n{note}\n"));
+        format!(
+            "{}: asked for {} of the KV cache, reached {} ({} KV heads of {})\n\
+             {} a token instead of {}; {error} {:.4}, {} of the layers' energy\n\n{table}{note}",
+            plan.method.name,
+            percent(plan.budget.asked),
+            percent(plan.budget.reached),
+            plan.budget.kv_heads,
+            plan.source.layers * plan.source.kv_heads,
+            bytes(after as u64),
+            bytes(before as u64),
+            plan.error(),
+            total_share(plan, fronts).map_or("-".into(), percent),
+        )
+    }
+
+    /// The plan and what it comes to.
+    pub(super) fn report(&self, checkpoint: &Checkpoint) -> Value {
+        let Self { plan, fronts, .. } = self;
+        let (before, after) = kv_bytes(checkpoint, plan);
+        json!({
+            "plan": plan, "error": plan.error(), "wse": is_wse(plan).then(|| plan.error()),
+            "share": total_share(plan, fronts), "kv_bytes_per_token": { "before": before, "after": after },
+            "note": self.note,
+        })
+    }
 }
 
-/// The plan and what it comes to.
-pub(super) fn report(checkpoint: &Checkpoint, plan: &Plan, fronts: &[Front]) -> Value {
-    let (before, after) = kv_bytes(checkpoint, plan);
-    json!({
-        "plan": plan, "wse": plan.error(), "share": total_share(plan, fronts),
-        "kv_bytes_per_token": { "before": before, "after": after },
-    })
+/// Whether the errors of a plan are weight-sharing errors.
+pub(super) fn is_wse(plan: &Plan) -> bool {
+    plan.method.fitness == "wse"
 }
 
 /// KV cache of the source and of the plan, bytes a token.

@@ -17,7 +17,7 @@ pub enum RuntimeError {
         source: std::io::Error,
     },
     /// A text is not UTF-8.
-    #[error("{}: not UTF-8 at byte {at}; convert the text, or give token ids with `--ids FILE`", path.display())]
+    #[error("{}: not UTF-8 at byte {at}; convert the text, or give token ids (`--ids FILE` of eval, compare and calibrate)", path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
@@ -53,13 +53,13 @@ pub enum RuntimeError {
         width: usize,
     },
     /// A model without tokenizer.json.
-    #[error("{} is missing; token ids are accepted instead: `--ids FILE`, u16 or u32, little-endian", path.display())]
+    #[error("{} is missing; token ids are accepted instead (`--ids FILE` of eval, compare and calibrate), u16 or u32, little-endian", path.display())]
     NoTokenizer {
         /// Where it should be.
         path: PathBuf,
     },
     /// A tokenizer that cannot be read, or that cannot read the text.
-    #[error("{}: {source}; token ids are accepted instead: `--ids FILE`, u16 or u32, little-endian", path.display())]
+    #[error("{}: {source}; token ids are accepted instead (`--ids FILE` of eval, compare and calibrate), u16 or u32, little-endian", path.display())]
     Tokenizer {
         /// The file.
         path: PathBuf,
@@ -132,6 +132,26 @@ pub enum RuntimeError {
         /// Of the moments.
         found: String,
     },
+    /// The fingerprint that a file of moments gives itself is none.
+    #[error(
+        "{}: the metadata `calibration` must be `sha256:` and 64 hex digits, found {found:?}; remove it, or make the \
+         file again with `qcqa calibrate`",
+        path.display()
+    )]
+    MomentsFingerprint {
+        /// The file.
+        path: PathBuf,
+        /// What is there, its beginning.
+        found: String,
+    },
+    /// A plan and the calibration given with it do not belong together.
+    #[error("the plan was made {}; {}", made_with(expected, found), way_out(expected, found))]
+    PlanCalibration {
+        /// Fingerprint of the calibration that the plan was made with; `None` for weights alone.
+        expected: Option<String>,
+        /// Fingerprint of the calibration given.
+        found: Option<String>,
+    },
     /// A rule of the checkpoint was broken.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -141,6 +161,25 @@ pub enum RuntimeError {
     /// A rule of the library was broken.
     #[error(transparent)]
     Core(#[from] crate::Error),
+}
+
+fn made_with(expected: &Option<String>, found: &Option<String>) -> String {
+    match (expected, found) {
+        (Some(expected), Some(found)) => format!("with the calibration {expected}, but {found} was given"),
+        (Some(expected), None) => format!("with the calibration {expected}, but none was given"),
+        (None, _) => "from weights alone, but a calibration was given".to_string(),
+    }
+}
+
+fn way_out(expected: &Option<String>, found: &Option<String>) -> &'static str {
+    match (expected, found) {
+        (Some(_), Some(_)) => {
+            "give the text that it was made with, read to as many windows (`--calibration-windows`), or its moments, or \
+             search again with this one"
+        }
+        (Some(_), None) => "give that text or its moments with `--calibration FILE`",
+        (None, _) => "leave `--calibration` out, or search again with it",
+    }
 }
 
 impl RuntimeError {

@@ -7,7 +7,8 @@
 //!
 //! [`evaluate`] and [`evaluate_against`] measure perplexity and the divergence from the source on [`Windows`] of
 //! text, [`Choices`] scores multiple choice items, [`Moments`] holds the second moments of the attention inputs
-//! and [`Sensitivity`] how much each layer pays for being grouped. Sums over tokens are taken in f64 and in the
+//! and [`Sensitivity`] how much each layer pays for being grouped; a [`Calibration`] is what decisions are made with,
+//! moments and, if there is one, the text that they come from. Sums over tokens are taken in f64 and in the
 //! order of the text: results do not depend on the number of threads.
 //!
 //! ```no_run
@@ -29,6 +30,7 @@
 //! ```
 
 mod attention;
+mod calibration;
 mod choices;
 mod error;
 mod evaluate;
@@ -40,9 +42,12 @@ mod moments;
 mod refit;
 mod rope;
 mod sensitivity;
+mod stored;
 mod text;
+mod trial;
 
 pub use attention::KvCache;
+pub use calibration::{Calibration, made_with, pool_layers};
 pub use choices::{Accuracy, Choice, Choices};
 pub use error::RuntimeError;
 pub use evaluate::{Divergence, Evaluation, evaluate, evaluate_against};
@@ -53,3 +58,4 @@ pub use moments::Moments;
 pub use refit::{Refit, Refitted, refit};
 pub use sensitivity::Sensitivity;
 pub use text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
+pub use trial::{Trial, choose_layers};

@@ -1,6 +1,5 @@
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops::rms_norm;
-use half::{bf16, f16};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
@@ -8,10 +7,11 @@ use super::attention::{Attention, KvCache, Pass};
 use super::kernels::{CausalSoftmax, SwiGlu};
 use super::load::{Settings, Weights};
 use super::rope::Rope;
+use super::stored::rounded;
 use super::text::within;
 use super::{RuntimeError, Windows};
-use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, same_source};
-use crate::{KvPooler, LayerHeads, Partition, Plan, PoolLayer, PooledLayer, Projection, Rotation, Source};
+use crate::checkpoint::{Checkpoint, Dtype, same_source};
+use crate::{KvPooler, LayerHeads, Partition, Plan, PoolLayer, PooledLayer, Rotation, Source};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
@@ -101,9 +101,22 @@ impl Model {
         plan: &Plan,
         pool: &PoolLayer<'_>,
     ) -> Result<Self, RuntimeError> {
+        Self::load(checkpoint)?.under(checkpoint, plan, pool)
+    }
+
+    /// The same for the model of a checkpoint that is already there: all that the plan leaves is shared with it.
+    ///
+    /// # Errors
+    /// As [`Model::planned_with`] after loading.
+    pub fn under(
+        &self,
+        checkpoint: &Checkpoint,
+        plan: &Plan,
+        pool: &PoolLayer<'_>,
+    ) -> Result<Self, RuntimeError> {
         plan.check()?;
         same_source(checkpoint, plan)?;
-        let mut model = Self::load(checkpoint)?;
+        let mut model = self.clone();
         for (i, planned) in plan.layers.iter().enumerate() {
             let heads = checkpoint.layer(i)?;
             model = model.with_pooled(i, &heads, &planned.groups, pool(i, &heads)?)?;
@@ -115,7 +128,7 @@ impl Model {
     /// the source.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`] when a merged value does not fit the stored type; what the pooler reports.
+    /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow) when a merged value does not fit the stored type; what the pooler reports.
     ///
     /// # Panics
     /// When there is no such layer.
@@ -132,7 +145,7 @@ impl Model {
     /// The same with shared heads that are already there.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`]; as [`PooledLayer::check`].
+    /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow); as [`PooledLayer::check`].
     ///
     /// # Panics
     /// When there is no such layer.
@@ -148,6 +161,13 @@ impl Model {
         let mut model = self.clone();
         model.layers[layer].attention = Attention::new(heads, Some((&pooled, partition)))?;
         Ok(model)
+    }
+
+    /// This model with layer `i` of another that was made of the same source.
+    pub(super) fn with_layer_of(&self, other: &Self, i: usize) -> Self {
+        let mut model = self.clone();
+        model.layers[i] = other.layers[i].clone();
+        model
     }
 
     /// The checkpoint that the weights come from, before any grouping here.
@@ -358,36 +378,4 @@ impl Layer {
             down_bias: optional("mlp.down_proj.bias", d)?,
         })
     }
-}
-
-/// What a pooler made, as it would be stored.
-fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result<PooledLayer, RuntimeError> {
-    let round = |what: &str, value: &mut f32| -> Result<(), RuntimeError> {
-        let stored = match dtype {
-            Dtype::Bf16 => bf16::from_f32(*value).to_f32(),
-            Dtype::F16 => f16::from_f32(*value).to_f32(),
-            Dtype::F32 => *value,
-        };
-        if !stored.is_finite() {
-            let (tensor, dtype) = (format!("{what} of layer {layer}"), dtype.name());
-            return Err(CheckpointError::Overflow { tensor, dtype, value: *value }.into());
-        }
-        *value = stored;
-        Ok(())
-    };
-    let projection = |what: &str, projection: Projection| -> Result<Projection, RuntimeError> {
-        let (mut weight, mut bias) = projection.into_parts();
-        weight.iter_mut().chain(bias.iter_mut().flatten()).try_for_each(|value| round(what, value))?;
-        Ok(Projection::new(weight, bias)?)
-    };
-    let PooledLayer { key, value, query, mut output, mut output_bias } = pooled;
-    output.iter_mut().flatten().try_for_each(|value| round("output projection", value))?;
-    output_bias.iter_mut().flatten().try_for_each(|value| round("output bias", value))?;
-    Ok(PooledLayer {
-        key: projection("keys", key)?,
-        value: projection("values", value)?,
-        query: query.map(|query| projection("queries", query)).transpose()?,
-        output,
-        output_bias,
-    })
 }

@@ -7,6 +7,7 @@ use candle_core::{DType, Tensor};
 use ndarray::Array2;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 
 use super::{Model, RuntimeError, Windows};
 use crate::checkpoint::{WriteOptions, write_whole};
@@ -16,6 +17,8 @@ use crate::{LayerHeads, Source};
 const TOKENS: &str = "tokens";
 /// Metadata key of the source's fingerprint.
 const FINGERPRINT: &str = "fingerprint";
+/// Metadata key of the moments' own fingerprint.
+const CALIBRATION: &str = "calibration";
 /// How far a stored moment may be from symmetric, as a share of √(C_ii C_jj).
 const ASYMMETRY: f64 = 1e-6;
 
@@ -23,12 +26,14 @@ const ASYMMETRY: f64 = 1e-6;
 /// appended, (d+1, d+1) each.
 ///
 /// As a file: safetensors with an F64 tensor `layers.N` for each layer N and an I64 tensor `tokens` with the number of
-/// tokens; the metadata key `fingerprint` may name the model (docs/calibration.md).
+/// tokens; the metadata key `fingerprint` may name the model and `calibration` what was read
+/// (docs/calibration.md).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     layers: Vec<Arc<Array2<f64>>>,
     tokens: u64,
-    fingerprint: Option<String>,
+    model: Option<String>,
+    fingerprint: String,
 }
 
 impl Moments {
@@ -65,7 +70,9 @@ impl Moments {
             Ok(Arc::new(symmetric(&sum) / tokens as f64))
         });
         let layers = layers.collect::<Result<_, RuntimeError>>()?;
-        Ok(Self { layers, tokens: tokens as u64, fingerprint: model.source().fingerprint.clone() })
+        let (model, fingerprint) =
+            (model.source().fingerprint.clone(), Self::fingerprint_of(model.source(), windows));
+        Ok(Self { layers, tokens: tokens as u64, model, fingerprint })
     }
 
     /// Reads a file, made here or elsewhere, for the model `source`.
@@ -74,21 +81,30 @@ impl Moments {
     /// [`RuntimeError::Io`]; [`RuntimeError::MomentsHeader`]; [`RuntimeError::MomentsTensor`] for a tensor that is
     /// missing or of another type or shape; [`RuntimeError::MomentsValue`] for NaN, infinities, asymmetry, a negative
     /// diagonal or a last entry other than 1; [`RuntimeError::MomentsModel`] for another number of layers, width or
-    /// fingerprint.
+    /// fingerprint; [`RuntimeError::MomentsFingerprint`] for a fingerprint of its own that is none.
     pub fn read(path: &Path, source: &Source) -> Result<Self, RuntimeError> {
         let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
         let header = |source| RuntimeError::MomentsHeader { path: path.to_path_buf(), source };
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
-        let fingerprint = metadata.metadata().as_ref().and_then(|m| m.get(FINGERPRINT).cloned());
-        if let (Some(found), Some(expected)) = (&fingerprint, &source.fingerprint) {
+        let named = |key| metadata.metadata().as_ref().and_then(|m| m.get(key).cloned());
+        let (model, own) = (named(FINGERPRINT), named(CALIBRATION));
+        if let (Some(found), Some(expected)) = (&model, &source.fingerprint) {
             same("fingerprint", expected, found)?;
+        }
+        if let Some(found) = own.as_ref().filter(|f| !is_fingerprint(f)) {
+            let (path, found) = (path.to_path_buf(), found.chars().take(80).collect());
+            return Err(RuntimeError::MomentsFingerprint { path, found });
         }
         let tensors = SafeTensors::deserialize(&bytes).map_err(header)?;
         let n_layers = tensors.names().iter().filter(|name| name.starts_with("layers.")).count();
         same("number of layers", &source.layers, &n_layers)?;
         let tokens = tokens_of(path, &tensors)?;
         let layers = (0..n_layers).map(|i| read_layer(path, &tensors, i, source.hidden).map(Arc::new));
-        Ok(Self { layers: layers.collect::<Result<_, _>>()?, tokens, fingerprint })
+        let layers = layers.collect::<Result<Vec<_>, _>>()?;
+        let contents =
+            || digest([tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(encoded)));
+        let fingerprint = own.unwrap_or_else(contents);
+        Ok(Self { layers, tokens, model, fingerprint })
     }
 
     /// Writes the file, whole or not at all.
@@ -97,9 +113,7 @@ impl Moments {
     /// [`CheckpointError::OutputExists`](crate::checkpoint::CheckpointError::OutputExists) unless `force`,
     /// [`CheckpointError::Io`](crate::checkpoint::CheckpointError::Io).
     pub fn write(&self, path: &Path, options: WriteOptions) -> Result<(), RuntimeError> {
-        let encode =
-            |moment: &Arc<Array2<f64>>| moment.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        let data: Vec<_> = self.layers.iter().map(encode).collect();
+        let data: Vec<_> = self.layers.iter().map(encoded).collect();
         let tokens = self.tokens.to_le_bytes();
         let view = |dtype, shape, bytes| TensorView::new(dtype, shape, bytes);
         let header = |source| RuntimeError::MomentsHeader { path: path.to_path_buf(), source };
@@ -108,8 +122,10 @@ impl Moments {
             let tensor = view(Dtype::F64, moment.shape().to_vec(), bytes).map_err(header)?;
             tensors.push((name(i), tensor));
         }
-        let metadata = self.fingerprint.clone().map(|f| HashMap::from([(FINGERPRINT.to_string(), f)]));
-        let bytes = safetensors::serialize(tensors, metadata).map_err(header)?;
+        let own = (CALIBRATION.to_string(), self.fingerprint.clone());
+        let model = self.model.clone().map(|f| (FINGERPRINT.to_string(), f));
+        let metadata = HashMap::from_iter(model.into_iter().chain([own]));
+        let bytes = safetensors::serialize(tensors, Some(metadata)).map_err(header)?;
         Ok(write_whole(path, &bytes, options)?)
     }
 
@@ -121,6 +137,23 @@ impl Moments {
     /// Tokens that the means were taken over.
     pub fn tokens(&self) -> u64 {
         self.tokens
+    }
+
+    /// What plans call these moments, `sha256:` and 64 hex digits. Moments measured here are named by what they were
+    /// measured on ([`Moments::fingerprint_of`]), so that a text and the moments written from it agree on every
+    /// machine; others by their contents. It tells calibrations apart; it does not prove what a file holds.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The fingerprint that moments measured on these windows have: over the fingerprint of the model, the length of a
+    /// window and the token ids.
+    pub fn fingerprint_of(source: &Source, windows: &Windows) -> String {
+        digest([
+            source.fingerprint.clone().unwrap_or_default().into_bytes(),
+            (windows.length() as u64).to_le_bytes().to_vec(),
+            windows.tokens().iter().flat_map(|t| t.to_le_bytes()).collect(),
+        ])
     }
 
     /// The moment of a layer, (d+1, d+1), symmetric.
@@ -137,6 +170,26 @@ impl Moments {
         let missing = crate::Error::LayerCount { what: "moments", expected: i + 1, found: self.layers.len() };
         heads.with_moment(Arc::clone(self.layers.get(i).ok_or(missing)?))
     }
+}
+
+fn encoded(moment: &Arc<Array2<f64>>) -> Vec<u8> {
+    moment.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// SHA-256 over the fields, each with its length before it.
+pub(super) fn digest(fields: impl IntoIterator<Item = Vec<u8>>) -> String {
+    let mut hash = Sha256::new();
+    for field in fields {
+        hash.update((field.len() as u64).to_le_bytes());
+        hash.update(field);
+    }
+    let digest: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("sha256:{digest}")
+}
+
+fn is_fingerprint(text: &str) -> bool {
+    let digits = text.strip_prefix("sha256:").unwrap_or_default();
+    digits.len() == 64 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn name(layer: usize) -> String {

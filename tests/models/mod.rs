@@ -163,6 +163,7 @@ pub fn plan(checkpoint: &Checkpoint, layers: &[Partition]) -> Plan {
             pooler: "mean".into(),
             target: None,
         },
+        calibration: None,
         seed: 0,
         budget: PlanBudget { asked: reached, reached, kv_heads },
         layers: (layers.iter())

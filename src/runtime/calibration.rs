@@ -1,0 +1,130 @@
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use super::{Model, Moments, RuntimeError, Vocabulary, Windows, read_text};
+use crate::checkpoint::Checkpoint;
+use crate::{KvPooler, LayerHeads, Plan, PoolLayer, Run};
+
+/// The longest header of a safetensors file.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// What is known of a model's inputs: the moments and, where they were measured on a text, that text and the model that
+/// read it.
+#[derive(Debug, Clone)]
+pub struct Calibration {
+    moments: Moments,
+    text: Option<(Model, Windows)>,
+}
+
+/// A calibration of which nothing has been measured yet.
+enum Given {
+    Moments(Moments),
+    Text(Box<Model>, Windows),
+}
+
+impl Calibration {
+    /// Opens a file: moments, recognised by the header of a safetensors file, or a text, of which the first
+    /// `most_windows` windows are read. Progress is stage `"calibrate"`.
+    ///
+    /// # Errors
+    /// As [`Moments::read`], or as [`read_text`], [`Vocabulary::encode`], [`Model::load`] and [`Moments::measure`].
+    pub fn open(
+        path: &Path,
+        checkpoint: &Checkpoint,
+        most_windows: usize,
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
+        Given::open(path, checkpoint, most_windows)?.measured(run)
+    }
+
+    /// The same for a plan: refused before anything is measured unless the plan was made with this calibration.
+    ///
+    /// # Errors
+    /// [`RuntimeError::PlanCalibration`]; as [`Calibration::open`].
+    pub fn of_plan(
+        path: &Path,
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        most_windows: usize,
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
+        let given = Given::open(path, checkpoint, most_windows)?;
+        made_with(plan, Some(given.fingerprint()))?;
+        given.measured(run)
+    }
+
+    /// The moments.
+    pub fn moments(&self) -> &Moments {
+        &self.moments
+    }
+
+    /// The model and the windows that it read; `None` where only moments were given.
+    pub fn text(&self) -> Option<(&Model, &Windows)> {
+        self.text.as_ref().map(|(model, windows)| (model, windows))
+    }
+}
+
+impl Given {
+    fn open(path: &Path, checkpoint: &Checkpoint, most_windows: usize) -> Result<Self, RuntimeError> {
+        if holds_moments(path).map_err(|e| RuntimeError::io("read", path, e))? {
+            return Ok(Self::Moments(Moments::read(path, &checkpoint.source()?)?));
+        }
+        let text = read_text(path)?;
+        let tokens = Vocabulary::open(checkpoint)?.encode(&text)?;
+        let model = Model::load(checkpoint)?;
+        let windows = Windows::new(tokens, model.window())?.first(most_windows);
+        Ok(Self::Text(Box::new(model), windows))
+    }
+
+    fn fingerprint(&self) -> String {
+        match self {
+            Self::Moments(moments) => moments.fingerprint().to_string(),
+            Self::Text(model, windows) => Moments::fingerprint_of(model.source(), windows),
+        }
+    }
+
+    fn measured(self, run: Run<'_>) -> Result<Calibration, RuntimeError> {
+        match self {
+            Self::Moments(moments) => Ok(Calibration { moments, text: None }),
+            Self::Text(model, windows) => {
+                let moments = Moments::measure(&model, &windows, run)?;
+                Ok(Calibration { moments, text: Some((*model, windows)) })
+            }
+        }
+    }
+}
+
+/// Checks that a plan was made with the calibration of this fingerprint; `None` for none.
+///
+/// # Errors
+/// [`RuntimeError::PlanCalibration`].
+pub fn made_with(plan: &Plan, found: Option<String>) -> Result<(), RuntimeError> {
+    let expected = plan.calibration.clone();
+    if expected == found { Ok(()) } else { Err(RuntimeError::PlanCalibration { expected, found }) }
+}
+
+/// What makes the shared heads of each layer of a plan by a pooler, under the moments where there are any: for
+/// [`convert_with`](crate::checkpoint::convert_with) and [`Model::planned_with`].
+pub fn pool_layers<'a>(
+    plan: &'a Plan,
+    pooler: &'a dyn KvPooler,
+    moments: Option<&'a Moments>,
+) -> Box<PoolLayer<'a>> {
+    Box::new(move |i: usize, heads: &LayerHeads| {
+        let groups = &plan.layers[i].groups;
+        match moments {
+            Some(moments) => pooler.pool(&moments.attach(i, heads.clone())?, groups),
+            None => pooler.pool(heads, groups),
+        }
+    })
+}
+
+/// Whether a file begins as safetensors do: eight bytes with the length of a header, then its brace. As text those
+/// eight bytes would hold at least four zeros.
+fn holds_moments(path: &Path) -> std::io::Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)?.take(9).read_to_end(&mut start)?;
+    let header = start.split_first_chunk::<8>().filter(|(_, rest)| *rest == b"{");
+    Ok(header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER))
+}
