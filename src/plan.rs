@@ -81,6 +81,9 @@ pub struct Method {
     pub pooler: String,
     /// The target whose limits the search obeyed, if any.
     pub target: Option<String>,
+    /// What is fitted again on the calibration text after pooling: `output` or `full`; `None` for nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refit: Option<String>,
 }
 
 /// Budget asked for and reached.

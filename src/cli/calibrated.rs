@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
 use clap::builder::RangedU64ValueParser;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::methods::PoolerName;
@@ -11,7 +11,7 @@ use super::output::{bytes, percent, table};
 use super::search::kv_bytes;
 use super::{CliError, eval};
 use crate::checkpoint::Checkpoint;
-use crate::runtime::{Calibration, RuntimeError, evaluate_against, made_with, pool_layers};
+use crate::runtime::{self, Calibration, Refit, RuntimeError, evaluate_against, made_with, pool_layers};
 use crate::{KvPooler, Plan, PoolLayer, Run};
 
 #[derive(Debug, Clone, Args)]
@@ -77,15 +77,60 @@ fn about(path: &Path, error: RuntimeError) -> CliError {
     }
 }
 
+/// The refits, by the names of [`Refit`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum RefitName {
+    /// Nothing
+    None,
+    /// The output projection
+    Output,
+    /// Queries and keys on attention scores, then values and the output projection
+    Full,
+}
+
+/// The refit that a plan records: the one asked for, or full where the pooler is calibrated and a text is there.
+pub(super) fn refit_of(
+    asked: Option<RefitName>,
+    pooler: PoolerName,
+    calibration: Option<&Calibration>,
+) -> Result<Option<Refit>, CliError> {
+    let possible = pooler.uses_moments() && calibration.is_some_and(|c| c.text().is_some());
+    match asked {
+        Some(RefitName::None) => Ok(None),
+        None if !possible => Ok(None),
+        Some(_) if !possible => Err(CliError::Usage(
+            "--refit runs the model on a text: give --calibration TEXT (moments do not suffice), and --pooler low-rank or \
+             procrustes"
+                .to_string(),
+        )),
+        Some(RefitName::Output) => Ok(Some(Refit::Output)),
+        None | Some(RefitName::Full) => Ok(Some(Refit::Full)),
+    }
+}
+
 /// What makes the shared heads of every layer of a plan: all that is evaluated and written comes from here.
 pub(super) fn pooling<'a>(
+    checkpoint: &Checkpoint,
     plan: &'a Plan,
     name: PoolerName,
     pooler: &'a dyn KvPooler,
     calibration: Option<&'a Calibration>,
-) -> Box<PoolLayer<'a>> {
+    run: Run<'_>,
+) -> Result<Box<PoolLayer<'a>>, CliError> {
     let moments = calibration.filter(|_| name.uses_moments()).map(Calibration::moments);
-    pool_layers(plan, pooler, moments)
+    let pool = pool_layers(plan, pooler, moments);
+    let Some(refit) = &plan.method.refit else { return Ok(pool) };
+    let level: Refit = refit.parse().map_err(|e| CliError::Usage(format!("the plan: {e}")))?;
+    let Some((source, windows)) = calibration.and_then(Calibration::text) else {
+        return Err(CliError::Usage(format!(
+            "the plan asks for the refit {refit:?}, which runs the model on the text that it was calibrated on: give \
+             --calibration TEXT (moments do not suffice)"
+        )));
+    };
+    let groups: Vec<_> = plan.layers.iter().map(|layer| &layer.groups).collect();
+    let heads = |i: usize| Ok(checkpoint.layer(i)?);
+    let refitted = runtime::refit(source, &groups, &heads, &pool, windows, level, run)?;
+    Ok(Box::new(move |i, _| Ok(refitted.layers[i].clone())))
 }
 
 /// What is lost without a calibration, where the pooler would use one.

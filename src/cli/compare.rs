@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::calibrated::{CalibrationArgs, pooling};
+use super::calibrated::{CalibrationArgs, pooling, refit_of};
 use super::comparison::{Line, curves, layer_table, line_json, model_table, worst_gap};
 use super::eval::TextArgs;
 use super::methods::{AllocationName, MethodArgs, MethodName, OptimizerName, PoolerName};
@@ -155,7 +155,9 @@ fn lines(
         for (&allocation, &kv) in allocations.iter().flat_map(|a| budgets.iter().map(move |kv| (a, kv))) {
             let options = MethodArgs { allocation, ..options.clone() };
             let resolved = Resolved::new(*method, &options, None, checkpoint, calibration)?;
-            let plan = resolved.plan(found, Some(kv), run)?;
+            let mut plan = resolved.plan(found, Some(kv), run)?;
+            let refit = refit_of(None, resolved.pooler(), calibration)?;
+            plan.method.refit = refit.map(|refit| refit.name().to_string());
             let (gap, share) = (worst_gap(&plan), total_share(&plan, &found.fronts));
             lines.push(Line {
                 method: *method,
@@ -194,12 +196,16 @@ fn evaluate(
         }
     }
     let poolers: Vec<_> = distinct.iter().map(|(name, _)| name.make()).collect();
+    let pools = distinct
+        .iter()
+        .zip(&poolers)
+        .map(|((name, plan), pooler)| pooling(checkpoint, plan, *name, pooler.as_ref(), calibration, run));
+    let pools = pools.collect::<Result<Vec<_>, _>>()?;
     let mut models = vec![source.clone(); distinct.len()];
     for i in 0..checkpoint.config().n_layers {
         let heads = checkpoint.layer(i)?;
-        for ((model, (name, plan)), pooler) in models.iter_mut().zip(&distinct).zip(&poolers) {
-            let pooled = pooling(plan, *name, pooler.as_ref(), calibration)(i, &heads)?;
-            *model = model.with_pooled(i, &heads, &plan.layers[i].groups, pooled)?;
+        for ((model, (_, plan)), pool) in models.iter_mut().zip(&distinct).zip(&pools) {
+            *model = model.with_pooled(i, &heads, &plan.layers[i].groups, pool(i, &heads)?)?;
         }
     }
     let (before, after) = evaluate_against(&source, &models.iter().collect::<Vec<_>>(), &windows, run)?;

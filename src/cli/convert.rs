@@ -54,7 +54,7 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     args.output.check(&checkpoint)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, name, &checkpoint, run)?;
     let pooler = name.make();
-    let pool = pooling(&plan, name, pooler.as_ref(), calibration.as_ref());
+    let pool = pooling(&checkpoint, &plan, name, pooler.as_ref(), calibration.as_ref(), run)?;
     let (text, json) = write(&checkpoint, &plan, &pool, &args.output, run)?;
     Ok(Output { text, json })
 }
@@ -66,7 +66,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let (calibration, target) = (calibration.as_ref(), Some(args.output.target.as_str()));
     let found = searched(&args.asked, MethodName::LowRank, target, &checkpoint, calibration, run)?;
     let pooler = found.pooler.make();
-    let pool = pooling(&found.plan, found.pooler, pooler.as_ref(), calibration);
+    let pool = pooling(&checkpoint, &found.plan, found.pooler, pooler.as_ref(), calibration, run)?;
     let effect = before_and_after(&checkpoint, &found.plan, &pool, calibration, run)?;
     let (written, output) = write(&checkpoint, &found.plan, &pool, &args.output, run)?;
     let mut json = found.report(&checkpoint);

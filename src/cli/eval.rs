@@ -81,7 +81,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             let name = pooler_of(&plan, path)?;
             let calibration = args.calibration.of_plan(&plan, path, name, &checkpoint, run)?;
             let (pooler, source) = (name.make(), Model::load(&checkpoint)?);
-            let pool = pooling(&plan, name, pooler.as_ref(), calibration.as_ref());
+            let pool = pooling(&checkpoint, &plan, name, pooler.as_ref(), calibration.as_ref(), run)?;
             (source.under(&checkpoint, &plan, &pool)?, Some(source))
         }
         (None, Some(path)) => (Model::load(&checkpoint)?, Some(Model::load(&Checkpoint::open(path)?)?)),

@@ -78,6 +78,9 @@ struct Asked {
     method: Option<MethodName>,
     #[command(flatten)]
     options: MethodArgs,
+    /// What is fitted again on the calibration text after heads were merged; full for low-rank where there is a text
+    #[arg(long, value_enum, help_heading = "Calibration")]
+    refit: Option<calibrated::RefitName>,
     #[command(flatten)]
     calibration: CalibrationArgs,
 }

@@ -3,7 +3,7 @@
 use super::CliError;
 use super::methods::{AllocationName, CostName, MethodArgs, MethodName, OptimizerName, PoolerName, name_of};
 use crate::checkpoint::{Checkpoint, targets};
-use crate::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_layers};
+use crate::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model};
 use crate::{
     Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FitnessFn, Front, Grouping,
     KeyNorm, KvPooler, LayerHeads, LayerPlan, LayerSelection, Limits, LowRankError, Nsga2, Optimizer,
@@ -12,7 +12,9 @@ use crate::{
 };
 
 /// Windows that decide between groups: the order of two losses shows early.
-const CHOOSING_WINDOWS: usize = 64;
+const CHOOSING_WINDOWS: usize = 32;
+/// Windows that measure how much each layer pays: losses of the same text differ by little but what is measured.
+const MEASURING_WINDOWS: usize = 16;
 
 enum Engine {
     Optimizer(Box<dyn Optimizer>),
@@ -215,7 +217,8 @@ impl<'a> Resolved<'a> {
         let text = self.calibration.and_then(Calibration::text);
         let sensitivity = match (self.allocation, text) {
             (AllocationName::Sensitivity, Some((source, windows))) => {
-                Some(Sensitivity::measure(&self.trial(source, windows), &fronts, run)?)
+                let windows = windows.clone().first(MEASURING_WINDOWS);
+                Some(Sensitivity::measure(&self.trial(source, &windows), &fronts, run)?)
             }
             _ => None,
         };
@@ -263,11 +266,8 @@ impl<'a> Resolved<'a> {
             let windows = windows.clone().first(CHOOSING_WINDOWS);
             let trial = self.trial(source, &windows);
             let models = [trial.grouped(&groups(&plan.layers))?, trial.grouped(&groups(&others))?];
-            let (chosen, _) = choose_layers(&models, &windows, run)?;
-            for ((layer, other), choice) in plan.layers.iter_mut().zip(others).zip(chosen) {
-                if choice == 1 {
-                    *layer = other;
-                }
+            if choose_model(&models, &windows, run)?.0 == 1 {
+                plan.layers = others;
             }
         }
         plan.method.search += " or UniformGqa, by calibration loss";

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::calibrated::note;
+use super::calibrated::{note, refit_of};
 use super::methods::{MethodName, PoolerName};
 use super::output::{Output, bytes, percent, table};
 use super::resolved::Resolved;
@@ -63,8 +63,9 @@ pub(super) fn searched(
     let method = asked.method.unwrap_or(default);
     let method = Resolved::new(method, &asked.options, target, checkpoint, calibration)?;
     let found = method.found(run)?;
-    let plan = method.plan(&found, asked.kv, run)?;
+    let mut plan = method.plan(&found, asked.kv, run)?;
     let pooler = method.pooler();
+    plan.method.refit = refit_of(asked.refit, pooler, calibration)?.map(|refit| refit.name().to_string());
     Ok(Searched { plan, fronts: found.fronts, pooler, note: note(pooler, calibration) })
 }
 

@@ -58,4 +58,4 @@ pub use moments::Moments;
 pub use refit::{Refit, Refitted, refit};
 pub use sensitivity::Sensitivity;
 pub use text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
-pub use trial::{Trial, choose_layers};
+pub use trial::{Trial, choose_model};

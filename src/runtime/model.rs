@@ -163,13 +163,6 @@ impl Model {
         Ok(model)
     }
 
-    /// This model with layer `i` of another that was made of the same source.
-    pub(super) fn with_layer_of(&self, other: &Self, i: usize) -> Self {
-        let mut model = self.clone();
-        model.layers[i] = other.layers[i].clone();
-        model
-    }
-
     /// The checkpoint that the weights come from, before any grouping here.
     pub fn source(&self) -> &Source {
         &self.source

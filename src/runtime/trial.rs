@@ -51,55 +51,30 @@ impl Trial<'_> {
     }
 }
 
-/// Which of several models of one source to take each layer from, for the least mean loss on a text.
+/// Which of several models reads a text best: its index, and the mean loss of each in nats per token. Progress is stage
+/// `"choose"`.
 ///
-/// Begins with the best of them as they are, then goes through the layers once, from below, and takes a layer from
-/// another model wherever that lowers the loss of the whole. Returns the choice, an index into `models` for each layer,
-/// and its loss in nats per token. Layers below the one in question run once. Progress is stage `"choose"`.
+/// Whole models are compared. Taking each layer from whichever model loses less there has a lower loss on the calibration
+/// text and a higher one on others (docs/quality.md).
 ///
 /// # Errors
-/// [`Error::LayerCount`](crate::Error::LayerCount) without models, or for models of different numbers of layers;
-/// as [`evaluate`](super::evaluate()).
-pub fn choose_layers(
+/// [`Error::LayerCount`](crate::Error::LayerCount) without models; as [`evaluate`](super::evaluate()).
+pub fn choose_model(
     models: &[Model],
     windows: &Windows,
     run: Run<'_>,
-) -> Result<(Vec<usize>, f64), RuntimeError> {
-    let expected = models.first().map_or(1, Model::n_layers);
-    let found = models.iter().map(Model::n_layers).find(|&n| n != expected);
-    if let Some(found) = found.or(models.is_empty().then_some(0)) {
-        return Err(crate::Error::LayerCount { what: "layers to choose from", expected, found }.into());
+) -> Result<(usize, Vec<f64>), RuntimeError> {
+    let first = models.first().ok_or(crate::Error::LayerCount { what: "models", expected: 1, found: 0 })?;
+    let reading = Reading::new(first, windows)?;
+    let total = models.len() as u64;
+    let mut losses = Vec::with_capacity(models.len());
+    for model in models {
+        run.step("choose", losses.len() as u64, total)?;
+        losses.push(reading.loss(model)?);
     }
-    let total = (models.len() + expected * (models.len() - 1)) as u64;
-    let mut done = 0;
-    let mut step = || {
-        done += 1;
-        run.step("choose", done, total)
-    };
-    run.step("choose", 0, total)?;
-    let mut reading = Reading::new(&models[0], windows)?;
-    let (mut best, mut least) = (0, f64::INFINITY);
-    for (m, model) in models.iter().enumerate() {
-        let loss = reading.loss(model)?;
-        if loss < least {
-            (best, least) = (m, loss);
-        }
-        step()?;
-    }
-    let mut current = models[best].clone();
-    let mut chosen = vec![best; expected];
-    for (i, chosen) in chosen.iter_mut().enumerate() {
-        for (m, model) in models.iter().enumerate().filter(|(m, _)| *m != best) {
-            let swapped = current.with_layer_of(model, i);
-            let loss = reading.loss(&swapped)?;
-            if loss < least {
-                (current, *chosen, least) = (swapped, m, loss);
-            }
-            step()?;
-        }
-        reading.pass_layer(&current)?;
-    }
-    Ok((chosen, least))
+    run.step("choose", total, total)?;
+    let best = (0..losses.len()).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap_or(0);
+    Ok((best, losses))
 }
 
 /// A text on its way through a model: what enters the next layer, for every window.
