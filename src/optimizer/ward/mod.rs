@@ -320,7 +320,7 @@ impl<'a, M: Moves> Search<'a, M> {
         for k in self.counts.clone() {
             self.load(k, self.cap)?;
             loop {
-                let (_, to, heads) = self.moves.best_migration()?;
+                let (to, heads) = self.moves.best_migration()?;
                 if heads.is_empty() {
                     break;
                 }
