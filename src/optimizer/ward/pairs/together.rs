@@ -110,3 +110,88 @@ impl Pairs {
         now - self.errors[from] - error
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::optimizer::ward::moves::{Moves, descend, fuse};
+
+    /// Squared distances of points in the plane.
+    fn distances(points: &[(f64, f64)]) -> Array2<f64> {
+        let square =
+            |i: usize, j: usize| (points[i].0 - points[j].0).powi(2) + (points[i].1 - points[j].1).powi(2);
+        Array2::from_shape_fn((points.len(), points.len()), |(i, j)| square(i, j))
+    }
+
+    fn error(distances: &Array2<f64>, labels: &[u16], k: usize) -> f64 {
+        let mut pairs = Pairs::new(distances.view());
+        pairs.load(labels, k, labels.len()).unwrap();
+        pairs.error()
+    }
+
+    /// No head gains by going elsewhere, no two by trading places, from the definition.
+    fn check_settled(pairs: &Pairs, distances: &Array2<f64>) {
+        let (labels, k) = (&pairs.groups.labels, pairs.groups.n_groups());
+        let least = error(distances, labels, k) - 1e-9;
+        for i in 0..labels.len() {
+            for to in (0..k as u16).filter(|_| pairs.groups.sizes[pairs.groups.of(i)] > 1) {
+                let mut moved = labels.clone();
+                moved[i] = to;
+                assert!(error(distances, &moved, k) >= least, "{labels:?}: {i} to {to}");
+            }
+            for j in 0..i {
+                let mut swapped = labels.clone();
+                swapped.swap(i, j);
+                assert!(error(distances, &swapped, k) >= least, "{labels:?}: {i} and {j}");
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn descents_settle_and_migrations_gain(
+            points in prop::collection::vec((0.0..1.0, 0.0..1.0), 4..14), k in 2usize..5,
+        ) {
+            let (distances, n) = (distances(&points), points.len());
+            let mut pairs = Pairs::new(distances.view());
+            pairs.load(&(0..n).map(|head| (head % k) as u16).collect::<Vec<_>>(), k, n).unwrap();
+            pairs.groups.unsettle();
+            while pairs.groups.n_groups() > 1 {
+                descend(&mut pairs, true).unwrap();
+                check_settled(&pairs, &distances);
+                let before = pairs.error();
+                let (to, heads) = pairs.migration();
+                heads.iter().for_each(|&head| pairs.relocate(head, to).unwrap());
+                prop_assert!(heads.is_empty() || pairs.error() < before);
+                descend(&mut pairs, true).unwrap();
+                check_settled(&pairs, &distances);
+                let (k, labels) = (pairs.groups.n_groups(), &pairs.groups.labels);
+                prop_assert!((pairs.error() - error(&distances, labels, k)).abs() < 1e-9);
+                // Half of the heads at rest: what the next descent may skip.
+                pairs.load(&labels.clone(), k, n).unwrap();
+                fuse(&mut pairs).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn heads_move_together_that_lose_alone() {
+        // On a line: the pair at 5 belongs to the right, but each of it is held back by the other.
+        let points = [0.0, 1.0, 5.0, 5.0, 8.5, 8.5, 8.5].map(|x| (x, 0.0));
+        let distances = distances(&points);
+        let mut pairs = Pairs::new(distances.view());
+        pairs.load(&[0, 0, 0, 0, 1, 1, 1], 2, 7).unwrap();
+        pairs.groups.unsettle();
+        descend(&mut pairs, true).unwrap();
+        let alone = pairs.groups.labels.clone();
+        assert_eq!(alone, [0, 0, 0, 0, 1, 1, 1]);
+        let (to, mut heads) = pairs.migration();
+        heads.sort_unstable();
+        assert_eq!((to, heads), (1, vec![2, 3]));
+    }
+}
