@@ -50,6 +50,15 @@ proptest! {
     }
 
     #[test]
+    fn any_number_of_heads_is_summed_up(seed: u64, n in prop::sample::select(vec![1, 2, 3, 5, 8, 33, 63, 64, 65, 70]), k in 1usize..9) {
+        let heads = layer(seed, n, 1, 3, false);
+        let labels: Vec<_> = (0..n).map(|head| (head * head + head / 3) % k).collect();
+        let partition = Partition::from_labels(&labels).unwrap();
+        let expected = plain_wse(&heads, &partition);
+        prop_assert!((wse(&heads, &partition) - expected).abs() <= 1e-5 * expected);
+    }
+
+    #[test]
     fn splitting_a_group_never_raises_it(seed: u64, labels in prop::collection::vec(0usize..4, 2..12), coins: u16) {
         let heads = layer(seed, labels.len(), 2, 9, false);
         let coarse = Partition::from_labels(&labels).unwrap();

@@ -20,9 +20,10 @@ use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
 /// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads the
 /// cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition on the way
 /// improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k
-/// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; and,
-/// where [`rounds`](Ward::rounds) ask for it, shaken and improved again (iterated local search, Lourenço, Martin &
-/// Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
+/// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; heads of
+/// one group go to another together where the first alone would lose (a chain of moves, as in Kernighan & Lin 1970,
+/// doi:10.1002/j.1538-7305.1970.tb01770.x); and, where [`rounds`](Ward::rounds) ask for it, all is shaken and improved
+/// again (iterated local search, Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
 /// minimum-weight perfect matchings: exact with the feature `matching`.
 ///
 /// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move takes
@@ -189,6 +190,7 @@ impl<'a, M: Moves> Search<'a, M> {
             self.migrate()?;
             self.local()?;
             let all = self.counts.clone();
+            // What one k finds spreads to its neighbours, so few of them need shaking.
             self.counts = all.iter().copied().skip(1).step_by(TASTE).collect();
             self.shake(TASTE)?;
             self.counts = all;
@@ -239,6 +241,10 @@ impl<'a, M: Moves> Search<'a, M> {
             }
             self.load(k + 1, self.cap)?;
             fuse(&mut self.moves)?;
+            if k == most {
+                // What was only joined is not settled.
+                self.moves.groups_mut().unsettle();
+            }
             if k <= most {
                 descend(&mut self.moves, true)?;
             }
@@ -320,7 +326,7 @@ impl<'a, M: Moves> Search<'a, M> {
         for k in self.counts.clone() {
             self.load(k, self.cap)?;
             loop {
-                let (_, to, heads) = self.moves.best_migration()?;
+                let (to, heads) = self.moves.best_migration()?;
                 if heads.is_empty() {
                     break;
                 }
@@ -328,6 +334,7 @@ impl<'a, M: Moves> Search<'a, M> {
                 descend(&mut self.moves, true)?;
                 self.offer();
             }
+            self.run.step("ward", 0, 1)?;
         }
         Ok(())
     }

@@ -230,9 +230,9 @@ pub(super) trait Moves {
         Ok(best.1.into_iter().collect())
     }
 
-    /// Heads that gain when they leave one group for another together, though none does alone: none here.
-    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
-        Ok((0.0, 0, Vec::new()))
+    /// Heads of one group that gain when they go to another together, and where they go: none here.
+    fn best_migration(&mut self) -> Result<(usize, Vec<usize>)> {
+        Ok((0, Vec::new()))
     }
 
     /// Lets two heads trade places.

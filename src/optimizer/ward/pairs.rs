@@ -1,3 +1,5 @@
+mod together;
+
 use ndarray::ArrayView2;
 
 use super::moves::{Groups, Moves};
@@ -30,11 +32,10 @@ pub(super) struct Pairs {
     inverse: Vec<f64>,
     /// `Σ_{i∈a,j∈b} D_ij`, (a, b), made when a union is sought.
     across: Vec<f64>,
-    /// Work space of heads that follow one another.
+    /// Work space of `together`.
     members: Vec<usize>,
     staying: Vec<usize>,
-    to_new: Vec<f64>,
-    to_left: Vec<f64>,
+    to_leaving: Vec<f64>,
     tolerance: f64,
 }
 
@@ -60,8 +61,7 @@ impl Pairs {
             inverse,
             members: Vec::with_capacity(n),
             staying: Vec::with_capacity(n),
-            to_new: zeros(),
-            to_left: zeros(),
+            to_leaving: zeros(),
             tolerance: 0.0,
         }
     }
@@ -91,62 +91,6 @@ impl Pairs {
             }
         }
         (best.0 - self.saved(head, from), best.1)
-    }
-
-    /// Lists the members of a group, for [`follow`](Self::follow).
-    fn list(&mut self, group: usize) {
-        self.members.clear();
-        self.members.extend((0..self.n).filter(|&head| self.groups.of(head) == group));
-    }
-
-    /// The heads that gain by leaving the group that is listed, `from`, after `first` for the group `to`, or for a
-    /// new one; and the change of them all.
-    fn follow(&mut self, from: usize, to: Option<usize>, first: usize, leaving: &mut Vec<usize>) -> f64 {
-        let n = self.n;
-        let mut staying = std::mem::take(&mut self.staying);
-        staying.clone_from(&self.members);
-        leaving.clear();
-        // W and sizes of both sides; `to_new[i]` is the sum of D from head i to the other side.
-        let mut old_within = self.within[from];
-        let (mut new_within, mut there, error) =
-            to.map_or((0.0, 0, 0.0), |to| (self.within[to], self.groups.sizes[to], self.errors[to]));
-        let mut to_new = std::mem::take(&mut self.to_new);
-        for &head in &staying {
-            to_new[head] = to.map_or(0.0, |to| self.by_group[to * n + head]);
-        }
-        // Those that left count on both sides of a head's sum.
-        let mut to_left = std::mem::take(&mut self.to_left);
-        staying.iter().for_each(|&head| to_left[head] = 0.0);
-        let mut next = staying.iter().position(|&head| head == first);
-        while let Some(place) = next {
-            let head = staying.swap_remove(place);
-            old_within -= self.sum(head, from) - to_left[head];
-            new_within += to_new[head];
-            leaving.push(head);
-            there += 1;
-            let row = &self.distances[head * n..][..n];
-            for &other in &staying {
-                to_new[other] += row[other];
-                to_left[other] += row[other];
-            }
-            let rest = staying.len();
-            let now = old_within * self.inverse[rest] + new_within * self.inverse[there];
-            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[there + 1]);
-            let mut least = now - self.tolerance;
-            next = None;
-            if rest > 1 && there < self.groups.cap {
-                for (place, &head) in staying.iter().enumerate() {
-                    let lost = self.sum(head, from) - to_left[head];
-                    let then = (old_within - lost) * less + (new_within + to_new[head]) * more;
-                    if then < least {
-                        (least, next) = (then, Some(place));
-                    }
-                }
-            }
-        }
-        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[there];
-        (self.staying, self.to_new, self.to_left) = (staying, to_new, to_left);
-        now - self.errors[from] - error
     }
 
     fn refresh(&mut self, group: usize) {
@@ -363,60 +307,11 @@ impl Moves for Pairs {
         if best.1 == i { Ok((f64::INFINITY, i)) } else { Ok(best) }
     }
 
-    /// In every group the head that gains most by leaving, then those that gain by following it, one by one.
     fn best_split(&mut self) -> Result<Vec<usize>> {
-        let mut firsts = vec![(f64::NEG_INFINITY, None); self.groups.n_groups()];
-        for head in 0..self.n {
-            let group = self.groups.of(head);
-            let saved = self.saved(head, group);
-            if saved >= firsts[group].0 && self.groups.sizes[group] > 1 {
-                firsts[group] = (saved, Some(head));
-            }
-        }
-        let mut best = (f64::INFINITY, Vec::new());
-        let mut leaving = Vec::with_capacity(self.n);
-        for (group, (_, first)) in firsts.into_iter().enumerate() {
-            if let Some(first) = first {
-                self.list(group);
-                let change = self.follow(group, None, first, &mut leaving);
-                if change < best.0 {
-                    best = (change, leaving.clone());
-                }
-            }
-        }
-        Ok(best.1)
+        Ok(self.departure())
     }
 
-    /// Of every two groups the head that goes from one to the other at the least loss, then those that gain by
-    /// following it.
-    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
-        let k = self.groups.n_groups();
-        let mut best = (-self.tolerance, 0, Vec::new());
-        let mut leaving = Vec::with_capacity(self.n);
-        for from in 0..k {
-            if self.groups.sizes[from] <= 2 {
-                continue;
-            }
-            self.list(from);
-            for to in (0..k).filter(|&to| to != from) {
-                let (mut cheapest, mut first) = (f64::INFINITY, (f64::INFINITY, None));
-                for &head in &self.members {
-                    let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
-                    cheapest = cheapest.min(paid);
-                    let change = paid - self.saved(head, from);
-                    if change < first.0 {
-                        first = (change, Some(head));
-                    }
-                }
-                // More heads would not pay less.
-                if let Some(first) = first.1.filter(|_| cheapest < self.errors[from]) {
-                    let change = self.follow(from, Some(to), first, &mut leaving);
-                    if change < best.0 {
-                        best = (change, to, leaving.clone());
-                    }
-                }
-            }
-        }
-        Ok(best)
+    fn best_migration(&mut self) -> Result<(usize, Vec<usize>)> {
+        Ok(self.migration())
     }
 }
