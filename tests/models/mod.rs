@@ -162,6 +162,7 @@ pub fn plan(checkpoint: &Checkpoint, layers: &[Partition]) -> Plan {
             cost: qcqa::CostScale::Raw,
             pooler: "mean".into(),
             target: None,
+            refit: None,
         },
         calibration: None,
         seed: 0,
