@@ -14,9 +14,10 @@ use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
 /// sees them under the layer's inputs.
 ///
 /// Values: `Σ_{i∈g} ‖(O_i V_i − O_i' V_g) C^½‖²`, the eigenvalues beyond the first h of the group's Gram matrix. Keys:
-/// `Σ_{i∈g} w_i ‖(κ_i − c_i κ_g) C^½‖²` for each frequency, the eigenvalues beyond the first of a Hermitian matrix;
-/// unrotated dimensions as values. Each is divided by what the layer has of it, so the error is a share of the layer's
-/// energy, from 0 to 2 (docs/method.md, "Low-rank sharing"). C is the moment that the layer carries, or I.
+/// `½ Σ_{i∈g} w_i ‖(κ_i − c_i κ_g) C^½‖²` for each frequency, half the eigenvalues beyond the first of a Hermitian
+/// matrix; unrotated dimensions as values. Each is divided by what the layer has of it, so the error is a share of the
+/// layer's energy, from 0 to 2 (docs/method.md, "Low-rank sharing"). C is the moment that the layer carries, or I; its
+/// covariance `C − μμᵀ` where a constant is no loss: for unrotated keys, and for values where there is an output bias.
 ///
 /// Groups are remembered. The distances for starting a search are those of pairs of heads.
 #[derive(Debug)]
