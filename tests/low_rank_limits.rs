@@ -89,6 +89,11 @@ fn layers_without_energy_are_no_trouble() {
             for pooler in [&LowRankPooler::default() as &dyn KvPooler, &ProcrustesPooler::default()] {
                 pooler.pool(&heads, &partition).unwrap().check(&heads, 2).unwrap();
             }
+            if part == 2 && rotation.dims() > 0 {
+                // Keys that nobody looks at are kept as well as may be.
+                let pooled = LowRankPooler::default().pool(&heads, &partition).unwrap();
+                assert!(rotation.pairs().all(|(a, _)| rows(&pooled.key, 0).row(a).iter().any(|&v| v != 0.0)));
+            }
             let fitness = LowRankError::new(&heads).unwrap();
             let Residuals { values, keys } = fitness.energies();
             assert_eq!((values == 0.0, keys == 0.0), (part % 2 == 1, part % 2 == 0), "{part} {rotation:?}");
@@ -261,24 +266,26 @@ fn it_obeys_the_laws_of_a_shared_fit() {
     assert!((fitness.energies().keys / energies.keys - 1.0).abs() <= 1e-9);
 }
 
-/// The same bits on one thread and on two; the layer is large enough for the linear algebra to share out its work.
+/// The same bits on any number of threads; the layer is large enough for the linear algebra to share out its work.
 #[cfg(feature = "rayon")]
 #[test]
 fn threads_change_nothing() {
-    let shape = Shape { rotation: Rotation::HalfSplit { dims: 32 }, ..Shape::new(6, 48, 288) };
+    let shape = Shape { rotation: Rotation::HalfSplit { dims: 32 }, ..Shape::new(6, 64, 288) };
     let heads = shape.layer();
-    let partition = labels(&[0, 0, 1, 0, 0, 1]);
+    let partition = labels(&[0; 6]);
     let work = || -> (qcqa::PooledLayer, qcqa::PooledLayer, Vec<f64>) {
         let fitness = LowRankError::new(&heads).unwrap();
-        let proxy = fitness.separable().unwrap().pairwise_proxy().unwrap().iter().copied().collect();
+        let proxy = fitness.separable().unwrap().pairwise_proxy().unwrap().into_iter().copied();
+        let Residuals { values, keys } = fitness.residuals(&[0, 1, 2, 3, 4, 5]).unwrap();
+        let errors = proxy.chain([values, keys]).collect();
         let pooled = LowRankPooler::default().pool(&heads, &partition).unwrap();
-        (pooled, ProcrustesPooler { rounds: 2, ridge: 0.0 }.pool(&heads, &partition).unwrap(), proxy)
+        (pooled, ProcrustesPooler { rounds: 2, ridge: 0.0 }.pool(&heads, &partition).unwrap(), errors)
     };
-    let [one, two] = [1, 2].map(|threads| {
+    let [one, two, three] = [1, 2, 3].map(|threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(work)
     });
-    assert!(one == two);
+    assert!(one == two && one == three);
 }
 
 /// Outputs of one layer as a whole have another number of rows than its inputs.

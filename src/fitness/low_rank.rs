@@ -1,11 +1,12 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-use faer::{Mat, Side, c64};
+use faer::traits::ComplexField;
+use faer::{Mat, MatRef, c64};
 use ndarray::{Array2, ArrayView2};
 
 use super::{FitnessFn, SeparableFitness};
-use crate::low_rank::{self, Metric, no_moment};
+use crate::low_rank::{self, Metric, eigenvalues, no_moment};
 use crate::run::map_ordered;
 use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
 
@@ -13,9 +14,10 @@ use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
 /// sees them under the layer's inputs.
 ///
 /// Values: `Σ_{i∈g} ‖(O_i V_i − O_i' V_g) C^½‖²`, the eigenvalues beyond the first h of the group's Gram matrix. Keys:
-/// `Σ_{i∈g} w_i ‖(κ_i − c_i κ_g) C^½‖²` for each frequency, the eigenvalues beyond the first of a Hermitian matrix;
-/// unrotated dimensions as values. Each is divided by what the layer has of it, so the error is a share of the layer's
-/// energy, from 0 to 2 (docs/method.md, "Low-rank sharing"). C is the moment that the layer carries, or I.
+/// `½ Σ_{i∈g} w_i ‖(κ_i − c_i κ_g) C^½‖²` for each frequency, half the eigenvalues beyond the first of a Hermitian
+/// matrix; unrotated dimensions as values. Each is divided by what the layer has of it, so the error is a share of the
+/// layer's energy, from 0 to 2 (docs/method.md, "Low-rank sharing"). C is the moment that the layer carries, or I; its
+/// covariance `C − μμᵀ` where a constant is no loss: for unrotated keys, and for values where there is an output bias.
 ///
 /// Groups are remembered. The distances for starting a search are those of pairs of heads.
 #[derive(Debug)]
@@ -118,8 +120,7 @@ impl LowRankError {
         };
         for hermitian in &self.frequencies {
             let part = Mat::from_fn(members.len(), members.len(), |i, j| hermitian[(members[i], members[j])]);
-            let values = part.self_adjoint_eigenvalues(Side::Lower).map_err(|_| no_moment())?;
-            keys += 0.5 * beyond(values, 1)?;
+            keys += 0.5 * beyond(part.as_ref(), 1)?;
         }
         let found = Residuals { values: self.values.residual(members)?, keys };
         known().insert(members.into(), found);
@@ -147,7 +148,7 @@ impl Gram {
     fn residual(&self, members: &[usize]) -> Result<f64> {
         let n = members.len() * self.block;
         let part = Mat::from_fn(n, n, |i, j| self.gram[(self.at(members, i), self.at(members, j))]);
-        beyond(part.self_adjoint_eigenvalues(Side::Lower).map_err(|_| no_moment())?, self.block)
+        beyond(part.as_ref(), self.block)
     }
 }
 
@@ -155,12 +156,10 @@ fn trace(hermitian: &Mat<c64>, members: &[usize]) -> f64 {
     members.iter().map(|&i| hermitian[(i, i)].re).sum()
 }
 
-/// The sum of all eigenvalues but the `kept` largest; they come ascending, and are not negative but for rounding.
-fn beyond(values: Vec<f64>, kept: usize) -> Result<f64> {
-    if values.iter().any(|v| v.is_nan()) {
-        return Err(no_moment());
-    }
-    Ok(values[..values.len() - kept].iter().map(|v| v.max(0.0)).sum())
+/// The sum of all eigenvalues but the `kept` largest; they are not negative but for rounding.
+fn beyond<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>, kept: usize) -> Result<f64> {
+    let ascending = eigenvalues(matrix).ok_or_else(no_moment)?;
+    Ok(ascending[..ascending.len() - kept].iter().map(|v| v.max(0.0)).sum())
 }
 
 impl FitnessFn for LowRankError {

@@ -8,6 +8,7 @@
 
 mod metric;
 mod phases;
+mod spectra;
 mod stack;
 mod turn;
 
@@ -18,6 +19,7 @@ use crate::{Error, LayerHeads, Projection, Result};
 
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
+pub(crate) use spectra::eigenvalues;
 pub(crate) use stack::{Fit, Stack};
 pub(crate) use turn::{SharedGroup, pool_groups};
 

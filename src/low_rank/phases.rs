@@ -1,6 +1,7 @@
-use faer::{Mat, MatRef, Side, c64};
+use faer::{Mat, MatRef, c64};
 
 use super::no_moment;
+use super::spectra::eigen;
 use crate::{Result, Rotation};
 
 /// Keys under rotation: only one complex factor for each frequency commutes with the turning of positions, so that each
@@ -120,7 +121,7 @@ impl Phases {
             // Nobody looks here: any shared key will do, and this one keeps what it can.
             roots.fill(1.0);
         }
-        let (_, vectors) = hermitian_eigen(weigh(&products, &roots).as_ref())?;
+        let (_, vectors) = eigen(weigh(&products, &roots).as_ref()).ok_or_else(no_moment)?;
         let n = heads.len();
         // κ_g = Σ_j ū_j √w_j κ_j
         let shares: Vec<c64> = (0..n).map(|j| vectors[(j, n - 1)].conj() * roots[j]).collect();
@@ -186,15 +187,6 @@ impl Phases {
 /// `√w_i P_ij √w_j`.
 fn weigh(products: &Mat<c64>, roots: &[f64]) -> Mat<c64> {
     Mat::from_fn(roots.len(), roots.len(), |i, j| products[(i, j)] * (roots[i] * roots[j]))
-}
-
-/// Eigenvalues, ascending, and eigenvectors of a Hermitian matrix.
-fn hermitian_eigen(matrix: MatRef<'_, c64>) -> Result<(Vec<f64>, Mat<c64>)> {
-    if !matrix.is_all_finite() {
-        return Err(no_moment());
-    }
-    let eigen = matrix.self_adjoint_eigen(Side::Lower).map_err(|_| no_moment())?;
-    Ok((eigen.S().column_vector().iter().map(|v| v.re).collect(), eigen.U().to_owned()))
 }
 
 pub(crate) fn root_mean_square(rows: MatRef<'_, f64>) -> f64 {

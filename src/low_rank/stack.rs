@@ -1,6 +1,8 @@
-use faer::{Mat, MatRef, Side};
+use faer::{Mat, MatRef};
 
+use super::no_moment;
 use super::phases::root_mean_square;
+use super::spectra::{eigen, nearest_turn};
 use crate::{Error, Result};
 
 /// Rows of heads of which any invertible map may be taken, because those who read them undo it: values, and keys
@@ -39,7 +41,8 @@ impl Stack {
     ) -> Result<Self> {
         let block = readers.first().map_or(0, Mat::nrows);
         let root = |reader: Mat<f64>| {
-            let (values, vectors) = eigen(reader.as_ref(), what)?;
+            let unread = || Error::NotFinite { what: what.to_string() };
+            let (values, vectors) = eigen(reader.as_ref()).ok_or_else(unread)?;
             Ok(Mat::from_fn(block, block, |i, j| values[i].max(0.0).sqrt() * vectors[(j, i)]))
         };
         let roots = readers.into_iter().map(root).collect::<Result<_>>()?;
@@ -79,7 +82,7 @@ impl Stack {
     /// The best shared head of a group, its rows with the root mean square of the members'.
     pub(crate) fn fit(&self, heads: &[usize]) -> Result<Fit> {
         let b = self.block;
-        let (values, vectors) = eigen(self.gram(heads).as_ref(), "input moment")?;
+        let (values, vectors) = eigen(self.gram(heads).as_ref()).ok_or_else(no_moment)?;
         let n = values.len();
         let stacked: Mat<f64> =
             heads.iter().enumerate().fold(Mat::zeros(b, self.rows.ncols()), |sum, (i, &head)| {
@@ -107,7 +110,6 @@ impl Stack {
     /// The members turned by orthogonal maps alone until they agree best, then their mean (generalised Procrustes).
     pub(crate) fn align(&self, heads: &[usize], rounds: usize) -> Result<Fit> {
         let b = self.block;
-        let failed = || Error::NotFinite { what: "input moment".to_string() };
         let mut maps: Vec<Mat<f64>> = heads.iter().map(|_| Mat::identity(b, b)).collect();
         // Σ_i T_iᵀ V_i, kept up while one member after the other turns.
         let turned = |head: usize, map: &Mat<f64>| map.transpose() * self.of(&self.rows, head);
@@ -119,24 +121,10 @@ impl Stack {
             for (&head, map) in heads.iter().zip(&mut maps) {
                 sum -= turned(head, map);
                 let product = self.of(&self.weighted, head) * sum.transpose();
-                if !product.is_all_finite() {
-                    return Err(failed());
-                }
-                let svd = product.svd().map_err(|_| failed())?;
-                *map = svd.U() * svd.V().transpose();
+                *map = nearest_turn(product.as_ref()).ok_or_else(no_moment)?;
                 sum += turned(head, map);
             }
         }
         Ok(Fit { rows: sum * faer::Scale((heads.len() as f64).recip()), maps })
     }
-}
-
-/// Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
-pub(crate) fn eigen(matrix: MatRef<'_, f64>, what: &str) -> Result<(Vec<f64>, Mat<f64>)> {
-    let failed = || Error::NotFinite { what: what.to_string() };
-    if !matrix.is_all_finite() {
-        return Err(failed());
-    }
-    let eigen = matrix.self_adjoint_eigen(Side::Lower).map_err(|_| failed())?;
-    Ok((eigen.S().column_vector().iter().copied().collect(), eigen.U().to_owned()))
 }

@@ -7,8 +7,8 @@ use crate::{LayerHeads, Partition, PooledLayer, Result};
 /// A group keeps one value head, the best rank-h approximation of all its `O_i V_i C^½`, and one key head, at every
 /// rotated frequency the best rank-1 approximation of its `√w_i κ_i C^½` (docs/method.md, "Low-rank sharing"). What the
 /// group loses is [`LowRankError`](crate::LowRankError). C is the moment that the layer carries; without one inputs are
-/// taken as white and the weights alone decide. Shared rows have the root mean square of the members' rows; groups of
-/// one head are copied bit for bit. f64 throughout, rounded once.
+/// taken as white and the weights alone decide. Shared values, unrotated keys and the keys of each frequency have the root
+/// mean square of the members'; groups of one head are copied bit for bit. f64 throughout, rounded once.
 ///
 /// An output bias, where the layer has one, makes up for the mean of what is lost.
 ///
