@@ -18,6 +18,24 @@ pub struct Partition {
     labels: Box<[u16]>,
 }
 
+/// Some labels to work with, up to 128 on the stack: an allocation would take longer than the work.
+pub(crate) struct Scratch {
+    few: [u16; 128],
+    many: Vec<u16>,
+    len: usize,
+}
+
+impl Scratch {
+    pub(crate) fn new(len: usize, label: u16) -> Self {
+        let few = [label; 128];
+        Self { many: if len > few.len() { vec![label; len] } else { Vec::new() }, few, len }
+    }
+
+    pub(crate) fn as_mut(&mut self) -> &mut [u16] {
+        self.few.get_mut(..self.len).unwrap_or(&mut self.many)
+    }
+}
+
 /// A label that has no canonical one yet.
 const UNSEEN: u16 = u16::MAX;
 
@@ -89,15 +107,8 @@ impl Partition {
 
     /// The partition of labels below `bound`: the searches' fast road in.
     pub(crate) fn canonical(mut labels: Box<[u16]>, bound: usize) -> Self {
-        let mut small = [UNSEEN; 128];
-        let mut large = Vec::new();
-        let new_label = match small.get_mut(..bound) {
-            Some(small) => small,
-            None => {
-                large.resize(bound, UNSEEN);
-                &mut large[..]
-            }
-        };
+        let mut new_label = Scratch::new(bound, UNSEEN);
+        let new_label = new_label.as_mut();
         let mut n_groups = 0;
         for label in &mut labels {
             // Selections, no branch: which label is new cannot be predicted.

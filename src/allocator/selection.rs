@@ -134,16 +134,14 @@ impl Problem for Stage2 {
         (0..self.free.len()).map(|_| rng.random()).collect()
     }
 
-    fn cross(&self, a: &Self::Genome, b: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
-        let mut cut = || rng.random_range(0..=a.len() as u32) as usize;
-        let (one, two) = (cut(), cut());
-        let mut child = a.clone();
-        let window = one.min(two)..one.max(two);
-        child[window.clone()].copy_from_slice(&b[window]);
-        child
-    }
-
-    fn mutate(&self, mut bits: Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome {
+    fn child(&self, a: &Self::Genome, b: Option<&Self::Genome>, rng: &mut ChaCha8Rng) -> Self::Genome {
+        let mut bits = a.clone();
+        if let Some(b) = b {
+            let mut cut = || rng.random_range(0..=a.len() as u32) as usize;
+            let (one, two) = (cut(), cut());
+            let window = one.min(two)..one.max(two);
+            bits[window.clone()].copy_from_slice(&b[window]);
+        }
         let rate = 1.0 / bits.len().max(1) as f64;
         bits.iter_mut().for_each(|bit| *bit ^= rng.random_bool(rate));
         bits

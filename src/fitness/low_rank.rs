@@ -5,7 +5,7 @@ use faer::{Mat, Side, c64};
 use ndarray::{Array2, ArrayView2};
 
 use super::{FitnessFn, SeparableFitness};
-use crate::low_rank::{self, Metric};
+use crate::low_rank::{self, Metric, no_moment};
 use crate::run::map_ordered;
 use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
 
@@ -33,7 +33,7 @@ pub struct LowRankError {
 /// What is lost of the values and of the keys, or what there is of them.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Residuals {
-    /// In squared outputs, `E‖Σ O V x‖²` over single heads.
+    /// In squared outputs, `Σ E‖O V x‖²` over query heads.
     pub values: f64,
     /// In squared scores: half the rotated part plus the unrotated one.
     pub keys: f64,
@@ -55,7 +55,7 @@ impl LowRankError {
     pub fn of(heads: &LayerHeads, pooler: LowRankPooler) -> Result<Self> {
         let n_heads = heads.n_heads();
         let all: Vec<usize> = (0..n_heads).collect();
-        let metric = Metric::new(heads, pooler.ridge);
+        let metric = Metric::new(heads, pooler.ridge)?;
         let h = heads.value().head_dim();
         let values = Gram { block: h, gram: low_rank::values(heads, &metric)?.gram(&all) };
         let keys = low_rank::keys(heads, &metric)?;
@@ -79,7 +79,7 @@ impl LowRankError {
                 + 0.5 * error.frequencies.iter().map(|a| trace(a, &all)).sum::<f64>(),
         };
         if !(error.energies.values.is_finite() && error.energies.keys.is_finite()) {
-            return Err(Error::NotFinite { what: "input moment".to_string() });
+            return Err(no_moment());
         }
         let pairs: Vec<[usize; 2]> = (0..n_heads).flat_map(|j| (0..j).map(move |i| [i, j])).collect();
         let errors = map_ordered(pairs.len(), |p| error.group_error(&pairs[p]));
@@ -157,15 +157,10 @@ fn trace(hermitian: &Mat<c64>, members: &[usize]) -> f64 {
 
 /// The sum of all eigenvalues but the `kept` largest; they come ascending, and are not negative but for rounding.
 fn beyond(values: Vec<f64>, kept: usize) -> Result<f64> {
-    let (least, largest) = (values[0], values[values.len() - 1]);
-    if least < -1e-6 * largest.abs() {
+    if values.iter().any(|v| v.is_nan()) {
         return Err(no_moment());
     }
     Ok(values[..values.len() - kept].iter().map(|v| v.max(0.0)).sum())
-}
-
-fn no_moment() -> Error {
-    Error::NotFinite { what: "input moment (finite, symmetric and not negative)".to_string() }
 }
 
 impl FitnessFn for LowRankError {

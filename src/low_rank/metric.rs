@@ -1,8 +1,12 @@
 use std::ops::Range;
 
-use faer::Mat;
+use faer::{Mat, Side};
 
-use crate::{LayerHeads, Projection};
+use crate::{Error, LayerHeads, Projection, Result};
+
+/// How far from symmetric, from ending with 1 and from having no negative eigenvalue a moment may be, as a share of
+/// `√(C_ii C_jj)`, of 1 and of the trace.
+const ROUNDING: f64 = 1e-6;
 
 /// The second moment in which errors count: `E[x̃ x̃ᵀ]` of the inputs with a constant 1 appended, (d+1)².
 #[derive(Debug)]
@@ -14,13 +18,18 @@ pub(crate) struct Metric {
 impl Metric {
     /// The moment that a layer carries, with `ridge` times its mean square added to every input: directions that a short
     /// text never showed still count a little. Inputs of a layer that carries none are taken as white.
-    pub(crate) fn new(heads: &LayerHeads, ridge: f64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] for what is no moment: not symmetric, with negative eigenvalues, or not 1 at the constant.
+    pub(crate) fn new(heads: &LayerHeads, ridge: f64) -> Result<Self> {
         let second = heads.moment().map(|moment| {
             let d = moment.nrows() - 1;
             let added = ridge * moment.diag().iter().take(d).sum::<f64>() / d as f64;
-            Mat::from_fn(d + 1, d + 1, |i, j| moment[[i, j]] + if i == j && i < d { added } else { 0.0 })
+            let second =
+                Mat::from_fn(d + 1, d + 1, |i, j| moment[[i, j]] + if i == j && i < d { added } else { 0.0 });
+            if is_moment(&second) { Ok(second) } else { Err(no_moment()) }
         });
-        Self { second }
+        Ok(Self { second: second.transpose()? })
     }
 
     /// `A C`, for rows A over d+1 inputs.
@@ -69,4 +78,26 @@ pub(crate) fn projection_rows(projection: &Projection, part: Range<usize>) -> Ma
             None => 0.0,
         })
     })
+}
+
+fn is_moment(second: &Mat<f64>) -> bool {
+    let (size, at) = (second.nrows(), |i: usize, j: usize| second[(i, j)]);
+    let trace: f64 = (0..size).map(|i| at(i, i)).sum();
+    let symmetric = |i: usize, j: usize| {
+        let scale = (at(i, i).max(0.0) * at(j, j).max(0.0)).sqrt();
+        (at(i, j) - at(j, i)).abs() <= ROUNDING * scale
+    };
+    trace.is_finite()
+        && (at(size - 1, size - 1) - 1.0).abs() <= ROUNDING
+        && (0..size).all(|j| (0..j).all(|i| symmetric(i, j)))
+        && {
+            let mut shifted = second.clone();
+            (0..size).for_each(|i| shifted[(i, i)] += ROUNDING * trace);
+            shifted.llt(Side::Lower).is_ok()
+        }
+}
+
+/// The error for what is no moment, however it shows.
+pub(crate) fn no_moment() -> Error {
+    Error::NotFinite { what: "input moment (finite, symmetric, not negative, 1 at the constant)".to_string() }
 }

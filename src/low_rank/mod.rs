@@ -16,7 +16,7 @@ use ndarray::{ArrayView3, s};
 
 use crate::{Error, LayerHeads, Projection, Result};
 
-pub(crate) use metric::{Metric, projection_rows};
+pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
 pub(crate) use stack::{Fit, Stack};
 pub(crate) use turn::{SharedGroup, pool_groups};

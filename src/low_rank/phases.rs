@@ -1,6 +1,7 @@
 use faer::{Mat, MatRef, Side, c64};
 
-use crate::{Error, Result, Rotation};
+use super::no_moment;
+use crate::{Result, Rotation};
 
 /// Keys under rotation: only one complex factor for each frequency commutes with the turning of positions, so that each
 /// frequency is a head of one complex row of its own, `κ = K[a] + j K[b]`, weighed by what its queries see.
@@ -189,11 +190,10 @@ fn weigh(products: &Mat<c64>, roots: &[f64]) -> Mat<c64> {
 
 /// Eigenvalues, ascending, and eigenvectors of a Hermitian matrix.
 fn hermitian_eigen(matrix: MatRef<'_, c64>) -> Result<(Vec<f64>, Mat<c64>)> {
-    let failed = || Error::NotFinite { what: "input moment".to_string() };
     if !matrix.is_all_finite() {
-        return Err(failed());
+        return Err(no_moment());
     }
-    let eigen = matrix.self_adjoint_eigen(Side::Lower).map_err(|_| failed())?;
+    let eigen = matrix.self_adjoint_eigen(Side::Lower).map_err(|_| no_moment())?;
     Ok((eigen.S().column_vector().iter().map(|v| v.re).collect(), eigen.U().to_owned()))
 }
 

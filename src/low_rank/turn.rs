@@ -66,6 +66,8 @@ pub(crate) fn pool_groups(
     let (mut queries, query_bias) = query.clone().into_parts();
     let (mut query_bias, mut outputs) = (query_bias, output.to_owned());
     let mut output_bias = heads.output_bias().map(|bias| bias.mapv(f64::from));
+    let h = heads.value().head_dim();
+    let values = output_bias.as_ref().map(|_| projection_rows(heads.value(), 0..h));
     let mut key = Pooled::new(heads.key(), groups.len());
     let mut value = Pooled::new(heads.value(), groups.len());
     for (g, members) in groups.iter().enumerate() {
@@ -78,8 +80,8 @@ pub(crate) fn pool_groups(
         key.set(g, shared.key.as_ref());
         value.set(g, shared.value.as_ref());
         for (&head, turn) in members.iter().zip(&shared.turns) {
-            if let Some(bias) = &mut output_bias {
-                let lost = turn.lost_mean(heads, metric, head, &shared.value);
+            if let Some((bias, values)) = output_bias.as_mut().zip(values.as_ref()) {
+                let lost = turn.lost_mean(metric, values.subrows(head * h, h), &shared.value);
                 for o in output.slice(s![head * r..(head + 1) * r, .., ..]).outer_iter() {
                     *bias += &o.mapv(f64::from).dot(&lost);
                 }
@@ -124,9 +126,7 @@ impl Turn {
     }
 
     /// `(V_i − T_i V_g) μ̃`, (h).
-    fn lost_mean(&self, heads: &LayerHeads, metric: &Metric, head: usize, shared: &Mat<f64>) -> Array1<f64> {
-        let h = heads.value().head_dim();
-        let own = projection_rows(heads.value(), 0..h).subrows(head * h, h).to_owned();
+    fn lost_mean(&self, metric: &Metric, own: MatRef<'_, f64>, shared: &Mat<f64>) -> Array1<f64> {
         Array1::from(metric.means(&(own - &self.values * shared)))
     }
 

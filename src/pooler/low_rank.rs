@@ -30,7 +30,7 @@ impl Default for LowRankPooler {
 
 impl KvPooler for LowRankPooler {
     fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
-        let metric = Metric::new(heads, self.ridge);
+        let metric = Metric::new(heads, self.ridge)?;
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
         pool_groups(heads, partition, &metric, |members| {
             let value = values.fit(members)?;

@@ -15,6 +15,24 @@ pub(super) struct CausalSoftmax {
     pub(super) reach: usize,
 }
 
+impl CausalSoftmax {
+    /// Softmax of one row of scores, of the token at position `t`.
+    pub(super) fn row(row: &mut [f32], t: usize, reach: usize) {
+        let end = t + 1;
+        let begin = end.saturating_sub(reach);
+        let most = row[begin..end].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        for score in &mut row[begin..end] {
+            *score = (*score - most).exp();
+            sum += *score;
+        }
+        let share = sum.recip();
+        row[begin..end].iter_mut().for_each(|weight| *weight *= share);
+        row[..begin].fill(0.0);
+        row[end..].fill(0.0);
+    }
+}
+
 impl InplaceOp1 for CausalSoftmax {
     fn name(&self) -> &'static str {
         "causal-softmax"
@@ -27,18 +45,7 @@ impl InplaceOp1 for CausalSoftmax {
         };
         scores[from..to].par_chunks_exact_mut(seen * self.len).for_each(|head| {
             for (t, row) in head.chunks_exact_mut(seen).enumerate() {
-                let end = self.start + t + 1;
-                let begin = end.saturating_sub(self.reach);
-                let most = row[begin..end].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let mut sum = 0.0;
-                for score in &mut row[begin..end] {
-                    *score = (*score - most).exp();
-                    sum += *score;
-                }
-                let share = sum.recip();
-                row[begin..end].iter_mut().for_each(|weight| *weight *= share);
-                row[..begin].fill(0.0);
-                row[end..].fill(0.0);
+                Self::row(row, self.start + t, self.reach);
             }
         });
         Ok(())

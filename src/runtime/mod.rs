@@ -38,6 +38,8 @@ mod kernels;
 mod load;
 mod model;
 mod moments;
+#[cfg(feature = "linalg")]
+mod refit;
 mod rope;
 mod sensitivity;
 mod stored;
@@ -51,6 +53,9 @@ pub use error::RuntimeError;
 pub use evaluate::{Divergence, Evaluation, evaluate, evaluate_against};
 pub use model::Model;
 pub use moments::Moments;
+#[cfg(feature = "linalg")]
+#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
+pub use refit::{Refit, Refitted, refit};
 pub use sensitivity::Sensitivity;
 pub use text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
 pub use trial::{Trial, choose_layers};

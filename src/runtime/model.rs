@@ -270,8 +270,8 @@ impl Model {
     ) -> Result<(), RuntimeError> {
         let pass = self.pass(1, tokens.len(), 0)?;
         let mut x = self.embed(tokens)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            take(i, rms_norm(&x, &layer.attention_norm, self.settings.epsilon)?)?;
+        for i in 0..self.layers.len() {
+            take(i, self.attention_input(i, &x)?)?;
             // What the last layer puts out is nobody's input.
             if i + 1 < self.layers.len() {
                 x = self.layer(i, &x, &pass, None)?;
@@ -304,6 +304,16 @@ impl Model {
         within(tokens, self.vocabulary(), "the tokens belong to another model")?;
         let ids = Tensor::from_slice(tokens, tokens.len(), &Device::Cpu)?;
         Ok(self.embedding.index_select(&ids, 0)?)
+    }
+
+    /// What the attention of layer `i` reads, (N, d), after the norm.
+    pub(super) fn attention_input(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        Ok(rms_norm(x, &self.layers[i].attention_norm, self.settings.epsilon)?)
+    }
+
+    /// What the attention of layer `i` makes of what it reads, (N, d) → (N, d).
+    pub(super) fn attend(&self, i: usize, input: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
+        Ok(self.layers[i].attention.forward(input, pass, None)?)
     }
 
     /// Layer `i`, (N, d) → (N, d).

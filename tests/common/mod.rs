@@ -1,6 +1,9 @@
 //! What several tests need: layers to work on, and the plain definitions to hold results against.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own share of this")]
 
+#[cfg(feature = "linalg")]
+pub mod attention;
+
 use ndarray::{Array2, Array3, Axis};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;

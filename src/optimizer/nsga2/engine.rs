@@ -12,16 +12,13 @@ use crate::{Error, Result, Run};
 
 /// What evolves: a genome with its operators, and two objectives to minimise.
 pub(crate) trait Problem {
-    type Genome: Clone + Hash;
+    type Genome: Hash;
 
     /// An individual from anywhere in the search space.
     fn random(&self, rng: &mut ChaCha8Rng) -> Self::Genome;
 
-    /// A child that takes after both.
-    fn cross(&self, a: &Self::Genome, b: &Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
-
-    /// A neighbour.
-    fn mutate(&self, genome: Self::Genome, rng: &mut ChaCha8Rng) -> Self::Genome;
+    /// A child that takes after both parents, or after the one that it has, and differs a little.
+    fn child(&self, a: &Self::Genome, b: Option<&Self::Genome>, rng: &mut ChaCha8Rng) -> Self::Genome;
 
     /// The objectives of each genome, in order.
     fn objectives(&self, genomes: &[Self::Genome]) -> Result<Vec<[f64; 2]>>;
@@ -60,10 +57,14 @@ impl Settings {
 const TRIES: usize = 2;
 
 /// All individuals that were ever evaluated, by a 64-bit hash: nothing is evaluated twice.
-#[derive(Default)]
 struct Known(HashSet<u64, FxBuildHasher>);
 
 impl Known {
+    /// With room for as many, or for the first of very many.
+    fn with_room(individuals: usize) -> Self {
+        Self(HashSet::with_capacity_and_hasher(individuals.min(1 << 16), FxBuildHasher))
+    }
+
     fn is_new(&mut self, genome: &impl Hash) -> bool {
         self.0.insert(FxBuildHasher.hash_one(genome))
     }
@@ -84,7 +85,7 @@ pub(crate) fn evolve<P: Problem>(
     settings.check()?;
     let Settings { population, generations, crossover } = settings;
     let mut rng = run.rng();
-    let mut known = Known::default();
+    let mut known = Known::with_room(population.saturating_mul(generations.saturating_add(1)));
     let mut genomes = first;
     genomes.retain(|genome| known.is_new(genome));
     fill(&mut genomes, &mut known, population, || problem.random(&mut rng));
@@ -101,12 +102,8 @@ pub(crate) fn evolve<P: Problem>(
         fill(&mut offspring, &mut known, population, || {
             let a = tournament(&standing, &mut rng);
             let b = tournament(&standing, &mut rng);
-            let child = if a != b && rng.random_bool(crossover) {
-                problem.cross(&genomes[a], &genomes[b], &mut rng)
-            } else {
-                genomes[a].clone()
-            };
-            problem.mutate(child, &mut rng)
+            let other = (a != b && rng.random_bool(crossover)).then(|| &genomes[b]);
+            problem.child(&genomes[a], other, &mut rng)
         });
         if offspring.is_empty() {
             break;

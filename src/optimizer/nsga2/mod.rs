@@ -100,12 +100,8 @@ impl Problem for Stage1<'_> {
         self.variation.random(k, rng)
     }
 
-    fn cross(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
-        self.variation.cross(a, b, rng)
-    }
-
-    fn mutate(&self, partition: Partition, rng: &mut ChaCha8Rng) -> Partition {
-        self.variation.mutate(partition, rng)
+    fn child(&self, a: &Partition, b: Option<&Partition>, rng: &mut ChaCha8Rng) -> Partition {
+        self.variation.child(a, b, rng)
     }
 
     fn objectives(&self, partitions: &[Partition]) -> Result<Vec<[f64; 2]>> {

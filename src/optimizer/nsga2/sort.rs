@@ -31,21 +31,22 @@ pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> 
     order[known..].sort_unstable();
     order.sort();
     let mut fronts: Vec<Sweep> = Vec::new();
+    // Of the last member of each front, by the second objective first: what the search below reads, side by side.
+    let mut ends: Vec<u128> = Vec::new();
     // The neighbours of a point in its front; itself at the ends.
     let mut neighbours = vec![[0; 2]; points.len()];
     let mut standings = vec![Standing { rank: 0, crowding: f64::INFINITY }; points.len()];
-    for &(_, i) in order.iter() {
-        let [x, y] = points[i];
-        let rank = fronts.partition_point(|front| {
-            let [last_x, last_y] = front.end;
-            last_y < y || (last_y == y && last_x < x)
-        });
+    for &(key, i) in order.iter() {
+        let (point, end) = (points[i], key.rotate_left(64));
+        let rank = ends.partition_point(|&last| last < end);
         if rank == fronts.len() {
-            fronts.push(Sweep { start: [x, y], end: [x, y], last: i });
+            fronts.push(Sweep { start: point, end: point, last: i });
+            ends.push(end);
         }
+        ends[rank] = end;
         let front = &mut fronts[rank];
         let before = std::mem::replace(&mut front.last, i);
-        front.end = [x, y];
+        front.end = point;
         neighbours[before][1] = i;
         neighbours[i] = [before, i];
         standings[i].rank = rank;
@@ -74,10 +75,11 @@ struct Sweep {
     last: usize,
 }
 
-/// A number that sorts as the point does lexicographically by [`f64::total_cmp`].
+/// A number that sorts as the point does lexicographically.
 fn key(point: [f64; 2]) -> u128 {
     let [x, y] = point.map(|x| {
-        let bits = x.to_bits();
+        // Both zeros are one.
+        let bits = (x + 0.0).to_bits();
         u128::from(if bits >> 63 == 0 { bits | 1 << 63 } else { !bits })
     });
     x << 64 | y

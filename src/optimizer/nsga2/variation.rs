@@ -4,6 +4,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::partition::Scratch;
 use crate::{Cardinality, Partition, Result, SearchSpace};
 
 /// A search space of one layer, with what its operators need.
@@ -49,72 +50,101 @@ impl Variation {
         self.finish(labels, k, rng)
     }
 
-    /// Some of `b`'s groups whole, and of `a` what they leave.
-    pub(super) fn cross(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+    /// Some of `b`'s groups whole, and of `a` what they leave; then one small change.
+    pub(super) fn child(&self, a: &Partition, b: Option<&Partition>, rng: &mut ChaCha8Rng) -> Partition {
         match self.cardinality {
-            Cardinality::Arbitrary => self.inject(a, b, rng),
-            Cardinality::Equal => self.interleave(a, b, rng),
+            Cardinality::Arbitrary => {
+                self.mutate(b.map_or_else(|| a.clone(), |b| self.inject(a, b, rng)), rng)
+            }
+            Cardinality::Equal => {
+                let labels = b.map_or_else(|| a.labels().into(), |b| self.interleave(a, b, rng));
+                self.mutate_equal(labels, a.n_groups(), rng)
+            }
         }
     }
 
-    /// One small change: a head moves, two heads change places, two groups merge, a group splits.
-    pub(super) fn mutate(&self, partition: Partition, rng: &mut ChaCha8Rng) -> Partition {
+    /// A head moves, two heads change places, two groups merge or a group splits.
+    fn mutate(&self, partition: Partition, rng: &mut ChaCha8Rng) -> Partition {
         let k = partition.n_groups();
-        let trivial = k == 1 || k == self.n_heads;
-        if self.cardinality == Cardinality::Equal && (trivial || rng.random_bool(0.1)) {
-            return self.regroup(&partition, rng);
-        }
         let mut labels = partition.into_labels();
-        match (self.cardinality, rng.random_range(0..8u32)) {
-            (Cardinality::Equal, _) | (_, 0) => swap(&mut labels, rng),
-            (_, 1) => merge(&mut labels, k, rng),
-            (_, 2) => split(&mut labels, k, rng),
+        match rng.random_range(0..8u32) {
+            0 => swap(&mut labels, rng),
+            1 => merge(&mut labels, k, rng),
+            2 => split(&mut labels, k, rng),
             _ => labels[usize::from(below(self.n_heads, rng))] = below(k, rng),
         }
         self.finish(labels, k + 1, rng)
     }
 
+    /// Two heads of k equal groups change places, or the groups become others.
+    fn mutate_equal(&self, mut labels: Box<[u16]>, k: usize, rng: &mut ChaCha8Rng) -> Partition {
+        if k == 1 || k == self.n_heads || rng.random_bool(0.1) {
+            return self.regroup(&labels, k, rng);
+        }
+        swap(&mut labels, rng);
+        Partition::canonical(labels, k)
+    }
+
     /// Each group of `b` enters with probability ½; the fragments of `a` it cuts through shrink.
     fn inject(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
         let offset = a.n_groups() as u16;
-        let enters = coins(b.n_groups(), rng);
+        let mut enters = Scratch::new(b.n_groups(), 0);
+        let enters = enters.as_mut();
+        toss(enters, rng);
         let pairs = a.labels().iter().zip(b.labels());
-        let labels = pairs.map(|(&a, &b)| if enters.heads_up(b) { offset + b } else { a }).collect();
+        let labels = pairs.map(|(&a, &b)| either(enters[usize::from(b)], a, offset + b)).collect();
         self.finish(labels, a.n_groups() + b.n_groups(), rng)
     }
 
-    /// Each group of `a` stays with probability ½; the other heads fill its remaining groups in the order of
+    /// Each group of `a` opens with probability ½; its heads fill the open groups anew in the order of
     /// `b`'s groups, so that neighbours in `b` stay together. As many groups as `a`, all of one size.
-    fn interleave(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+    fn interleave(&self, a: &Partition, b: &Partition, rng: &mut ChaCha8Rng) -> Box<[u16]> {
         let (k, groups) = (a.n_groups(), b.n_groups());
-        let stays = coins(k, rng);
-        let before_first = usize::from(below(groups, rng));
-        let mut order = lined_up(b, (0..groups).map(|g| (g + groups - 1 - before_first) % groups));
-        let mut labels = a.labels().to_vec().into_boxed_slice();
-        let mut free = 0;
-        for at in 0..order.len() {
-            // Written in any case and kept where it is free: a branch here could not be predicted.
-            let head = order[at];
-            order[free] = head;
-            free += usize::from(!stays.heads_up(labels[usize::from(head)]));
+        let mut moves = Scratch::new(k, 0);
+        let moves = moves.as_mut();
+        toss(moves, rng);
+        let first = usize::from(below(groups, rng));
+        // The groups that are filled, each as often as it has heads. Written in any case and kept where it is
+        // open: a branch here could not be predicted.
+        let mut seats = Scratch::new(self.n_heads, 0);
+        let seats = seats.as_mut();
+        let (size, mut at) = (self.n_heads / k, 0);
+        for group in 0..k as u16 {
+            seats[at..at + size].fill(group);
+            at += size * usize::from(moves[usize::from(group)]);
         }
-        let open = (0..k as u16).filter(|&g| !stays.heads_up(g));
-        for (group, heads) in open.zip(order[..free].chunks(self.n_heads / k)) {
-            heads.iter().for_each(|&head| labels[usize::from(head)] = group);
+        // The seat of the first free head of each of `b`'s groups, then of the next.
+        let mut next = Scratch::new(groups, 0);
+        let next = next.as_mut();
+        for (&own, &group) in a.labels().iter().zip(b.labels()) {
+            next[usize::from(group)] += moves[usize::from(own)];
         }
-        Partition::canonical(labels, k)
+        let mut taken = 0;
+        for group in (first..groups).chain(0..first) {
+            taken += std::mem::replace(&mut next[group], taken);
+        }
+        let seated = |(&own, &group): (&u16, &u16)| {
+            let (next, moves) = (&mut next[usize::from(group)], moves[usize::from(own)]);
+            // Looked up in any case, too; the last seat when none is left.
+            let seat = seats[usize::from(*next).min(seats.len() - 1)];
+            *next += moves;
+            either(moves, own, seat)
+        };
+        a.labels().iter().zip(b.labels()).map(seated).collect()
     }
 
     /// Other equal groups: the heads, group by group in random order, are cut into another number of pieces.
-    fn regroup(&self, partition: &Partition, rng: &mut ChaCha8Rng) -> Partition {
+    fn regroup(&self, labels: &[u16], groups: usize, rng: &mut ChaCha8Rng) -> Partition {
         let k = self.counts[usize::from(below(self.counts.len(), rng))];
-        let mut ranks: Vec<usize> = (0..partition.n_groups()).collect();
-        ranks.shuffle(rng);
-        let mut labels = vec![0; self.n_heads].into_boxed_slice();
-        for (at, &head) in lined_up(partition, ranks.into_iter()).iter().enumerate() {
-            labels[usize::from(head)] = (at * k / self.n_heads) as u16;
-        }
-        Partition::canonical(labels, k)
+        let size = self.n_heads / groups;
+        let mut places: Vec<usize> = (0..groups).map(|rank| rank * size).collect();
+        places.shuffle(rng);
+        let regrouped = labels.iter().map(|&label| {
+            let place = &mut places[usize::from(label)];
+            *place += 1;
+            ((*place - 1) * k / self.n_heads) as u16
+        });
+        Partition::canonical(regrouped.collect(), k)
     }
 
     /// Brings labels below `bound` back into the space and makes a partition of them.
@@ -166,37 +196,17 @@ fn below(n: usize, rng: &mut ChaCha8Rng) -> u16 {
     rng.random_range(0..n as u32) as u16
 }
 
-/// A fair coin for each group, 64 to the word.
-struct Coins {
-    first: u64,
-    others: Vec<u64>,
-}
-
-impl Coins {
-    /// How the coin of group `g` fell.
-    fn heads_up(&self, g: u16) -> bool {
-        let word = if g < 64 { self.first } else { self.others[usize::from(g) / 64 - 1] };
-        word >> (g % 64) & 1 == 1
+/// Fair coins, 0 or 1; 64 to the draw.
+fn toss(coins: &mut [u16], rng: &mut ChaCha8Rng) {
+    for coins in coins.chunks_mut(64) {
+        let bits: u64 = rng.random();
+        coins.iter_mut().enumerate().for_each(|(at, coin)| *coin = (bits >> at & 1) as u16);
     }
 }
 
-/// Tosses a coin for each of n groups.
-fn coins(n: usize, rng: &mut ChaCha8Rng) -> Coins {
-    Coins { first: rng.random(), others: (1..n.div_ceil(64)).map(|_| rng.random()).collect() }
-}
-
-/// The heads of equal groups, group by group: those of group g come at the place that `ranks` gives as its g-th.
-fn lined_up(partition: &Partition, ranks: impl Iterator<Item = usize>) -> Vec<u16> {
-    let size = partition.n_heads() / partition.n_groups();
-    let mut places: Vec<usize> = ranks.map(|rank| rank * size).collect();
-    // A copy is made faster than zeros are allocated; all of it is written over.
-    let mut order = partition.labels().to_vec();
-    for (head, &label) in partition.labels().iter().enumerate() {
-        let place = &mut places[usize::from(label)];
-        order[*place] = head as u16;
-        *place += 1;
-    }
-    order
+/// `a` where the coin shows 0, else `b`. Sums, no branch: how coins fall cannot be predicted.
+fn either(coin: u16, a: u16, b: u16) -> u16 {
+    a.wrapping_add(b.wrapping_sub(a).wrapping_mul(coin))
 }
 
 /// Two heads of different groups, where there are such, change places.

@@ -151,6 +151,10 @@ impl Moves for Asked<'_> {
         &self.groups
     }
 
+    fn groups_mut(&mut self) -> &mut Groups {
+        &mut self.groups
+    }
+
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
         self.groups.load(labels, n_groups, cap);
         self.members = vec![self.nobody(); n_groups];
@@ -213,7 +217,7 @@ impl Moves for Asked<'_> {
     }
 
     fn isolate(&mut self, head: usize) -> Result<()> {
-        self.groups.sizes.push(0);
+        self.groups.open_group();
         self.members.push(self.nobody());
         self.errors.push(0.0);
         self.relocate(head, self.groups.n_groups() - 1)

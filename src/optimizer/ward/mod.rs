@@ -173,6 +173,7 @@ impl<'a, M: Moves> Search<'a, M> {
         for k in self.counts.clone() {
             if let Some(found) = &best[k] {
                 self.moves.load(&found.labels, k, self.cap(k))?;
+                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
@@ -185,6 +186,8 @@ impl<'a, M: Moves> Search<'a, M> {
         self.local()?;
         if self.cardinality == Cardinality::Arbitrary {
             // What one k finds spreads to its neighbours, so few of them need shaking.
+            self.migrate()?;
+            self.local()?;
             let all = self.counts.clone();
             self.counts = all.iter().copied().skip(1).step_by(TASTE).collect();
             self.shake(TASTE)?;
@@ -282,6 +285,7 @@ impl<'a, M: Moves> Search<'a, M> {
             while self.moves.groups().n_groups() > k {
                 fuse(&mut self.moves)?;
             }
+            self.moves.groups_mut().unsettle();
             descend(&mut self.moves, true)?;
             self.offer();
         }
@@ -311,6 +315,23 @@ impl<'a, M: Moves> Search<'a, M> {
         Ok(())
     }
 
+    /// Migrations at every k, each followed by a descent, until none gains.
+    fn migrate(&mut self) -> Result<()> {
+        for k in self.counts.clone() {
+            self.load(k, self.cap)?;
+            loop {
+                let (_, to, heads) = self.moves.best_migration()?;
+                if heads.is_empty() {
+                    break;
+                }
+                heads.iter().try_for_each(|&head| self.moves.relocate(head, to))?;
+                descend(&mut self.moves, true)?;
+                self.offer();
+            }
+        }
+        Ok(())
+    }
+
     /// Moves a random head to a random other group, or to the place of a random head there when it cannot go.
     fn random_move(&mut self) -> Result<()> {
         let head = self.rng.random_range(0..self.n_heads);
@@ -336,6 +357,7 @@ impl Search<'_, Pairs> {
         if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
             if let Some(labels) = crate::optimizer::matching::pairs(distances) {
                 self.moves.load(&labels, k, 2)?;
+                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, true)?;
                 self.offer();
             }

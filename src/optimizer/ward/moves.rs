@@ -1,11 +1,21 @@
 use crate::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
+///
+/// They know what is settled: where two groups are as they were after a descent, no move between them gains.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Groups {
     pub(super) labels: Vec<u16>,
     pub(super) sizes: Vec<usize>,
     pub(super) cap: usize,
+    /// Changes so far; how many there had been when each group last changed, when each head was last offered
+    /// exchanges, and when all was settled.
+    clock: u32,
+    changed: Vec<u32>,
+    offered: Vec<u32>,
+    settled: u32,
+    /// The groups that changed since all was settled.
+    pub(super) fresh: Vec<u16>,
 }
 
 impl Groups {
@@ -18,6 +28,48 @@ impl Groups {
             self.sizes[usize::from(label)] += 1;
         }
         self.cap = cap;
+        self.clock = 0;
+        self.changed.clear();
+        self.changed.resize(n_groups, 0);
+        self.settle();
+    }
+
+    /// Declares that no move gains.
+    pub(super) fn settle(&mut self) {
+        self.settled = self.clock;
+        self.offered.clear();
+        self.offered.resize(self.labels.len(), self.clock);
+        self.fresh.clear();
+    }
+
+    /// Declares that any move may gain.
+    pub(super) fn unsettle(&mut self) {
+        (0..self.n_groups()).for_each(|group| self.touch(group));
+    }
+
+    /// Whether the group changed since all was settled.
+    pub(super) fn is_fresh(&self, group: usize) -> bool {
+        self.changed[group] > self.settled
+    }
+
+    /// Whether the group of `head` changed since this was last asked.
+    pub(super) fn is_open(&mut self, head: usize) -> bool {
+        let last = std::mem::replace(&mut self.offered[head], self.clock);
+        self.changed[usize::from(self.labels[head])] > last
+    }
+
+    fn touch(&mut self, group: usize) {
+        if !self.is_fresh(group) {
+            self.fresh.push(group as u16);
+        }
+        self.clock += 1;
+        self.changed[group] = self.clock;
+    }
+
+    /// Adds an empty group.
+    pub(super) fn open_group(&mut self) {
+        self.sizes.push(0);
+        self.changed.push(0);
     }
 
     pub(super) fn n_heads(&self) -> usize {
@@ -41,12 +93,20 @@ impl Groups {
         self.sizes[from] -= 1;
         self.sizes[to] += 1;
         self.labels[head] = to as u16;
+        self.touch(from);
+        self.touch(to);
     }
 
     /// Gives the last group the number of an empty one.
     pub(super) fn drop_empty(&mut self, group: usize) {
         let last = self.n_groups() - 1;
         self.sizes.swap_remove(group);
+        self.changed.swap_remove(group);
+        self.fresh.retain(|&fresh| usize::from(fresh) != group);
+        self.fresh
+            .iter_mut()
+            .filter(|fresh| usize::from(**fresh) == last)
+            .for_each(|fresh| *fresh = group as u16);
         for label in &mut self.labels {
             if usize::from(*label) == last {
                 *label = group as u16;
@@ -61,7 +121,9 @@ impl Groups {
 pub(super) trait Moves {
     fn groups(&self) -> &Groups;
 
-    /// Starts from this partition.
+    fn groups_mut(&mut self) -> &mut Groups;
+
+    /// Starts from this partition, all of it settled.
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()>;
 
     /// Goes back to a partition from which the one at hand came by a few moves.
@@ -104,13 +166,16 @@ pub(super) trait Moves {
     /// Closes an empty group; the last group takes its number.
     fn drop_empty(&mut self, group: usize);
 
-    /// The relocation of `head` with the least change, where there is room and its group keeps a head.
+    /// The relocation of `head` with the least change, of those not settled; where there is room and its group keeps
+    /// a head.
     fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
         let from = self.groups().of(head);
         let mut best = (f64::INFINITY, from);
         if self.groups().sizes[from] > 1 {
             for to in 0..self.groups().n_groups() {
-                if to != from && self.groups().has_room(to) {
+                let groups = self.groups();
+                let may_gain = groups.is_fresh(from) || groups.is_fresh(to);
+                if to != from && may_gain && groups.has_room(to) {
                     let change = self.relocation(head, to)?;
                     if change < best.0 {
                         best = (change, to);
@@ -121,10 +186,10 @@ pub(super) trait Moves {
         Ok(best)
     }
 
-    /// The exchange of `i` with a later head that has the least change.
+    /// The exchange of `i` that has the least change.
     fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
         let mut best = (f64::INFINITY, i);
-        for j in i + 1..self.groups().n_heads() {
+        for j in 0..self.groups().n_heads() {
             if self.groups().labels[i] != self.groups().labels[j] {
                 let change = self.exchange(i, j)?;
                 if change < best.0 {
@@ -165,6 +230,11 @@ pub(super) trait Moves {
         Ok(best.1.into_iter().collect())
     }
 
+    /// Heads that gain when they leave one group for another together, though none does alone: none here.
+    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
+        Ok((0.0, 0, Vec::new()))
+    }
+
     /// Lets two heads trade places.
     fn swap(&mut self, i: usize, j: usize) -> Result<()> {
         let (a, b) = (self.groups().of(i), self.groups().of(j));
@@ -173,8 +243,8 @@ pub(super) trait Moves {
     }
 }
 
-/// Relocations, then exchanges, each taken when it gains, until none does (Hartigan & Wong 1979,
-/// doi:10.2307/2346830).
+/// Relocations, then exchanges, where they are not settled, each taken when it gains, until none does (Hartigan &
+/// Wong 1979, doi:10.2307/2346830).
 pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     let n = moves.groups().n_heads();
     loop {
@@ -190,10 +260,12 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
         }
         let mut swapped = false;
         for i in 0..if exchanges { n } else { 0 } {
-            let (change, j) = moves.best_exchange(i)?;
-            if change < -moves.tolerance() {
-                moves.swap(i, j)?;
-                swapped = true;
+            if moves.groups_mut().is_open(i) {
+                let (change, j) = moves.best_exchange(i)?;
+                if change < -moves.tolerance() {
+                    moves.swap(i, j)?;
+                    swapped = true;
+                }
             }
         }
         if !swapped {

@@ -30,9 +30,11 @@ pub(super) struct Pairs {
     inverse: Vec<f64>,
     /// `Σ_{i∈a,j∈b} D_ij`, (a, b), made when a union is sought.
     across: Vec<f64>,
-    /// Work space of a split.
+    /// Work space of heads that follow one another.
+    members: Vec<usize>,
     staying: Vec<usize>,
     to_new: Vec<f64>,
+    to_left: Vec<f64>,
     tolerance: f64,
 }
 
@@ -56,8 +58,10 @@ impl Pairs {
             credit: zeros(),
             joined: zeros(),
             inverse,
+            members: Vec::with_capacity(n),
             staying: Vec::with_capacity(n),
             to_new: zeros(),
+            to_left: zeros(),
             tolerance: 0.0,
         }
     }
@@ -76,42 +80,73 @@ impl Pairs {
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
-    /// The heads that gain by leaving `group` after `first`, and the change of them all.
-    fn follow(&mut self, group: usize, first: usize, leaving: &mut Vec<usize>) -> f64 {
+    /// The relocation of `head` with the least change to a group that changed.
+    fn best_fresh_relocation(&self, head: usize, from: usize) -> (f64, usize) {
+        let mut best = (f64::INFINITY, from);
+        for &to in &self.groups.fresh {
+            let to = usize::from(to);
+            let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
+            if paid < best.0 {
+                best = (paid, to);
+            }
+        }
+        (best.0 - self.saved(head, from), best.1)
+    }
+
+    /// Lists the members of a group, for [`follow`](Self::follow).
+    fn list(&mut self, group: usize) {
+        self.members.clear();
+        self.members.extend((0..self.n).filter(|&head| self.groups.of(head) == group));
+    }
+
+    /// The heads that gain by leaving the group that is listed, `from`, after `first` for the group `to`, or for a
+    /// new one; and the change of them all.
+    fn follow(&mut self, from: usize, to: Option<usize>, first: usize, leaving: &mut Vec<usize>) -> f64 {
         let n = self.n;
         let mut staying = std::mem::take(&mut self.staying);
-        staying.clear();
-        staying.extend((0..n).filter(|&head| self.groups.of(head) == group));
+        staying.clone_from(&self.members);
         leaving.clear();
-        // W of both sides; `to_new[i]` is the sum of D from head i to those that left.
-        let (mut old_within, mut new_within) = (self.within[group], 0.0);
+        // W and sizes of both sides; `to_new[i]` is the sum of D from head i to the other side.
+        let mut old_within = self.within[from];
+        let (mut new_within, mut there, error) =
+            to.map_or((0.0, 0, 0.0), |to| (self.within[to], self.groups.sizes[to], self.errors[to]));
         let mut to_new = std::mem::take(&mut self.to_new);
-        to_new.fill(0.0);
+        for &head in &staying {
+            to_new[head] = to.map_or(0.0, |to| self.by_group[to * n + head]);
+        }
+        // Those that left count on both sides of a head's sum.
+        let mut to_left = std::mem::take(&mut self.to_left);
+        staying.iter().for_each(|&head| to_left[head] = 0.0);
         let mut next = staying.iter().position(|&head| head == first);
         while let Some(place) = next {
             let head = staying.swap_remove(place);
-            old_within -= self.sum(head, group) - to_new[head];
+            old_within -= self.sum(head, from) - to_left[head];
             new_within += to_new[head];
             leaving.push(head);
-            to_new.iter_mut().zip(self.row(head)).for_each(|(sum, distance)| *sum += distance);
-            let (rest, left) = (staying.len(), leaving.len());
-            let now = old_within * self.inverse[rest] + new_within * self.inverse[left];
-            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[left + 1]);
+            there += 1;
+            let row = &self.distances[head * n..][..n];
+            for &other in &staying {
+                to_new[other] += row[other];
+                to_left[other] += row[other];
+            }
+            let rest = staying.len();
+            let now = old_within * self.inverse[rest] + new_within * self.inverse[there];
+            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[there + 1]);
             let mut least = now - self.tolerance;
             next = None;
-            if rest > 1 && left < self.groups.cap {
+            if rest > 1 && there < self.groups.cap {
                 for (place, &head) in staying.iter().enumerate() {
-                    let (new, all) = (to_new[head], self.sum(head, group));
-                    let then = (old_within - (all - new)) * less + (new_within + new) * more;
+                    let lost = self.sum(head, from) - to_left[head];
+                    let then = (old_within - lost) * less + (new_within + to_new[head]) * more;
                     if then < least {
                         (least, next) = (then, Some(place));
                     }
                 }
             }
         }
-        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[leaving.len()];
-        (self.staying, self.to_new) = (staying, to_new);
-        now - self.errors[group]
+        let now = old_within * self.inverse[staying.len()] + new_within * self.inverse[there];
+        (self.staying, self.to_new, self.to_left) = (staying, to_new, to_left);
+        now - self.errors[from] - error
     }
 
     fn refresh(&mut self, group: usize) {
@@ -131,23 +166,33 @@ impl Moves for Pairs {
         &self.groups
     }
 
+    fn groups_mut(&mut self) -> &mut Groups {
+        &mut self.groups
+    }
+
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
+        // What was found last is often what comes next: its sums are there.
+        let known = self.groups.n_groups() == n_groups && self.groups.labels == labels;
         self.groups.load(labels, n_groups, cap);
-        self.within.fill(0.0);
+        if known {
+            (0..n_groups).for_each(|group| self.refresh(group));
+            self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
+            return Ok(());
+        }
         let n = self.n;
-        for (head, row) in self.sums.chunks_exact_mut(n).enumerate() {
-            row[..n_groups].fill(0.0);
-            for (&label, &distance) in labels.iter().zip(&self.distances[head * n..][..n]) {
-                row[usize::from(label)] += distance;
-            }
-            let own = usize::from(labels[head]);
-            self.within[own] += 0.5 * row[own];
+        self.by_group[..n_groups * n].fill(0.0);
+        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
+            let sums = &mut self.by_group[usize::from(label) * n..][..n];
+            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
         }
-        for group in 0..n_groups {
-            let column = self.sums.iter().skip(group).step_by(n);
-            self.by_group[group * n..][..n].iter_mut().zip(column).for_each(|(t, &s)| *t = s);
-            self.refresh(group);
+        self.within.fill(0.0);
+        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
+            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
         }
+        for (head, &label) in labels.iter().enumerate() {
+            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        }
+        (0..n_groups).for_each(|group| self.refresh(group));
         self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
         Ok(())
     }
@@ -158,6 +203,7 @@ impl Moves for Pairs {
                 self.relocate(head, usize::from(label))?;
             }
         }
+        self.groups.settle();
         Ok(())
     }
 
@@ -214,7 +260,7 @@ impl Moves for Pairs {
 
     fn isolate(&mut self, head: usize) -> Result<()> {
         let new = self.groups.n_groups();
-        self.groups.sizes.push(0);
+        self.groups.open_group();
         self.within[new] = 0.0;
         self.sums.chunks_exact_mut(self.n).for_each(|row| row[new] = 0.0);
         self.by_group[new * self.n..][..self.n].fill(0.0);
@@ -277,6 +323,9 @@ impl Moves for Pairs {
         if self.groups.sizes[from] <= 1 {
             return Ok((f64::INFINITY, from));
         }
+        if !self.groups.is_fresh(from) {
+            return Ok(self.best_fresh_relocation(head, from));
+        }
         let k = self.groups.n_groups();
         let (sums, within) = (&self.sums[head * self.n..][..k], &self.within[..k]);
         let (joined, credit) = (&self.joined[..k], &self.credit[..k]);
@@ -303,7 +352,7 @@ impl Moves for Pairs {
         let (row, in_a) = (&self.distances[i * n..][..n], &self.by_group[a * n..][..n]);
         let (sums, share, own) = (&self.sums[i * n..][..n], self.shares[a], self.sum(i, a));
         let mut best = (-self.tolerance, i);
-        for j in i + 1..n {
+        for j in 0..n {
             let b = self.groups.of(j);
             let change = (in_a[j] - own - row[j]) * share
                 + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];
@@ -316,19 +365,58 @@ impl Moves for Pairs {
 
     /// In every group the head that gains most by leaving, then those that gain by following it, one by one.
     fn best_split(&mut self) -> Result<Vec<usize>> {
+        let mut firsts = vec![(f64::NEG_INFINITY, None); self.groups.n_groups()];
+        for head in 0..self.n {
+            let group = self.groups.of(head);
+            let saved = self.saved(head, group);
+            if saved >= firsts[group].0 && self.groups.sizes[group] > 1 {
+                firsts[group] = (saved, Some(head));
+            }
+        }
         let mut best = (f64::INFINITY, Vec::new());
         let mut leaving = Vec::with_capacity(self.n);
-        for group in 0..self.groups.n_groups() {
-            let first = (0..self.n)
-                .filter(|&head| self.groups.of(head) == group && self.groups.sizes[group] > 1)
-                .max_by(|&i, &j| self.saved(i, group).total_cmp(&self.saved(j, group)));
+        for (group, (_, first)) in firsts.into_iter().enumerate() {
             if let Some(first) = first {
-                let change = self.follow(group, first, &mut leaving);
+                self.list(group);
+                let change = self.follow(group, None, first, &mut leaving);
                 if change < best.0 {
                     best = (change, leaving.clone());
                 }
             }
         }
         Ok(best.1)
+    }
+
+    /// Of every two groups the head that goes from one to the other at the least loss, then those that gain by
+    /// following it.
+    fn best_migration(&mut self) -> Result<(f64, usize, Vec<usize>)> {
+        let k = self.groups.n_groups();
+        let mut best = (-self.tolerance, 0, Vec::new());
+        let mut leaving = Vec::with_capacity(self.n);
+        for from in 0..k {
+            if self.groups.sizes[from] <= 2 {
+                continue;
+            }
+            self.list(from);
+            for to in (0..k).filter(|&to| to != from) {
+                let (mut cheapest, mut first) = (f64::INFINITY, (f64::INFINITY, None));
+                for &head in &self.members {
+                    let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
+                    cheapest = cheapest.min(paid);
+                    let change = paid - self.saved(head, from);
+                    if change < first.0 {
+                        first = (change, Some(head));
+                    }
+                }
+                // More heads would not pay less.
+                if let Some(first) = first.1.filter(|_| cheapest < self.errors[from]) {
+                    let change = self.follow(from, Some(to), first, &mut leaving);
+                    if change < best.0 {
+                        best = (change, to, leaving.clone());
+                    }
+                }
+            }
+        }
+        Ok(best)
     }
 }

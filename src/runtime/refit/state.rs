@@ -1,0 +1,149 @@
+use faer::{Mat, Side};
+use ndarray::{Array2, Array3, ArrayView2, s};
+
+use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
+
+/// One layer while it is refitted: rows over d+1 inputs, of which the last is the constant that biases multiply.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    /// Rows of a head, h.
+    pub(super) h: usize,
+    /// Query heads of a KV head, r.
+    pub(super) r: usize,
+    /// Of each group its members, ascending.
+    pub(super) groups: Vec<Vec<usize>>,
+    /// Of each query head its group.
+    pub(super) group_of: Vec<usize>,
+    /// (n_q·h, d+1).
+    pub(super) query: Array2<f32>,
+    /// (k·h, d+1).
+    pub(super) key: Array2<f32>,
+    /// (k·h, d+1).
+    pub(super) value: Array2<f32>,
+    /// (D, n_q·h), and the bias as one more column where there is one.
+    pub(super) output: Mat<f64>,
+    pub(super) output_bias: bool,
+}
+
+impl State {
+    pub(super) fn new(heads: &LayerHeads, partition: &Partition, pooled: &PooledLayer) -> Result<Self> {
+        let (source_query, source_output) = heads.query().zip(heads.output()).ok_or(Error::NoQueries)?;
+        let query = pooled.query.as_ref().unwrap_or(source_query);
+        let output = pooled.output.as_ref().map_or(source_output, |o| o.view());
+        let bias = pooled.output_bias.as_ref().map(|b| b.view()).or(heads.output_bias());
+        let (n_q, d, h) = output.dim();
+        let columns = n_q * h + usize::from(bias.is_some());
+        let output = Mat::from_fn(d, columns, |i, j| {
+            f64::from(match &bias {
+                Some(bias) if j == n_q * h => bias[i],
+                _ => output[[j / h, i, j % h]],
+            })
+        });
+        let r = heads.queries_per_head();
+        Ok(Self {
+            h,
+            r,
+            groups: partition.groups(),
+            group_of: (0..n_q).map(|q| partition.group_of(q / r)).collect(),
+            query: rows(query),
+            key: rows(&pooled.key),
+            value: rows(&pooled.value),
+            output,
+            output_bias: bias.is_some(),
+        })
+    }
+
+    /// Query heads, n_q.
+    pub(super) fn n_queries(&self) -> usize {
+        self.group_of.len()
+    }
+
+    /// Whether a group has more than one member.
+    pub(super) fn shared(&self, group: usize) -> bool {
+        self.groups[group].len() > 1
+    }
+
+    pub(super) fn finish(self, pooled: &PooledLayer, heads: &LayerHeads) -> Result<PooledLayer> {
+        let source_query = heads.query().ok_or(Error::NoQueries)?;
+        let (n_q, d) = (self.n_queries(), self.output.nrows());
+        let (h, output) = (self.h, &self.output);
+        Ok(PooledLayer {
+            key: projection(&self.key, &pooled.key)?,
+            value: projection(&self.value, &pooled.value)?,
+            query: Some(projection(&self.query, source_query)?),
+            output: Some(Array3::from_shape_fn((n_q, d, h), |(q, i, j)| output[(i, q * h + j)] as f32)),
+            output_bias: self.output_bias.then(|| (0..d).map(|i| output[(i, n_q * h)] as f32).collect()),
+        })
+    }
+}
+
+/// The rows of all heads with their bias as last column, 0 where there is none: (n·h, d+1).
+pub(super) fn rows(projection: &Projection) -> Array2<f32> {
+    let (n, h, d) = projection.weight().dim();
+    let (weight, bias) = (projection.weight(), projection.bias());
+    Array2::from_shape_fn((n * h, d + 1), |(row, column)| match &bias {
+        _ if column < d => weight[[row / h, row % h, column]],
+        Some(bias) => bias[[row / h, row % h]],
+        None => 0.0,
+    })
+}
+
+/// The other way; with a bias where `like` has one.
+fn projection(rows: &Array2<f32>, like: &Projection) -> Result<Projection> {
+    let (h, d) = (like.head_dim(), like.inputs());
+    let n = rows.nrows() / h;
+    let weight = Array3::from_shape_fn((n, h, d), |(i, row, column)| rows[[i * h + row, column]]);
+    let bias = like.bias().map(|_| Array2::from_shape_fn((n, h), |(i, row)| rows[[i * h + row, d]]));
+    Projection::new(weight, bias)
+}
+
+/// Orthonormal rows (b, d+1) that span the shared rows of a group and, as far as `most` rows go, the directions in which
+/// its members' own rows differ the most from them.
+pub(super) fn basis(
+    shared: ArrayView2<'_, f32>,
+    members: &[ArrayView2<'_, f32>],
+    most: usize,
+) -> Result<Array2<f32>> {
+    let (h, m) = shared.dim();
+    let wide = |rows: ArrayView2<'_, f32>| Mat::from_fn(rows.nrows(), m, |i, j| f64::from(rows[[i, j]]));
+    let own = wide(shared);
+    let failed = || Error::NotFinite { what: "a shared head".to_string() };
+    // The shared rows first, then what is left of the members' rows beside them.
+    let first = own.transpose().to_owned().qr().compute_thin_Q();
+    let stacked: Mat<f64> =
+        members.iter().fold(Mat::zeros(0, m), |all, rows| faer::concat![[all], [wide(*rows)]]);
+    let left = &stacked - (&stacked * &first) * first.transpose();
+    let gram = &left * left.transpose();
+    if !gram.is_all_finite() {
+        return Err(failed());
+    }
+    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| failed())?;
+    let values: Vec<f64> = eigen.S().column_vector().iter().copied().collect();
+    let floor = 1e-9 * values.last().copied().unwrap_or(0.0).max(stacked.squared_norm_l2() * 1e-6);
+    let wanted = most.min(m).saturating_sub(h).min(values.iter().filter(|&&v| v > floor).count());
+    let top = eigen.U().subcols(values.len() - wanted, wanted);
+    let rest = top.transpose() * &left;
+    Ok(Array2::from_shape_fn((h + wanted, m), |(i, j)| {
+        (if i < h { first[(j, i)] } else { rest[(i - h, j)] / values[values.len() - wanted + i - h].sqrt() })
+            as f32
+    }))
+}
+
+/// Rows `i·h..(i+1)·h`.
+pub(super) fn block(rows: &Array2<f32>, i: usize, h: usize) -> ArrayView2<'_, f32> {
+    rows.slice(s![i * h..(i + 1) * h, ..])
+}
+
+/// `a bᵀ` of small arrays in f64.
+pub(super) fn mixed(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Mat<f64> {
+    let product = a.mapv(f64::from).dot(&b.mapv(f64::from).t());
+    Mat::from_fn(product.nrows(), product.ncols(), |i, j| product[[i, j]])
+}
+
+/// `rows += step · basis`.
+pub(super) fn add(rows: &mut Array2<f32>, i: usize, h: usize, step: &Mat<f64>, basis: ArrayView2<'_, f32>) {
+    let step = Array2::from_shape_fn((step.nrows(), step.ncols()), |(i, j)| step[(i, j)]);
+    let change = step.dot(&basis.mapv(f64::from));
+    let mut rows = rows.slice_mut(s![i * h..(i + 1) * h, ..]);
+    rows.zip_mut_with(&change, |row, change| *row = (f64::from(*row) + change) as f32);
+}
