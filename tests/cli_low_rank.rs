@@ -124,13 +124,12 @@ fn weights_alone_work_and_say_what_is_lost() {
     assert_eq!(weights(&out), weights(&again));
 
     // Such a plan takes no moments; a pooler that uses none has nothing to lose.
-    let plan = desk.at("plan.json");
+    let [plan, never] = ["plan.json", "never"].map(|name| desk.at(name));
     desk.search(&plan, &[]);
-    let convert =
-        ["convert", model, "--plan", text(&plan), "--out", text(&desk.at("never")), "--calibration"];
+    let convert = ["convert", model, "--plan", text(&plan), "--out", text(&never), "--calibration"];
     let refused = fails(2, &[&convert[..], &[text(&desk.words)]].concat());
     says(&refused, &["plan.json", "weights alone", "leave `--calibration` out"]);
-    assert!(!desk.at("never").exists());
+    assert!(!never.exists());
     let mean = ["compress", model, "--kv", "0.5", "--pooler", "mean", "--out", text(&out), "--force"];
     assert_eq!(json(&mean)["note"], Value::Null);
 }
