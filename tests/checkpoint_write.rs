@@ -256,6 +256,7 @@ impl KvPooler for Negated {
             value: negated(&mean.value)?,
             query: heads.query().map(negated).transpose()?,
             output: heads.output().map(|o| -&o),
+            output_bias: None,
         })
     }
 }

@@ -29,7 +29,7 @@ fn compress_writes_a_model_of_half_the_cache() {
     let root = tempfile::tempdir().unwrap();
     let (model, out) = (novels(), root.path().join("half"));
     let before = snapshot(&model);
-    let args = ["compress", text(&model), "--kv", "0.5", "--out", text(&out)];
+    let args = ["compress", text(&model), "--kv", "0.5", "--method", "qcqa-ec", "--out", text(&out)];
     let dry = json(&[&args[..], &["--dry-run"]].concat());
     assert_eq!((dry["output"]["dry_run"].as_bool(), out.exists()), (Some(true), false));
     let value = json(&args);
@@ -59,7 +59,11 @@ fn search_and_convert_are_compress_in_two_steps() {
     assert_eq!(stored, found["plan"]);
     assert_eq!(stored["seed"], 3);
     done(&["convert", text(&model), "--plan", text(&plan), "--out", text(&two)]);
-    done(&["compress", text(&model), "--kv", "0.5", "--seed", "3", "--out", text(&one)]);
+    let method = ["--method", "qcqa-ec"];
+    done(
+        &[&["compress", text(&model), "--kv", "0.5", "--seed", "3", "--out", text(&one)], &method[..]]
+            .concat(),
+    );
     let relative = |dir: &Path| {
         let files = snapshot(dir).into_iter();
         files.map(|(path, bytes)| (path.strip_prefix(dir).unwrap().to_path_buf(), bytes)).collect::<Vec<_>>()

@@ -7,8 +7,8 @@ use std::ops::ControlFlow;
 
 use common::integer_layer;
 use qcqa::{
-    Budget, CostScale, Error, LayerHeads, LayerSelection, Limits, Nsga2, Plan, Progress, Qcqa, Result, Run,
-    Search, SearchSpace, UniformAllocation,
+    Budget, CostScale, Error, ExactAllocation, FrontPoint, LayerCosts, LayerHeads, LayerSelection, Limits,
+    Nsga2, Plan, Progress, Qcqa, Result, Run, Search, SearchSpace, UniformAllocation,
 };
 
 const NSGA2: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
@@ -77,6 +77,36 @@ fn stage_two_by_raw_error_is_the_paper_to_the_letter() {
         }
     }
     assert_eq!(plan.error(), least);
+}
+
+#[test]
+fn measured_costs_decide_within_the_limits() {
+    // Layer 0 is said to lose nothing by sharing: it pays for the others.
+    let limits = Limits { space: SearchSpace::equal(), fixed: [(2, 4)].into(), ..Limits::default() };
+    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &ExactAllocation).with_limits(limits.clone());
+    let fronts = qcqa.fronts(layers(), Run::new(7)).unwrap();
+    let price = |layer: usize, point: &FrontPoint| {
+        Ok((point.partition.n_groups() > 1).then(|| layer as f64 * (8 - point.partition.n_groups()) as f64))
+    };
+    let costs = LayerCosts::priced(&fronts, &limits, price).unwrap();
+    assert!(costs.choices(0).map(|(k, _)| k).eq([2, 4, 8]) && costs.choices(2).map(|(k, _)| k).eq([4]));
+    let budget = Budget::Fraction(14.0 / 24.0);
+    let with = |costs: &LayerCosts, source| qcqa.plan_with_costs(&fronts, costs, budget, source, Run::new(7));
+    let plan = with(&costs, common::source(3, 8, 2, 3)).unwrap();
+    assert_eq!((plan.group_counts(), plan.method.cost), (vec![2, 8, 4], CostScale::Measured));
+    let value = serde_json::to_value(&plan).unwrap();
+    assert_eq!(value["method"]["cost"], "measured");
+    assert_eq!(serde_json::from_value::<Plan>(value).unwrap(), plan);
+
+    // Costs of other layers, of a k that no front has, and a scale that no error has.
+    let two = LayerCosts::from_table(vec![vec![Some(0.0); 8]; 2], false).unwrap();
+    let error = with(&two, common::source(3, 8, 2, 3)).unwrap_err();
+    assert!(matches!(error, Error::LayerCount { what: "layer costs", expected: 3, found: 2 }));
+    let odd = LayerCosts::from_table(vec![vec![None, None, Some(0.0)]; 3], false).unwrap();
+    let error = with(&odd, common::source(3, 8, 2, 3)).unwrap_err();
+    assert!(matches!(error, Error::GroupCount { k: 3, n_heads: 8 }));
+    let error = LayerCosts::new(&fronts, CostScale::Measured, &limits).unwrap_err();
+    assert!(error.to_string().contains("come as a table"), "{error}");
 }
 
 #[test]

@@ -5,15 +5,16 @@ mod models;
 mod running;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
 use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{Model, Moments, Sensitivity, Windows, evaluate};
+use qcqa::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_layers, evaluate};
 use qcqa::{
-    FirstHead, FitnessFn, Front, KvPooler, LayerHeads, MeanPooler, Nsga2, Optimizer, Partition, Run,
-    SearchSpace, WeightSharingError,
+    FirstHead, FitnessFn, Front, KvPooler, LayerHeads, Limits, MeanPooler, Nsga2, Optimizer, Partition,
+    Progress, Run, SearchSpace, WeightSharingError,
 };
 use running::{Slow, opened, runnable};
 use safetensors::Dtype;
@@ -179,6 +180,11 @@ fn the_calibrated_error_needs_a_moment() {
     models::says(&WeightSharingError::calibrated(&negative).unwrap_err().to_string(), &["squared distances"]);
 }
 
+/// Weights alone, pooled by the mean unless a test says otherwise.
+fn trial<'a>(checkpoint: &'a Checkpoint, source: &'a Model, windows: &'a Windows) -> Trial<'a> {
+    Trial { checkpoint, source, moments: None, pooler: &MeanPooler, windows }
+}
+
 fn fronts(checkpoint: &Checkpoint) -> Vec<Front> {
     let front = |i: usize| {
         let fitness = WeightSharingError::new(&checkpoint.layer(i).unwrap()).unwrap();
@@ -191,8 +197,8 @@ fn fronts(checkpoint: &Checkpoint) -> Vec<Front> {
 fn sensitivity_is_the_rise_with_one_layer_grouped() {
     let (root, checkpoint, model, windows) = ready(6);
     let (fronts, run) = (fronts(&checkpoint), Run::new(0));
-    let heads = |i: usize| -> qcqa::Result<LayerHeads> { Ok(checkpoint.layer(i)?) };
-    let found = Sensitivity::measure(&model, &fronts, &heads, &MeanPooler, &windows, run).unwrap();
+    let trial = trial(&checkpoint, &model, &windows);
+    let found = Sensitivity::measure(&trial, &fronts, run).unwrap();
     let before = evaluate(&model, &windows, run).unwrap().loss;
     for (layer, front) in fronts.iter().enumerate() {
         let expected: Vec<usize> = [1, 2, 3, 4].into_iter().filter(|&k| front.get(k).is_some()).collect();
@@ -211,26 +217,39 @@ fn sensitivity_is_the_rise_with_one_layer_grouped() {
         assert_relative_eq!(found.rise(layer, 5).unwrap(), (four / 2.0).max(0.0), epsilon = 1e-12);
         assert_eq!((found.rise(layer, 6), found.rise(layer, 7)), (Some(0.0), None));
     }
-    let costs = found.costs(&fronts, false).unwrap();
+    let costs = found.costs(&fronts, &Limits::default()).unwrap();
     assert_eq!(costs.get(1, 2), found.rise(1, 2));
     assert_eq!(costs.get(0, 6), Some(0.0));
+    let equal = Limits { space: SearchSpace::equal(), fixed: [(1, 3)].into(), ..Limits::default() };
+    let mut equal_fronts = fronts.clone();
+    for front in &mut equal_fronts {
+        for k in [1, 2, 3] {
+            let labels: Vec<usize> = (0..6).map(|head| head * k / 6).collect();
+            front.offer(&Partition::from_labels(&labels).unwrap(), 0.0).unwrap();
+        }
+    }
+    let costs = found.costs(&equal_fronts, &equal).unwrap();
+    assert!(costs.choices(0).map(|(k, _)| k).eq([1, 2, 3, 6]), "what divides 6");
+    assert!(costs.choices(1).eq([(3, found.rise(1, 3).unwrap())]), "what is fixed");
 
     // The file is used while everything is the same, and only then.
     let cache = root.path().join("sensitivity.json");
-    let cached =
-        |pooler: &dyn KvPooler, windows: &Windows, heads: &dyn Fn(usize) -> qcqa::Result<LayerHeads>| {
-            Sensitivity::cached(&cache, &model, &fronts, heads, pooler, windows, run)
-        };
-    let never = |_: usize| -> qcqa::Result<LayerHeads> { Err(qcqa::Error::plugin("measured again")) };
-    assert_eq!(cached(&MeanPooler, &windows, &heads).unwrap(), found);
-    assert_eq!(cached(&MeanPooler, &windows, &never).unwrap(), found);
-    for again in
-        [cached(&FirstHead, &windows, &never), cached(&MeanPooler, &windows.clone().first(2), &never)]
-    {
-        models::says(&again.unwrap_err().to_string(), &["measured again"]);
+    let idle = |_: &Progress<'_>| ControlFlow::Break(());
+    let never = run.with_observer(&idle);
+    assert_eq!(Sensitivity::cached(&cache, &trial, &fronts, run).unwrap(), found);
+    assert_eq!(Sensitivity::cached(&cache, &trial, &fronts, never).unwrap(), found);
+    let (moments, two) = (Moments::measure(&model, &windows, run).unwrap(), windows.clone().first(2));
+    for other in [
+        Trial { pooler: &FirstHead, ..trial },
+        Trial { windows: &two, ..trial },
+        Trial { moments: Some(&moments), ..trial },
+    ] {
+        let again = Sensitivity::cached(&cache, &other, &fronts, never);
+        models::says(&again.unwrap_err().to_string(), &["cancelled"]);
     }
     std::fs::write(&cache, "not ours").unwrap();
-    models::says(&cached(&MeanPooler, &windows, &heads).unwrap_err().to_string(), &["sensitivity.json"]);
+    let broken = Sensitivity::cached(&cache, &trial, &fronts, run);
+    models::says(&broken.unwrap_err().to_string(), &["sensitivity.json"]);
     assert_eq!(std::fs::read_to_string(&cache).unwrap(), "not ours");
 }
 
@@ -238,14 +257,111 @@ fn sensitivity_is_the_rise_with_one_layer_grouped() {
 fn sensitivity_needs_a_front_for_every_layer() {
     let (_root, checkpoint, model, windows) = ready(6);
     let fronts = fronts(&checkpoint);
-    let heads = |i: usize| -> qcqa::Result<LayerHeads> { Ok(checkpoint.layer(i)?) };
-    let measure = |fronts: &[Front]| {
-        let found = Sensitivity::measure(&model, fronts, &heads, &MeanPooler, &windows, Run::new(0));
-        found.unwrap_err().to_string()
-    };
+    let trial = trial(&checkpoint, &model, &windows);
+    let measure =
+        |fronts: &[Front]| Sensitivity::measure(&trial, fronts, Run::new(0)).unwrap_err().to_string();
     models::says(&measure(&fronts[..1]), &["fronts", "2", "1"]);
     let (_other_root, other, ..) = ready(3);
     let small = WeightSharingError::new(&other.layer(0).unwrap()).unwrap();
     let small = Front::new(&small).unwrap();
     models::says(&measure(&[fronts[0].clone(), small]), &["6", "3"]);
+}
+
+/// Against trying each swap by hand, with whole models and whole evaluations.
+#[test]
+fn layers_are_chosen_by_the_loss_of_the_whole() {
+    let (_root, checkpoint, model, windows) = ready(6);
+    let (trial, run) = (trial(&checkpoint, &model, &windows), Run::new(0));
+    let groups = |labels: [[usize; 6]; 2]| labels.map(|l| Partition::from_labels(&l).unwrap());
+    let loss = |groups: &[Partition]| evaluate(&trial.grouped(groups).unwrap(), &windows, run).unwrap().loss;
+    let mut swapped = 0;
+    for (one, other) in [
+        ([[0, 0, 1, 1, 2, 2]; 2], [[0, 1, 2, 0, 1, 2]; 2]),
+        ([[0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 1, 0]], [[0, 1, 0, 2, 1, 2], [0, 0, 1, 1, 2, 2]]),
+        ([[0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]),
+    ] {
+        let candidates = [groups(one), groups(other)];
+        let losses = [loss(&candidates[0]), loss(&candidates[1])];
+        let best = usize::from(losses[1] < losses[0]);
+        let (mut expected, mut least) = (vec![best; 2], losses[best]);
+        let mut current = candidates[best].clone();
+        for layer in 0..2 {
+            let mut attempt = current.clone();
+            attempt[layer] = candidates[1 - best][layer].clone();
+            if loss(&attempt) < least {
+                (least, expected[layer]) = (loss(&attempt), 1 - best);
+                current = attempt;
+                swapped += 1;
+            }
+        }
+        let models = candidates.map(|groups| trial.grouped(&groups).unwrap());
+        let (chosen, found) = choose_layers(&models, &windows, run).unwrap();
+        assert_eq!(chosen, expected);
+        assert_relative_eq!(found, least, max_relative = 1e-6);
+    }
+    assert!(swapped > 0, "the last pair has a model without any sharing within reach");
+    models::says(&choose_layers(&[], &windows, run).unwrap_err().to_string(), &["layers to choose from"]);
+    models::says(&trial.grouped(&[]).unwrap_err().to_string(), &["partitions", "2", "0"]);
+}
+
+#[test]
+fn moments_are_named_by_what_they_were_measured_on() {
+    let (root, checkpoint, model, windows) = ready(6);
+    let run = Run::new(0);
+    let moments = Moments::measure(&model, &windows, run).unwrap();
+    let name = moments.fingerprint();
+    assert!(name.starts_with("sha256:") && name.len() == 71);
+    assert_eq!(name, Moments::fingerprint_of(model.source(), &windows));
+    let path = root.path().join("moments.safetensors");
+    moments.write(&path, WriteOptions::default()).unwrap();
+    assert_eq!(Moments::read(&path, model.source()).unwrap().fingerprint(), name);
+    assert_eq!(Calibration::open(&path, &checkpoint, 8, run).unwrap().moments(), &moments);
+
+    // Another text, other windows of the same length of it, another model: another name.
+    let tokens = windows.tokens().to_vec();
+    let longer = Windows::new(tokens.clone(), 12).unwrap();
+    let mut other = tokens;
+    other[3] = (other[3] + 1) % 16;
+    let other = Windows::new(other, 8).unwrap();
+    let (_root, _, stranger, _) = ready(3);
+    let names = [
+        Moments::fingerprint_of(model.source(), &longer),
+        Moments::fingerprint_of(model.source(), &other),
+        Moments::fingerprint_of(model.source(), &windows.clone().first(2)),
+        Moments::fingerprint_of(stranger.source(), &windows),
+    ];
+    assert!(names.iter().all(|other| other != name));
+
+    // A file from elsewhere is named by its contents, and keeps the name.
+    let layers = [Array2::eye(25), Array2::eye(25)];
+    let foreign_name = |tokens: i64, layers: &[Array2<f64>]| {
+        foreign(&path, &[tokens], layers, None);
+        Moments::read(&path, model.source()).unwrap()
+    };
+    let read = foreign_name(9, &layers);
+    assert_eq!(read.fingerprint(), foreign_name(9, &layers).fingerprint());
+    assert_ne!(read.fingerprint(), foreign_name(8, &layers).fingerprint());
+    assert_ne!(
+        read.fingerprint(),
+        foreign_name(9, &[Array2::eye(25), Array2::eye(25) + 1e-4 * corner()]).fingerprint()
+    );
+    read.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
+    assert_eq!(Moments::read(&path, model.source()).unwrap().fingerprint(), read.fingerprint());
+
+    // A name that is none is refused, with the file.
+    let bytes = std::fs::read(&path).unwrap();
+    let text = read.fingerprint().as_bytes();
+    let at = bytes.windows(text.len()).position(|w| w == text).unwrap();
+    let mut spoilt = bytes;
+    spoilt[at + 8] = b'Z';
+    std::fs::write(&path, spoilt).unwrap();
+    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+    models::says(&message, &["moments.safetensors", "`calibration`", "64 hex digits"]);
+}
+
+/// One number beside the diagonal, and its mirror image.
+fn corner() -> Array2<f64> {
+    let mut moment = Array2::zeros((25, 25));
+    (moment[[0, 1]], moment[[1, 0]]) = (1.0, 1.0);
+    moment
 }

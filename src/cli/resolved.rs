@@ -256,8 +256,10 @@ impl<'a> Resolved<'a> {
     /// Puts groups of neighbours in the place of searched ones where the model then reads the calibration text better.
     fn choose(&self, plan: &mut Plan, neighbours: &[Front], run: Run<'_>) -> Result<(), CliError> {
         let Some((source, windows)) = self.calibration.and_then(Calibration::text) else { return Ok(()) };
-        let other = |(layer, front): (&LayerPlan, &Front)| {
-            front.get(layer.groups.n_groups()).map_or(layer.clone(), LayerPlan::from)
+        // A bound holds for every partition of that many equal groups.
+        let other = |(layer, front): (&LayerPlan, &Front)| match front.get(layer.groups.n_groups()) {
+            Some(point) => LayerPlan { lower_bound: layer.lower_bound, ..LayerPlan::from(point) },
+            None => layer.clone(),
         };
         let others: Vec<LayerPlan> = plan.layers.iter().zip(neighbours).map(other).collect();
         let groups =
