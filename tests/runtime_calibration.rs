@@ -11,7 +11,7 @@ use std::path::Path;
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
 use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_layers, evaluate};
+use qcqa::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate};
 use qcqa::{
     FirstHead, FitnessFn, Front, KvPooler, LayerHeads, Limits, MeanPooler, Nsga2, Optimizer, Partition,
     Progress, Run, SearchSpace, WeightSharingError,
@@ -267,40 +267,26 @@ fn sensitivity_needs_a_front_for_every_layer() {
     models::says(&measure(&[fronts[0].clone(), small]), &["6", "3"]);
 }
 
-/// Against trying each swap by hand, with whole models and whole evaluations.
+/// Against whole evaluations of each.
 #[test]
-fn layers_are_chosen_by_the_loss_of_the_whole() {
+fn models_are_chosen_by_their_loss() {
     let (_root, checkpoint, model, windows) = ready(6);
     let (trial, run) = (trial(&checkpoint, &model, &windows), Run::new(0));
     let groups = |labels: [[usize; 6]; 2]| labels.map(|l| Partition::from_labels(&l).unwrap());
     let loss = |groups: &[Partition]| evaluate(&trial.grouped(groups).unwrap(), &windows, run).unwrap().loss;
-    let mut swapped = 0;
-    for (one, other) in [
-        ([[0, 0, 1, 1, 2, 2]; 2], [[0, 1, 2, 0, 1, 2]; 2]),
-        ([[0, 0, 1, 1, 2, 2], [0, 1, 2, 2, 1, 0]], [[0, 1, 0, 2, 1, 2], [0, 0, 1, 1, 2, 2]]),
-        ([[0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]),
-    ] {
-        let candidates = [groups(one), groups(other)];
+    let one = groups([[0, 0, 0, 0, 0, 0], [0, 1, 2, 2, 1, 0]]);
+    let others = [groups([[0, 1, 2, 0, 1, 2]; 2]), groups([[0, 1, 2, 3, 4, 5]; 2])];
+    for other in others {
+        let candidates = [one.clone(), other];
         let losses = [loss(&candidates[0]), loss(&candidates[1])];
-        let best = usize::from(losses[1] < losses[0]);
-        let (mut expected, mut least) = (vec![best; 2], losses[best]);
-        let mut current = candidates[best].clone();
-        for layer in 0..2 {
-            let mut attempt = current.clone();
-            attempt[layer] = candidates[1 - best][layer].clone();
-            if loss(&attempt) < least {
-                (least, expected[layer]) = (loss(&attempt), 1 - best);
-                current = attempt;
-                swapped += 1;
-            }
-        }
         let models = candidates.map(|groups| trial.grouped(&groups).unwrap());
-        let (chosen, found) = choose_layers(&models, &windows, run).unwrap();
-        assert_eq!(chosen, expected);
-        assert_relative_eq!(found, least, max_relative = 1e-6);
+        let (chosen, found) = choose_model(&models, &windows, run).unwrap();
+        assert_eq!(chosen, usize::from(losses[1] < losses[0]));
+        for (found, expected) in found.into_iter().zip(losses) {
+            assert_relative_eq!(found, expected, max_relative = 1e-6);
+        }
     }
-    assert!(swapped > 0, "the last pair has a model without any sharing within reach");
-    models::says(&choose_layers(&[], &windows, run).unwrap_err().to_string(), &["layers to choose from"]);
+    models::says(&choose_model(&[], &windows, run).unwrap_err().to_string(), &["models", "1", "0"]);
     models::says(&trial.grouped(&[]).unwrap_err().to_string(), &["partitions", "2", "0"]);
 }
 

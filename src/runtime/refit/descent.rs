@@ -34,7 +34,7 @@ impl Kronecker {
 
 /// Inverts what it lifts a little from zero.
 fn inverted(matrix: &mut Mat<f64>) -> Result<Mat<f64>> {
-    const LIFT: f64 = 1e-6;
+    const LIFT: f64 = 1e-4;
     let n = matrix.nrows();
     let mean = (0..n).map(|i| matrix[(i, i)]).sum::<f64>() / n.max(1) as f64;
     let added = if mean > 0.0 { LIFT * mean } else { 1.0 };
