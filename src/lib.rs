@@ -20,10 +20,10 @@
 //! | trait | decides | here |
 //! |---|---|---|
 //! | [`Grouping`] | groups by a rule | [`UniformGqa`] (k = 1 is MQA), [`KeyNorm`] |
-//! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`] |
+//! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`], `LowRankError` |
 //! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`Ward`], [`Exact`] |
 //! | [`Allocator`] | k of every layer | [`UniformAllocation`], [`LayerSelection`] (the paper), [`ExactAllocation`] |
-//! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`] |
+//! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`], `LowRankPooler`, `ProcrustesPooler` |
 //!
 //! [`Qcqa`] composes them over a whole model.
 //!
@@ -63,7 +63,7 @@
 //! * `rayon`: several threads. Results do not depend on their number: variation is serial, evaluation parallel, and
 //!   sums are taken over fixed blocks in order.
 //! * `simd`: AVX2 where the processor has it, for the one pass over the weights: several times faster.
-//! * `linalg`: spectral lower bounds.
+//! * `linalg`: spectral lower bounds, low-rank sharing.
 //! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
 //! * `checkpoint`: Hugging Face directories in and out.
 //! * `runtime`: models run for real, on the CPU: perplexity, divergence from the source, multiple choice, second
@@ -75,6 +75,7 @@
 //! * The weight-sharing error is a proxy: it sees the weights and not what the model computes. A lower error need
 //!   not mean a lower perplexity; `runtime` measures it.
 //! * Mean pooling loses much: at half the cache the small trained models in the tests need fine-tuning to be of use.
+//!   Calibrated low-rank sharing, refitted, does not.
 //! * For near-orthogonal heads of unequal norms the least error is one large group and single heads; look at the
 //!   group sizes, and limit them by [`SearchSpace::max_group_size`].
 //! * Spectral bounds are loose for strongly clustered heads; a gap is what is certified, not what is lost.
