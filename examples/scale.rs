@@ -3,20 +3,24 @@
 //! ```sh
 //! cargo run --release --features cli --example scale -- write target/7b 7b      # 4.3 GB; 13b: 8.4 GB
 //! cargo run --release --features cli --example scale -- measure target/7b
+//! cargo run --release --features cli --example scale -- low-rank       # one layer of a 7B model, calibrated
 //! ```
 
 use std::collections::HashMap;
 use std::error::Error;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
+use ndarray::{Array2, Array3};
+use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::{Distribution, Normal};
 use qcqa::checkpoint::{Checkpoint, LayerRows};
 use qcqa::{
-    Budget, FitnessFn, Qcqa, Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError,
-    optimize_layers,
+    Budget, FitnessFn, KvPooler, LayerHeads, LowRankError, LowRankPooler, Optimizer, Projection, Qcqa,
+    Rotation, Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError, optimize_layers,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -33,7 +37,8 @@ fn main() -> Outcome<()> {
         ["write", out, "7b"] => write(Path::new(out), 32, 32, 128),
         ["write", out, "13b"] => write(Path::new(out), 40, 40, 128),
         ["measure", model] => measure(Path::new(model)),
-        _ => Err("usage: scale write DIR 7b|13b, or scale measure DIR".into()),
+        ["low-rank"] => low_rank(),
+        _ => Err("usage: scale write DIR 7b|13b, scale measure DIR, or scale low-rank".into()),
     }
 }
 
@@ -136,6 +141,11 @@ fn measure(model: &Path) -> Outcome<()> {
     for (name, time) in names.iter().zip(&medians) {
         println!("{name:22} {:8.1} ms  {:5.1} x bare read", 1e3 * time, time / medians[0]);
     }
+    print_memory();
+    Ok(())
+}
+
+fn print_memory() {
     if let Ok(status) = fs::read_to_string("/proc/self/status") {
         // VmHWM counts mapped file pages, too; RssAnon is what was allocated.
         status
@@ -143,7 +153,54 @@ fn measure(model: &Path) -> Outcome<()> {
             .filter(|l| l.starts_with("VmHWM") || l.starts_with("RssAnon"))
             .for_each(|l| println!("{l}"));
     }
+}
+
+/// Low-rank sharing of one made-up layer of a 7B model (32 heads of 128, width 4096) under a moment whose spectrum falls
+/// like that of real inputs: the errors of all numbers of groups, and pooling at half and at a quarter of the cache.
+fn low_rank() -> Outcome<()> {
+    const HEADS: usize = 32;
+    const HEAD_DIM: usize = 128;
+    const WIDTH: usize = HEADS * HEAD_DIM;
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    let mut normal =
+        |shape| Array3::random_using(shape, Normal::new(0.0f32, 0.02).expect("a deviation"), &mut rng);
+    let mut projection = || Projection::new(normal((HEADS, HEAD_DIM, WIDTH)), None);
+    let (key, value, query) = (projection()?, projection()?, projection()?);
+    let output = normal((HEADS, WIDTH, HEAD_DIM));
+    let moment = moment(WIDTH, &mut rng);
+    let heads = LayerHeads::new(key, value)?.with_queries(query, output)?;
+    let heads = heads.with_rotation(Rotation::HalfSplit { dims: HEAD_DIM })?.with_moment(Arc::new(moment))?;
+    println!("{} threads", rayon::current_num_threads());
+    print_memory();
+    let mut last = Instant::now();
+    let mut lap = |what: &str| {
+        println!("{what:32} {:6.1} s", last.elapsed().as_secs_f64());
+        last = Instant::now();
+    };
+    let fitness = LowRankError::new(&heads)?;
+    lap("Gram and Hermitian matrices");
+    for (what, space) in [("any groups", SearchSpace::arbitrary()), ("equal groups", SearchSpace::equal())] {
+        let front = Ward::default().optimize(&fitness, &space, Run::new(0))?;
+        lap(&format!("front of all k, {what}"));
+        for k in [HEADS / 2, HEADS / 4] {
+            let point = front.get(k).ok_or("a front of all k")?;
+            LowRankPooler::default().pool(&heads, &point.partition)?;
+            lap(&format!("pooling, k = {k}, {what}"));
+        }
+    }
+    print_memory();
     Ok(())
+}
+
+/// `diag(1/√i) + Σ u uᵀ` of 32 wide directions, and a mean.
+fn moment(width: usize, rng: &mut ChaCha8Rng) -> Array2<f64> {
+    let mut wide: Array2<f64> =
+        Array2::random_using((width + 1, 32), Normal::new(0.0, 1.0).expect("a deviation"), rng);
+    wide.row_mut(width).fill(0.1);
+    let mut moment = wide.dot(&wide.t()) / 32.0;
+    (0..width).for_each(|i| moment[[i, i]] += 1.0 / (1.0 + i as f64).sqrt());
+    moment[[width, width]] = 1.0;
+    moment
 }
 
 /// Touches every stored byte of a layer's keys and values, on all threads; returns their number.

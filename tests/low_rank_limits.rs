@@ -232,6 +232,39 @@ fn searches_run_on_it_unchanged() {
     }
 }
 
+/// What starts a search knows how errors grow with the size of groups: it is the mean of three groups of neighbours where
+/// that was measured, and close for any.
+#[test]
+fn the_proxy_grows_with_groups() {
+    let n = 9;
+    let fitness = LowRankError::new(&Shape { seed: 4, ..Shape::new(n, 4, 12) }.layer()).unwrap();
+    let separable = fitness.separable().unwrap();
+    let proxy = separable.pairwise_proxy().unwrap();
+    let pairs = |g: &[usize]| {
+        let all = g.iter().flat_map(|&i| g.iter().map(move |&j| (i, j))).filter(|(i, j)| i < j);
+        all.map(|(i, j)| proxy[[i, j]]).sum::<f64>()
+    };
+    assert_eq!(separable.proxy_scale(2), 0.5);
+    for size in [3, 4] {
+        let windows = [0, 3, 6].map(|first| {
+            let mut members: Vec<usize> = (first..first + size).map(|i| i % n).collect();
+            members.sort();
+            members
+        });
+        let error: f64 = windows.iter().map(|g| separable.group_error(g).unwrap()).sum();
+        let distance: f64 = windows.iter().map(|g| pairs(g)).sum();
+        assert!((separable.proxy_scale(size) - error / distance).abs() <= 1e-12);
+    }
+    for bits in 1..1usize << n {
+        let members: Vec<usize> = (0..n).filter(|i| bits >> i & 1 == 1).collect();
+        let guess = separable.proxy_scale(members.len()) * pairs(&members);
+        let error = separable.group_error(&members).unwrap();
+        assert!(guess >= 0.7 * error && guess <= 1.4 * error, "{members:?}: {guess} {error}");
+    }
+    let costs: Vec<u64> = [1, 2, 100, 200].map(|size| separable.group_cost(size)).into();
+    assert!(costs.is_sorted() && costs[0] == 1 && costs[3] >= 7 * costs[2], "{costs:?}");
+}
+
 /// Splitting a group never loses more, and the heads' order is nothing.
 #[test]
 fn it_obeys_the_laws_of_a_shared_fit() {

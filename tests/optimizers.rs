@@ -3,6 +3,7 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::all_partitions;
 use ndarray::{Array2, ArrayView2};
@@ -121,6 +122,54 @@ impl SeparableFitness for Hinted {
 
     fn pairwise_proxy(&self) -> Option<ArrayView2<'_, f64>> {
         Some(self.0.0.view())
+    }
+}
+
+/// A sum over pairs that grows faster with the size than a mean would: `Σ_{i<j} D_ij` itself. Its groups cost the square of
+/// their size to look at, which is written down.
+#[derive(Debug)]
+struct Pairs {
+    distances: Array2<f64>,
+    spent: AtomicU64,
+}
+
+impl FitnessFn for Pairs {
+    fn n_heads(&self) -> usize {
+        self.distances.nrows()
+    }
+
+    fn evaluate(&self, partition: &Partition) -> Result<f64> {
+        let pairs = |g: &Vec<usize>| {
+            g.iter().flat_map(|&i| g.iter().map(move |&j| self.distances[[i, j]])).sum::<f64>() / 2.0
+        };
+        Ok(partition.groups().iter().map(pairs).sum())
+    }
+
+    fn separable(&self) -> Option<&dyn SeparableFitness> {
+        Some(self)
+    }
+}
+
+impl SeparableFitness for Pairs {
+    fn group_error(&self, members: &[usize]) -> Result<f64> {
+        self.spent.fetch_add(self.group_cost(members.len()), Ordering::Relaxed);
+        let mut labels = vec![0; self.n_heads()];
+        members.iter().for_each(|&i| labels[i] = 1);
+        let alone = (2..).zip(labels.iter_mut().filter(|label| **label == 0));
+        alone.for_each(|(other, label)| *label = other);
+        self.evaluate(&Partition::from_labels(&labels)?)
+    }
+
+    fn pairwise_proxy(&self) -> Option<ArrayView2<'_, f64>> {
+        Some(self.distances.view())
+    }
+
+    fn proxy_scale(&self, _size: usize) -> f64 {
+        1.0
+    }
+
+    fn group_cost(&self, size: usize) -> u64 {
+        (size * size) as u64
     }
 }
 
@@ -243,6 +292,31 @@ fn ward_finds_most_optima() {
     assert!(share(optima(Ward::default(), &arbitrary, radius)) >= 0.7);
     assert!(share(optima(Ward { rounds: 30, ..Ward::default() }, &arbitrary, radius)) >= 0.9);
     assert!(share(optima(Ward { rounds: 30, ..Ward::default() }, &arbitrary, worst)) >= 0.9);
+}
+
+/// A proxy that is the error itself finds what there is to find, whatever its scale, and asks for what it scores.
+#[test]
+fn ward_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
+    let pairs = |n, seed| {
+        let distances = fitness_of(&fixed_points(n, seed)).distances().to_owned();
+        Pairs { distances, spent: AtomicU64::new(0) }
+    };
+    let few = Ward { evaluations: 0, ..Ward::default() };
+    let (met, all) = optima(few, &SearchSpace::arbitrary(), |seed| Box::new(pairs(9, seed)));
+    assert!(met as f64 >= 0.9 * all as f64, "{met} of {all}");
+    let spent = |evaluations| {
+        let fitness = pairs(20, 3);
+        let ward = Ward { rounds: 2, evaluations };
+        let front = ward.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0)).unwrap();
+        assert_eq!(front.iter().count(), 20);
+        fitness.spent.into_inner()
+    };
+    let owed = spent(0);
+    for evaluations in [1_000, 10_000, 30_000] {
+        let spent = spent(evaluations);
+        assert!((owed..=owed + evaluations).contains(&spent), "{spent} of {owed} + {evaluations}");
+    }
+    assert!(spent(30_000) > owed);
 }
 
 #[test]

@@ -19,7 +19,9 @@ use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
 /// layer's energy, from 0 to 2 (docs/method.md, "Low-rank sharing"). C is the moment that the layer carries, or I; its
 /// covariance `C − μμᵀ` where a constant is no loss: for unrotated keys, and for values where there is an output bias.
 ///
-/// Groups are remembered. The distances for starting a search are those of pairs of heads.
+/// Groups are remembered. A search starts from the errors of pairs: `error(g) ≈ c_|g| Σ_{i<j∈g} D_ij`, where c_m is read off
+/// a few groups of m heads. For heads of flat spectra it would be 1/m; real ones have more to lose the more share, since
+/// what a head can best do without is small.
 #[derive(Debug)]
 pub struct LowRankError {
     values: Gram,
@@ -29,8 +31,17 @@ pub struct LowRankError {
     energies: Residuals,
     n_heads: usize,
     proxy: Array2<f64>,
+    /// `m c_m` of some sizes m, ascending from 2.
+    growth: Vec<(usize, f64)>,
     known: Mutex<HashMap<Box<[usize]>, Residuals>>,
 }
+
+/// Sizes of the groups that show how errors grow with the size, and how many groups of each.
+const SIZES: [usize; 6] = [3, 4, 8, 16, 32, 64];
+const SAMPLES: usize = 3;
+
+/// Rows of a Gram matrix whose eigenvalues take about a millisecond.
+const CHEAP_ROWS: u64 = 192;
 
 /// What is lost of the values and of the keys, or what there is of them.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -73,6 +84,7 @@ impl LowRankError {
             energies: Residuals::default(),
             n_heads,
             proxy: Array2::zeros((n_heads, n_heads)),
+            growth: vec![(2, 1.0)],
             known: Mutex::default(),
         };
         error.energies = Residuals {
@@ -90,7 +102,33 @@ impl LowRankError {
             error.proxy[[i, j]] = 2.0 * of_pair?;
             error.proxy[[j, i]] = error.proxy[[i, j]];
         }
+        error.growth = error.measured_growth()?;
         Ok(error)
+    }
+
+    /// How errors of groups grow beyond those of their pairs, from groups of neighbours of up to half the heads.
+    fn measured_growth(&self) -> Result<Vec<(usize, f64)>> {
+        let mut growth = vec![(2, 1.0)];
+        for size in SIZES.into_iter().filter(|size| 2 * size <= self.n_heads) {
+            let groups = (0..SAMPLES).map(|s| {
+                let first = s * self.n_heads / SAMPLES;
+                let mut members: Vec<usize> = (first..first + size).map(|i| i % self.n_heads).collect();
+                members.sort_unstable();
+                members
+            });
+            let groups: Vec<Vec<usize>> = groups.collect();
+            let errors = map_ordered(SAMPLES, |s| self.group_error(&groups[s]));
+            let error = errors.into_iter().sum::<Result<f64>>()?;
+            let pairs = |members: &Vec<usize>| -> f64 {
+                let of_pairs = members.iter().flat_map(|&i| members.iter().map(move |&j| self.proxy[[i, j]]));
+                of_pairs.sum::<f64>() / 2.0
+            };
+            let distance: f64 = groups.iter().map(pairs).sum();
+            if distance > 0.0 {
+                growth.push((size, size as f64 * error / distance));
+            }
+        }
+        Ok(growth)
     }
 
     /// What the layer has of values and keys: the denominators of the shares.
@@ -193,5 +231,21 @@ impl SeparableFitness for LowRankError {
 
     fn pairwise_proxy(&self) -> Option<ArrayView2<'_, f64>> {
         Some(self.proxy.view())
+    }
+
+    /// Between the sizes that were measured, and beyond the last two, linear in the logarithm of the size.
+    fn proxy_scale(&self, size: usize) -> f64 {
+        let last = self.growth.len() - 1;
+        let upper = self.growth.iter().position(|&(m, _)| m >= size).unwrap_or(last).clamp(1.min(last), last);
+        let ((a, at_a), (b, at_b)) = (self.growth[upper.saturating_sub(1)], self.growth[upper]);
+        let log = |m: usize| (m as f64).ln();
+        let part = if a < b && size > 2 { (log(size) - log(a)) / (log(b) - log(a)) } else { 0.0 };
+        (at_a + part * (at_b - at_a)).max(f64::MIN_POSITIVE) / size as f64
+    }
+
+    /// Eigenvalues take the cube of the size of a group's Gram matrix.
+    fn group_cost(&self, size: usize) -> u64 {
+        let rows = (size * self.values.block) as u64;
+        (rows / CHEAP_ROWS).pow(3).max(1)
     }
 }

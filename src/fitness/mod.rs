@@ -58,8 +58,20 @@ pub trait SeparableFitness: FitnessFn {
         None
     }
 
-    /// A D that approximates the error in the same form: good enough to start a search from.
+    /// A D that approximates the error, `error(g) ≈ c_|g| Σ_{i<j∈g} D_ij` with [`proxy_scale`](Self::proxy_scale): good
+    /// enough to start a search from.
     fn pairwise_proxy(&self) -> Option<ArrayView2<'_, f64>> {
         self.pairwise()
+    }
+
+    /// `c_m` of the proxy for groups of `size` heads, at least 1: `1/m`, as in [`pairwise`](Self::pairwise), where the
+    /// error does not grow with the size of groups in another way than distances tell.
+    fn proxy_scale(&self, size: usize) -> f64 {
+        1.0 / size as f64
+    }
+
+    /// What a group of `size` heads costs of the questions that [`Ward`](crate::Ward) may ask: 1 where all are cheap.
+    fn group_cost(&self, _size: usize) -> u64 {
+        1
     }
 }

@@ -15,8 +15,9 @@ pub(super) struct Asked<'a> {
     separable: Option<&'a dyn SeparableFitness>,
     group_errors: HashMap<Heads, f64>,
     partition_errors: HashMap<Partition, f64>,
-    /// How often the fitness may still be asked for the change of a move.
+    /// What the fitness may still be asked for the change of moves, and how much of it now.
     left: u64,
+    ration: u64,
     groups: Groups,
     members: Vec<Heads>,
     /// Error of each group; all in the first place where only their sum is known.
@@ -31,6 +32,7 @@ impl<'a> Asked<'a> {
             group_errors: HashMap::new(),
             partition_errors: HashMap::new(),
             left: evaluations,
+            ration: evaluations,
             groups: Groups::default(),
             members: Vec::new(),
             errors: Vec::new(),
@@ -73,10 +75,13 @@ impl<'a> Asked<'a> {
         members
     }
 
-    /// Takes one question from the budget; the answer to a `needed` one is owed in any case.
-    fn may_ask(&mut self, needed: bool) -> bool {
-        let may = needed || self.left > 0;
-        self.left = self.left.saturating_sub(1);
+    /// Takes a question from the budget; the answer to a `needed` one is owed in any case.
+    fn may_ask(&mut self, cost: u64, needed: bool) -> bool {
+        let may = needed || self.ration.min(self.left) >= cost;
+        if may {
+            self.left = self.left.saturating_sub(cost);
+            self.ration = self.ration.saturating_sub(cost);
+        }
         may
     }
 
@@ -86,7 +91,7 @@ impl<'a> Asked<'a> {
         if let Some(&known) = self.group_errors.get(members) {
             return Ok(known);
         }
-        if !self.may_ask(needed) {
+        if !self.may_ask(separable.group_cost(heads.len()), needed) {
             return Ok(f64::INFINITY);
         }
         let error = separable.group_error(&heads)?;
@@ -107,7 +112,7 @@ impl<'a> Asked<'a> {
         if let Some(&known) = self.partition_errors.get(&partition) {
             return Ok(known);
         }
-        if !self.may_ask(needed) {
+        if !self.may_ask(1, needed) {
             return Ok(f64::INFINITY);
         }
         let error = self.fitness.evaluate(&partition)?;
@@ -174,7 +179,12 @@ impl Moves for Asked<'_> {
     }
 
     fn exhausted(&self) -> bool {
-        self.left == 0
+        let dearest = self.separable.map_or(1, |s| s.group_cost(self.fitness.n_heads()));
+        self.left < dearest
+    }
+
+    fn ration(&mut self, courses: usize) {
+        self.ration = self.left / courses as u64;
     }
 
     fn relocation(&mut self, head: usize, to: usize) -> Result<f64> {

@@ -34,7 +34,8 @@ pub struct Ward {
     /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at every
     /// fourth number of groups where their sizes are arbitrary.
     pub rounds: usize,
-    /// The most questions to a fitness without pairwise distances, those aside that complete the front.
+    /// The most questions to a fitness without pairwise distances, those aside that complete the front; a question counts
+    /// as [`group_cost`](SeparableFitness::group_cost) many.
     pub evaluations: u64,
 }
 
@@ -68,7 +69,11 @@ impl Optimizer for Ward {
                 proxy.view()
             }
         };
-        let mut search = Search::new(Pairs::new(distances), space, &counts, run);
+        let scale = |size| match separable {
+            Some(separable) if exact.is_none() => separable.proxy_scale(size),
+            _ => 1.0 / size as f64,
+        };
+        let mut search = Search::new(Pairs::new(distances, scale), space, &counts, run);
         search.all(rounds)?;
         search.pairs_of_heads(distances)?;
         let Search { best, .. } = search;
@@ -169,24 +174,28 @@ impl<'a, M: Moves> Search<'a, M> {
         true
     }
 
-    /// Takes over partitions found with another measure, improved by this one.
+    /// Takes over partitions found with another measure, improved by this one; each may ask its share.
     fn adopt(&mut self, best: &[Option<Found>]) -> Result<()> {
-        for k in self.counts.clone() {
+        for (i, k) in self.counts.clone().into_iter().enumerate() {
             if let Some(found) = &best[k] {
+                self.moves.ration(self.counts.len() - i);
                 self.moves.load(&found.labels, k, self.cap(k))?;
                 self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
         }
+        self.moves.ration(1);
         Ok(())
     }
 
     /// Everything: local search, then as many rounds of iterated local search.
     fn all(&mut self, rounds: usize) -> Result<()> {
         self.local()?;
+        if self.moves.exhausted() {
+            return Ok(());
+        }
         if self.cardinality == Cardinality::Arbitrary {
-            // What one k finds spreads to its neighbours, so few of them need shaking.
             self.migrate()?;
             self.local()?;
             let all = self.counts.clone();
@@ -235,6 +244,9 @@ impl<'a, M: Moves> Search<'a, M> {
         // Above the counts that are wanted there is one pass, the first, which only joins.
         let from = if self.best[most].is_some() { most } else { self.n_heads };
         for k in (least..from).rev() {
+            if self.moves.exhausted() {
+                break;
+            }
             match &mut self.best[k + 1] {
                 Some(found) if !found.fused => found.fused = true,
                 _ => continue,
@@ -271,6 +283,9 @@ impl<'a, M: Moves> Search<'a, M> {
         let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
         let mut found = false;
         for k in least..most {
+            if self.moves.exhausted() {
+                break;
+            }
             match &mut self.best[k] {
                 Some(found) if !found.split => found.split = true,
                 _ => continue,

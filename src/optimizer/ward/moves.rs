@@ -142,6 +142,9 @@ pub(super) trait Moves {
         false
     }
 
+    /// Keeps what may still be asked for this many courses, of which one begins.
+    fn ration(&mut self, _courses: usize) {}
+
     /// The change when `head` moves to another group.
     fn relocation(&mut self, head: usize, to: usize) -> Result<f64>;
 

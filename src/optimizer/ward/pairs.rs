@@ -7,8 +7,8 @@ use crate::Result;
 
 /// A partition scored by squared distances D: every change in O(1) from maintained sums.
 ///
-/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `W_g / |g|`; head i joining it makes that
-/// `(W_g + s_ig) / (|g| + 1)`, leaving it `(W_g − s_ig) / (|g| − 1)`.
+/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `c_|g| W_g`, `c_m = 1/m` where D is exact; head i
+/// joining it makes that `c_{|g|+1} (W_g + s_ig)`, leaving it `c_{|g|−1} (W_g − s_ig)`.
 #[derive(Debug)]
 pub(super) struct Pairs {
     n: usize,
@@ -18,18 +18,18 @@ pub(super) struct Pairs {
     /// s, (head, group), and the same as (group, head): each loop reads along its rows.
     sums: Vec<f64>,
     by_group: Vec<f64>,
-    /// 1/|g| of each group.
+    /// `c_|g|` of each group.
     shares: Vec<f64>,
     /// W of each group.
     within: Vec<f64>,
-    /// `W_g / |g|`.
+    /// `c_|g| W_g`.
     errors: Vec<f64>,
-    /// What joining gives back: `−W_g / |g|`, or infinite for a full group.
+    /// What joining gives back: `−c_|g| W_g`, or infinite for a full group.
     credit: Vec<f64>,
-    /// `1 / (|g| + 1)`.
+    /// `c_{|g|+1}`.
     joined: Vec<f64>,
-    /// 1/m for m = 0…H+1; 0 for m = 0, whose sums are 0.
-    inverse: Vec<f64>,
+    /// `c_m` for m = 0…H+1; 0 for m = 0, whose sums are 0.
+    scale: Vec<f64>,
     /// `Σ_{i∈a,j∈b} D_ij`, (a, b), made when a union is sought.
     across: Vec<f64>,
     /// Work space of `together`.
@@ -40,10 +40,11 @@ pub(super) struct Pairs {
 }
 
 impl Pairs {
-    pub(super) fn new(distances: ArrayView2<'_, f64>) -> Self {
+    /// `scale` is `c_m` for m ≥ 1.
+    pub(super) fn new(distances: ArrayView2<'_, f64>, scale: impl Fn(usize) -> f64) -> Self {
         let n = distances.nrows();
         let distances: Vec<f64> = distances.iter().copied().collect();
-        let inverse = (0..n + 2).map(|m| if m == 0 { 0.0 } else { 1.0 / m as f64 }).collect();
+        let scale = (0..n + 2).map(|m| if m == 0 { 0.0 } else { scale(m) }).collect();
         let zeros = || vec![0.0; n];
         Self {
             n,
@@ -58,7 +59,7 @@ impl Pairs {
             errors: zeros(),
             credit: zeros(),
             joined: zeros(),
-            inverse,
+            scale,
             members: Vec::with_capacity(n),
             staying: Vec::with_capacity(n),
             to_leaving: zeros(),
@@ -76,7 +77,7 @@ impl Pairs {
 
     /// What a group saves when `head` leaves it.
     fn saved(&self, head: usize, from: usize) -> f64 {
-        let rest = self.inverse[self.groups.sizes[from] - 1];
+        let rest = self.scale[self.groups.sizes[from] - 1];
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
@@ -98,10 +99,10 @@ impl Pairs {
         if size <= 1 {
             self.within[group] = 0.0;
         }
-        self.shares[group] = self.inverse[size];
-        self.errors[group] = self.within[group] * self.inverse[size];
+        self.shares[group] = self.scale[size];
+        self.errors[group] = self.within[group] * self.scale[size];
         self.credit[group] = if size < self.groups.cap { -self.errors[group] } else { f64::INFINITY };
-        self.joined[group] = self.inverse[size + 1];
+        self.joined[group] = self.scale[size + 1];
     }
 }
 
@@ -167,8 +168,8 @@ impl Moves for Pairs {
     fn exchange(&mut self, i: usize, j: usize) -> Result<f64> {
         let (a, b) = (self.groups.of(i), self.groups.of(j));
         let distance = self.row(i)[j];
-        let in_a = (self.sum(j, a) - self.sum(i, a) - distance) * self.inverse[self.groups.sizes[a]];
-        let in_b = (self.sum(i, b) - self.sum(j, b) - distance) * self.inverse[self.groups.sizes[b]];
+        let in_a = (self.sum(j, a) - self.sum(i, a) - distance) * self.scale[self.groups.sizes[a]];
+        let in_b = (self.sum(i, b) - self.sum(j, b) - distance) * self.scale[self.groups.sizes[b]];
         Ok(in_a + in_b)
     }
 
@@ -176,7 +177,7 @@ impl Moves for Pairs {
         let heads = (0..self.n).filter(|&i| self.groups.of(i) == a);
         let across: f64 = heads.map(|i| self.sum(i, b)).sum();
         let joint = (self.within[a] + self.within[b] + across)
-            * self.inverse[self.groups.sizes[a] + self.groups.sizes[b]];
+            * self.scale[self.groups.sizes[a] + self.groups.sizes[b]];
         Ok(joint - self.errors[a] - self.errors[b])
     }
 
@@ -252,7 +253,7 @@ impl Moves for Pairs {
             for (b, across) in row[..a].iter().enumerate() {
                 let size = self.groups.sizes[b];
                 let joint =
-                    (self.within[a] + self.within[b] + across) * self.inverse[self.groups.sizes[a] + size];
+                    (self.within[a] + self.within[b] + across) * self.scale[self.groups.sizes[a] + size];
                 let change = joint - self.errors[a] - self.errors[b];
                 if change < best.0 && size <= most {
                     best = (change, a, b);

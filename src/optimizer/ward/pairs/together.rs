@@ -91,8 +91,8 @@ impl Pairs {
             let row = self.row(head);
             staying.iter().for_each(|&other| to_leaving[other] += row[other]);
             let rest = staying.len();
-            let now = here * self.inverse[rest] + there * self.inverse[count];
-            let (less, more) = (self.inverse[rest.saturating_sub(1)], self.inverse[count + 1]);
+            let now = here * self.scale[rest] + there * self.scale[count];
+            let (less, more) = (self.scale[rest.saturating_sub(1)], self.scale[count + 1]);
             let mut least = now - self.tolerance;
             next = None;
             if rest > 1 && count < self.groups.cap {
@@ -105,7 +105,7 @@ impl Pairs {
                 }
             }
         }
-        let now = here * self.inverse[staying.len()] + there * self.inverse[count];
+        let now = here * self.scale[staying.len()] + there * self.scale[count];
         (self.staying, self.to_leaving) = (staying, to_leaving);
         now - self.errors[from] - error
     }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     fn error(distances: &Array2<f64>, labels: &[u16], k: usize) -> f64 {
-        let mut pairs = Pairs::new(distances.view());
+        let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
         pairs.load(labels, k, labels.len()).unwrap();
         pairs.error()
     }
@@ -158,7 +158,7 @@ mod tests {
             points in prop::collection::vec((0.0..1.0, 0.0..1.0), 4..14), k in 2usize..5,
         ) {
             let (distances, n) = (distances(&points), points.len());
-            let mut pairs = Pairs::new(distances.view());
+            let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
             pairs.load(&(0..n).map(|head| (head % k) as u16).collect::<Vec<_>>(), k, n).unwrap();
             pairs.groups.unsettle();
             while pairs.groups.n_groups() > 1 {
@@ -184,7 +184,7 @@ mod tests {
         // On a line: the pair at 5 belongs to the right, but each of it is held back by the other.
         let points = [0.0, 1.0, 5.0, 5.0, 8.5, 8.5, 8.5].map(|x| (x, 0.0));
         let distances = distances(&points);
-        let mut pairs = Pairs::new(distances.view());
+        let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
         pairs.load(&[0, 0, 0, 0, 1, 1, 1], 2, 7).unwrap();
         pairs.groups.unsettle();
         descend(&mut pairs, true).unwrap();
