@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use plotters::coord::combinators::{BindKeyPoints, LogCoord};
 use plotters::prelude::*;
 
 use super::CliError;
@@ -21,6 +22,8 @@ pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
     if !(least > 0.0 && most.is_finite()) {
         return Err(CliError::Failed("there is no finite perplexity to draw".to_string()));
     }
+    let range = 0.9 * least..1.15 * most;
+    let scale: LogCoord<f64> = range.clone().log_scale().into();
     let mut svg = String::new();
     let failed = |e: DrawingAreaErrorKind<_>| CliError::Failed(format!("the plot cannot be drawn: {e}"));
     {
@@ -31,10 +34,11 @@ pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
             .margin(16)
             .x_label_area_size(44)
             .y_label_area_size(64)
-            .build_cartesian_2d(0.0..1.05, (0.9 * least..1.15 * most).log_scale())
+            .build_cartesian_2d(0.0..1.05, scale.with_key_points(round_numbers(range)))
             .map_err(failed)?;
         chart
             .configure_mesh()
+            .max_light_lines(1)
             .x_desc("KV cache, share of the source's")
             .y_desc("perplexity")
             .x_label_formatter(&|x| format!("{:.0}%", 100.0 * x))
@@ -60,6 +64,13 @@ pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
         root.present().map_err(failed)?;
     }
     Ok(svg)
+}
+
+/// 10, 15, 20, 30, 50, 70 and so on, as far as they are in the range: about evenly spaced on a logarithmic scale.
+fn round_numbers(range: std::ops::Range<f64>) -> Vec<f64> {
+    let decades = range.start.log10().floor() as i32..=range.end.log10().floor() as i32;
+    let of_decade = |decade| [1.0, 1.5, 2.0, 3.0, 5.0, 7.0].map(|digit| digit * 10f64.powi(decade));
+    decades.flat_map(of_decade).filter(|number| range.contains(number)).collect()
 }
 
 /// Writes it, whole or not at all; a plot that is there is replaced.
