@@ -67,7 +67,7 @@
 //! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
 //! * `checkpoint`: Hugging Face directories in and out.
 //! * `runtime`: models run for real, on the CPU: perplexity, divergence from the source, multiple choice, second
-//!   moments of the inputs, sensitivity of the layers.
+//!   moments of the inputs, sensitivity of the layers, refits. Brings `checkpoint`, `linalg` and `rayon`.
 //! * `cli`: the binary `qcqa`, with all of the above.
 //!
 //! # Limits

@@ -1,5 +1,5 @@
 //! Low-rank sharing in models that run: what merges without loss runs unchanged, in every form.
-#![cfg(all(feature = "linalg", feature = "runtime"))]
+#![cfg(feature = "runtime")]
 
 mod common;
 mod models;

@@ -130,6 +130,8 @@ impl SeparableFitness for Hinted {
 #[derive(Debug)]
 struct Pairs {
     distances: Array2<f64>,
+    /// Groups cost eight times the cube of their size instead.
+    dear: bool,
     spent: AtomicU64,
 }
 
@@ -169,7 +171,7 @@ impl SeparableFitness for Pairs {
     }
 
     fn group_cost(&self, size: usize) -> u64 {
-        (size * size) as u64
+        if self.dear { 8 * (size as u64).pow(3) } else { (size as u64).pow(2) }
     }
 }
 
@@ -299,7 +301,7 @@ fn ward_finds_most_optima() {
 fn ward_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
     let pairs = |n, seed| {
         let distances = fitness_of(&fixed_points(n, seed)).distances().to_owned();
-        Pairs { distances, spent: AtomicU64::new(0) }
+        Pairs { distances, dear: false, spent: AtomicU64::new(0) }
     };
     let few = Ward { evaluations: 0, ..Ward::default() };
     let (met, all) = optima(few, &SearchSpace::arbitrary(), |seed| Box::new(pairs(9, seed)));
@@ -317,6 +319,14 @@ fn ward_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
         assert!((owed..=owed + evaluations).contains(&spent), "{spent} of {owed} + {evaluations}");
     }
     assert!(spent(30_000) > owed);
+    // However dear what is owed, every k has its share.
+    let fitness = Pairs { dear: true, ..pairs(40, 3) };
+    let front = Ward::default().optimize(&fitness, &SearchSpace::equal(), Run::new(0)).unwrap();
+    let owed: u64 = front
+        .iter()
+        .map(|p| p.partition.n_groups() as u64 * fitness.group_cost(40 / p.partition.n_groups()))
+        .sum();
+    assert!(owed > 20_000 && fitness.spent.into_inner() > owed);
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Refits: what they gain, recomputed from the definition, and that they never lose.
-#![cfg(all(feature = "runtime", feature = "linalg"))]
+#![cfg(feature = "runtime")]
 
 mod models;
 mod running;
@@ -87,27 +87,107 @@ fn attention(
     sum
 }
 
+/// The refitted layers by the heads that they were made of.
+#[derive(Debug)]
+struct Made<'a>(&'a Checkpoint, &'a [PooledLayer]);
+
+impl KvPooler for Made<'_> {
+    fn pool(&self, heads: &LayerHeads, _: &Partition) -> qcqa::Result<PooledLayer> {
+        let of = |&i: &usize| self.0.layer(i).unwrap().key() == heads.key();
+        Ok(self.1[(0..self.1.len()).find(of).unwrap()].clone())
+    }
+}
+
+/// What the source adds and what the layers below lost, against what the refitted layer adds on what it meets.
 #[test]
 fn the_errors_are_those_of_the_attention_output() {
+    let (_root, checkpoint) = opened(&runnable("llama", Dtype::F32, 6, false));
+    let model = Model::load(&checkpoint).unwrap();
+    let text: Vec<u32> = (0..1024u32).map(|t| t.wrapping_mul(2_654_435_761) >> 28).collect();
+    let text = Windows::new(text, 16).unwrap();
+    let groups =
+        [[0, 1, 0, 0, 2, 1], [0, 0, 1, 1, 0, 1]].map(|labels| Partition::from_labels(&labels).unwrap());
+    let found = refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, Refit::Full);
+    let plan = models::plan(&checkpoint, &groups);
+    let made = Made(&checkpoint, &found.layers);
+    let [source, merged] =
+        [None, Some((&plan, &made as &dyn KvPooler))].map(|plan| Slow { checkpoint: &checkpoint, plan });
+    let (mut errors, mut energies) = ([0.0; 2], [0.0; 2]);
+    for window in text.tokens().chunks(text.length()) {
+        let ((_, original, wanted), (_, met, stream)) = (source.run(window), merged.run(window));
+        for (i, layer) in found.layers.iter().enumerate() {
+            let heads = checkpoint.layer(i).unwrap();
+            let adds = attention(&checkpoint, &heads, Some((layer, &groups[i])), &met[i]);
+            let target = attention(&checkpoint, &heads, None, &original[i]) + &wanted[i] - &stream[i];
+            errors[i] += (&adds - &target).mapv(|v| v * v).sum();
+            energies[i] += target.mapv(|v| v * v).sum();
+        }
+    }
+    for (i, [before, after]) in found.errors.into_iter().enumerate() {
+        approx::assert_relative_eq!(errors[i] / energies[i], after, max_relative = 1e-3);
+        assert!(after < 0.9 * before, "{before} became {after}");
+    }
+}
+
+/// Refits change what they say and nothing else.
+#[test]
+fn what_is_not_refitted_stays_bit_for_bit() {
     let checkpoint = novels();
     let model = Model::load(&checkpoint).unwrap();
-    let text = windows(&checkpoint, &model, &calibration_text()).first(3);
-    let groups = vec![Partition::from_labels(&[0, 1, 0, 2, 2, 2, 2, 3]).unwrap(); 4];
-    let found = refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, Refit::Full);
-    // Below layer 0 nothing is merged: both models read the same.
-    let heads = checkpoint.layer(0).unwrap();
-    let slow = Slow { checkpoint: &checkpoint, plan: None };
-    let (mut error, mut energy) = (0.0, 0.0);
-    for tokens in text.tokens().chunks(text.length()) {
-        let x = slow.run(tokens).1.swap_remove(0);
-        let source = attention(&checkpoint, &heads, None, &x);
-        let merged = attention(&checkpoint, &heads, Some((&found.layers[0], &groups[0])), &x);
-        error += (&merged - &source).mapv(|v| v * v).sum();
-        energy += source.mapv(|v| v * v).sum();
+    let text = windows(&checkpoint, &model, &calibration_text()).first(2);
+    let mut groups = vec![Partition::singletons(8).unwrap(); 4];
+    groups[1] = Partition::from_labels(&[0, 0, 1, 1, 2, 2, 3, 3]).unwrap();
+    let [none, output, full] = [Refit::None, Refit::Output, Refit::Full]
+        .map(|level| refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, level).layers);
+    for i in 0..4 {
+        let parts = |layer: &PooledLayer| (layer.query.clone(), layer.key.clone(), layer.value.clone());
+        assert!(parts(&output[i]) == parts(&none[i]));
+        // Above the layer that shares, the output makes up for what is lost below.
+        assert_eq!(i == 1, parts(&full[i]) != parts(&none[i]), "layer {i}");
+        for refitted in [&output[i], &full[i]] {
+            assert_eq!(i >= 1, refitted.output != none[i].output, "layer {i}");
+        }
     }
-    let [before, after] = found.errors[0];
-    approx::assert_relative_eq!(error / energy, after, max_relative = 1e-3);
-    assert!(after < 0.8 * before, "{before} became {after}");
+}
+
+/// Heads that are one head lose nothing, and there is nothing to refit: the logits stay.
+#[test]
+fn equal_heads_are_refitted_to_themselves() {
+    let mut model = runnable("llama", Dtype::F32, 6, true);
+    for part in ["k", "v"] {
+        for kind in ["weight", "bias"] {
+            let bytes = &mut model.tensor(&format!("model.layers.0.self_attn.{part}_proj.{kind}")).bytes;
+            let head = bytes.len() / 6;
+            bytes.copy_within(head..2 * head, 4 * head);
+        }
+    }
+    let (_root, checkpoint) = opened(&model);
+    let source = Model::load(&checkpoint).unwrap();
+    let text = Windows::new(tokens(1, 256, 16).into_raw_vec_and_offset().0, 16).unwrap();
+    let groups =
+        [[0, 1, 2, 3, 1, 4], [0, 1, 2, 3, 4, 5]].map(|labels| Partition::from_labels(&labels).unwrap());
+    let found = refitted(&checkpoint, &source, &groups, &LowRankPooler::default(), &text, Refit::Full);
+    assert!(found.errors.iter().flatten().all(|&error| error < 1e-6), "{:?}", found.errors);
+    let merged = with_layers(&checkpoint, &source, &groups, &found.layers);
+    let rows = tokens(2, 12, 16);
+    running::near(&source.logits(rows.view()).unwrap(), &merged.logits(rows.view()).unwrap(), 2e-4);
+}
+
+/// Attention that is one token's to f32 leaves no weight to any score.
+#[test]
+fn sharp_attention_is_refitted() {
+    let mut model = runnable("llama", Dtype::F32, 6, false);
+    for i in 0..2 {
+        let tensor = model.tensor(&format!("model.layers.{i}.self_attn.q_proj.weight"));
+        let numbers = tensor.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()) * 60.0);
+        tensor.bytes = models::encode(Dtype::F32, &numbers.collect::<Vec<_>>());
+    }
+    let (_root, checkpoint) = opened(&model);
+    let source = Model::load(&checkpoint).unwrap();
+    let text = Windows::new(tokens(1, 256, 16).into_raw_vec_and_offset().0, 16).unwrap();
+    let groups = vec![Partition::from_labels(&[0, 0, 1, 1, 2, 2]).unwrap(); 2];
+    let found = refitted(&checkpoint, &source, &groups, &LowRankPooler::default(), &text, Refit::Full);
+    assert!(found.errors.iter().all(|[before, after]| after < before), "{:?}", found.errors);
 }
 
 #[test]

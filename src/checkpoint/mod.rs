@@ -48,8 +48,7 @@ pub use rows::LayerRows;
 pub use targets::{Expanded, Layout, Stock, Target};
 pub use write::{Report, WriteOptions, convert, convert_with};
 
+#[cfg(feature = "cli")]
+pub(crate) use write::check_output;
 #[cfg(feature = "runtime")]
-pub(crate) use {
-    output::write_whole,
-    write::{check_output, same_source},
-};
+pub(crate) use {output::write_whole, write::same_source};

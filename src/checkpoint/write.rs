@@ -120,7 +120,7 @@ pub fn convert_with(
 }
 
 /// Checks the place that [`convert`] would write to, as far as that can be without a plan.
-#[cfg(feature = "runtime")]
+#[cfg(feature = "cli")]
 pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Result<(), CheckpointError> {
     Destination::check(out, source.path(), force).map(drop)
 }

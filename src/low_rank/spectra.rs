@@ -1,5 +1,5 @@
-//! Eigenvalues and orthogonal factors on one thread. faer rounds them differently on several, from sizes of about 100 on;
-//! its products do not depend on the number of threads.
+//! Decompositions on one thread. faer rounds eigenvalues differently on several, from sizes of about 100 on; its products
+//! do not depend on the number of threads.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::{evd, svd};
@@ -14,7 +14,7 @@ pub(crate) fn eigenvalues<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>) ->
 }
 
 /// The same with the eigenvectors as columns.
-pub(super) fn eigen<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>) -> Option<(Vec<f64>, Mat<T>)> {
+pub(crate) fn eigen<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>) -> Option<(Vec<f64>, Mat<T>)> {
     decompose(matrix, true)
 }
 

@@ -3,6 +3,8 @@
 use ndarray::ArrayView2;
 
 use crate::fitness::FitnessFn;
+#[cfg(feature = "linalg")]
+use crate::low_rank::eigenvalues;
 use crate::{Cardinality, Error, Front, Result, SearchSpace};
 
 /// Attaches certified lower bounds to every point of a front of a pairwise fitness; other fronts stay as they are.
@@ -68,8 +70,8 @@ pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
     let centred = |i: usize, j: usize| -0.5 * (distances[[i, j]] - means[i] - means[j] + mean);
     let gram = faer::Mat::from_fn(n, n, |i, j| centred(i.max(j), i.min(j)));
     // Without convergence nothing is known but that errors are not negative.
-    let Ok(mut values) = gram.self_adjoint_eigenvalues(faer::Side::Lower) else { return Ok(vec![0.0; n]) };
-    values.sort_by(|a, b| b.total_cmp(a));
+    let Some(mut values) = eigenvalues(gram.as_ref()) else { return Ok(vec![0.0; n]) };
+    values.reverse();
     // Backward stable: every eigenvalue is off by less than a small multiple of H·ε·‖B‖, a sum of H by H times that.
     let largest = distances.iter().copied().fold(0.0, f64::max);
     let doubt = margin(n) * size * (gram.norm_l2() + largest);

@@ -38,7 +38,6 @@ mod kernels;
 mod load;
 mod model;
 mod moments;
-#[cfg(feature = "linalg")]
 mod refit;
 mod rope;
 mod sensitivity;
@@ -53,8 +52,6 @@ pub use error::RuntimeError;
 pub use evaluate::{Divergence, Evaluation, evaluate, evaluate_against};
 pub use model::Model;
 pub use moments::Moments;
-#[cfg(feature = "linalg")]
-#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
 pub use refit::{Refit, Refitted, refit};
 pub use sensitivity::Sensitivity;
 pub use text::{IdWidth, Vocabulary, Windows, read_ids, read_text};

@@ -115,16 +115,17 @@ impl Slow<'_> {
         x
     }
 
-    /// Logits (T, V), and each layer's attention input (T, d).
-    pub fn run(&self, tokens: &[u32]) -> (Array2<f64>, Vec<Array2<f64>>) {
+    /// Logits (T, V), each layer's attention input (T, d), and the residual stream (T, d) that it is the norm of.
+    pub fn run(&self, tokens: &[u32]) -> (Array2<f64>, Vec<Array2<f64>>, Vec<Array2<f64>>) {
         let config = self.checkpoint.config();
         let (h, len) = (config.head_dim, tokens.len());
         let embedding = self.tensor("model.embed_tokens.weight");
         let mut x = Array2::from_shape_fn((len, config.hidden), |(t, i)| embedding[[tokens[t] as usize, i]]);
-        let mut inputs = Vec::new();
+        let (mut inputs, mut streams) = (Vec::new(), Vec::new());
         for i in 0..config.n_layers {
             let n = self.norm(&x, &format!("model.layers.{i}.input_layernorm.weight"));
             inputs.push(n.clone());
+            streams.push(x.clone());
             let heads = self.checkpoint.layer(i).unwrap();
             let pooled = self.plan.map(|(plan, p)| p.pool(&heads, &plan.layers[i].groups).unwrap());
             let project = |p: &qcqa::Projection, head: usize| {
@@ -174,6 +175,6 @@ impl Slow<'_> {
             x = attended + (gate * n.dot(&mlp("up").t())).dot(&mlp("down").t());
         }
         let head = if config.tie_word_embeddings { embedding } else { self.tensor("lm_head.weight") };
-        (self.norm(&x, "model.norm.weight").dot(&head.t()), inputs)
+        (self.norm(&x, "model.norm.weight").dot(&head.t()), inputs, streams)
     }
 }

@@ -18,6 +18,8 @@ pub(super) struct Asked<'a> {
     /// What the fitness may still be asked for the change of moves, and how much of it now.
     left: u64,
     ration: u64,
+    /// Whether a partition is being taken over.
+    loading: bool,
     groups: Groups,
     members: Vec<Heads>,
     /// Error of each group; all in the first place where only their sum is known.
@@ -33,6 +35,7 @@ impl<'a> Asked<'a> {
             partition_errors: HashMap::new(),
             left: evaluations,
             ration: evaluations,
+            loading: false,
             groups: Groups::default(),
             members: Vec::new(),
             errors: Vec::new(),
@@ -75,10 +78,11 @@ impl<'a> Asked<'a> {
         members
     }
 
-    /// Takes a question from the budget; the answer to a `needed` one is owed in any case.
+    /// Takes a question from the budget; the answer to a `needed` one is owed in any case. Scoring a partition that comes
+    /// from elsewhere completes the front and is free.
     fn may_ask(&mut self, cost: u64, needed: bool) -> bool {
-        let may = needed || self.ration.min(self.left) >= cost;
-        if may {
+        let may = needed || self.loading || self.ration.min(self.left) >= cost;
+        if may && !self.loading {
             self.left = self.left.saturating_sub(cost);
             self.ration = self.ration.saturating_sub(cost);
         }
@@ -167,7 +171,11 @@ impl Moves for Asked<'_> {
             self.members[usize::from(label)][head / 64] |= 1 << (head % 64);
         }
         self.errors = vec![0.0; n_groups];
-        (0..n_groups).step_by(2).try_for_each(|group| self.rescore(group, (group + 1).min(n_groups - 1)))
+        self.loading = true;
+        let scored =
+            (0..n_groups).step_by(2).try_for_each(|group| self.rescore(group, (group + 1).min(n_groups - 1)));
+        self.loading = false;
+        scored
     }
 
     fn error(&self) -> f64 {

@@ -1,12 +1,11 @@
 //! Outputs refitted: the output projection, and with it the shared values, by least squares of what attention adds.
 
-use faer::linalg::solvers::Solve;
-use faer::{Mat, Scale, Side};
+use faer::{Mat, Scale};
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
 use super::attention::{Positions, product, read};
-use super::descent::{Kronecker, descend};
+use super::descent::{Kronecker, descend, solve_positive};
 use super::scores::Source;
 use super::state::{State, basis, block, mixed};
 use super::{RIDGE, Text};
@@ -100,7 +99,9 @@ impl Outputs {
             }
         }
         if !(found.gram.is_all_finite() && found.crossed.is_all_finite() && found.energy.is_finite()) {
-            return Err(not_finite());
+            return Err(Error::NotFinite {
+                what: "what the calibration text makes of the attention".to_string(),
+            });
         }
         Ok(found)
     }
@@ -125,7 +126,8 @@ impl Outputs {
         z
     }
 
-    /// The error of the layer's output as a share of its energy, `Σ ‖y − O Tᵀ z‖² / Σ ‖y‖²`.
+    /// The error of the layer's output as a share of the target's energy, `Σ ‖y − O Tᵀ z‖² / Σ ‖y‖²`; infinite where it is
+    /// not a number.
     pub(super) fn error(&self, state: &State) -> f64 {
         let read = self.read(state);
         let crossed = read.transpose() * &self.crossed;
@@ -138,7 +140,11 @@ impl Outputs {
                 error += output[(i, j)] * (both[(i, j)] - 2.0 * crossed[(j, i)]);
             }
         }
-        if self.energy > 0.0 { error.max(0.0) / self.energy } else { 0.0 }
+        match error {
+            error if error.is_nan() => f64::INFINITY,
+            error if self.energy > 0.0 => error.max(0.0) / self.energy,
+            _ => 0.0,
+        }
     }
 
     /// T, from z to what the output reads: each query head its mix, (width, n_q·h + bias).
@@ -156,17 +162,13 @@ impl Outputs {
     }
 
     /// Output and free values in turn; stops when that no longer helps. The error cannot rise.
-    pub(super) fn refit(&mut self, state: &mut State) -> Result<()> {
+    pub(super) fn refit(&mut self, state: &mut State) {
         let rounds = if self.free.is_empty() { 1 } else { ROUNDS };
         for _ in 0..rounds {
             let before = self.error(state);
             let kept = (state.output.clone(), self.mixes.iter().map(Mat::to_owned).collect::<Vec<_>>());
-            self.output_step(state)?;
-            if !self.free.is_empty() {
-                self.value_step(state)?;
-            }
-            let after = self.error(state);
-            if !after.is_finite() || after > before {
+            let taken = self.output_step(state).and_then(|()| self.value_step(state));
+            if taken.is_none() || self.error(state) > before {
                 (state.output, self.mixes) = kept;
                 break;
             }
@@ -177,11 +179,10 @@ impl Outputs {
             let rows = mix.dot(&self.bases[g].mapv(f64::from)).mapv(|v| v as f32);
             state.value.slice_mut(s![g * h..(g + 1) * h, ..]).assign(&rows);
         }
-        Ok(())
     }
 
-    /// The output projection by ridge regression towards what it is.
-    fn output_step(&self, state: &mut State) -> Result<()> {
+    /// The output projection by ridge regression towards what it is. `None` where that has no solution in f64.
+    fn output_step(&self, state: &mut State) -> Option<()> {
         let read = self.read(state);
         let mut gram = read.transpose() * (&self.gram * &read);
         let wanted = self.crossed.transpose() * &read - &state.output * &gram;
@@ -189,13 +190,15 @@ impl Outputs {
         let mean = (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n as f64;
         let ridge = if mean > 0.0 { RIDGE * mean } else { 1.0 };
         (0..n).for_each(|i| gram[(i, i)] += ridge);
-        let factor = gram.llt(Side::Lower).map_err(|_| not_finite())?;
-        state.output += factor.solve(wanted.transpose()).transpose();
-        Ok(())
+        state.output += solve_positive(gram, wanted.transpose().to_owned())?.transpose();
+        Some(())
     }
 
-    /// The free mixes, all at once.
-    fn value_step(&mut self, state: &State) -> Result<()> {
+    /// The free mixes, all at once. `None` as above.
+    fn value_step(&mut self, state: &State) -> Option<()> {
+        if self.free.is_empty() {
+            return Some(());
+        }
         let h = state.h;
         let heads: Vec<Vec<usize>> = self
             .free
@@ -204,14 +207,13 @@ impl Outputs {
             .collect();
         let own = state.output.subcols(0, state.n_queries() * h);
         let readers = own.transpose() * own;
-        let of = |q: usize, b: usize| (self.at[q], b);
         let widths: Vec<usize> = self.free.iter().map(|&g| self.bases[g].nrows()).collect();
         let mut metric = Vec::with_capacity(heads.len());
         for (heads, &b) in heads.iter().zip(&widths) {
             let (mut left, mut right) = (Mat::zeros(h, h), Mat::zeros(b, b));
             for &q in heads {
                 left += readers.submatrix(q * h, q * h, h, h);
-                let (at, b) = of(q, b);
+                let at = self.at[q];
                 right += self.gram.submatrix(at, at, b, b) * Scale((heads.len() as f64).recip());
             }
             metric.push(Kronecker::new(left, right)?);
@@ -237,15 +239,11 @@ impl Outputs {
                     sum + readers.subrows(q * h, h) * moved.subcols(self.at[q], b)
                 })
             });
-            Ok(back.collect())
+            back.collect()
         })?;
         for (&g, step) in self.free.iter().zip(steps) {
             self.mixes[g] += step;
         }
-        Ok(())
+        Some(())
     }
-}
-
-fn not_finite() -> Error {
-    Error::NotFinite { what: "what the calibration text makes of the attention".to_string() }
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::attention::{Positions, centre, product, read};
 use super::descent::{Kronecker, descend};
-use super::state::{State, add, basis, block};
+use super::state::{State, add, basis, block, wide};
 use super::{RIDGE, Text};
 use crate::Result;
 
@@ -21,7 +21,7 @@ struct Seen<'a> {
     queries: Vec<Array2<f32>>,
     /// The basis of each shared group's keys on the same inputs, (T, b).
     features: Vec<Array2<f32>>,
-    /// How much each score counts, (T, T), rows summing to 1.
+    /// How much each score counts, (T, T), rows summing to 1, or to 0 where nothing does.
     weights: Vec<Array2<f32>>,
     /// The source's scores, (T, T).
     wanted: Vec<Array2<f32>>,
@@ -52,13 +52,13 @@ struct Scores<'a> {
 
 /// Refits queries and shared keys of one layer on these windows: least squares of the scores, weighed by how much the
 /// source's attention there moves its output, with a free offset for every query (a constant over the keys cancels in the
-/// softmax). Says the error before and after, as a share of the scores' own; it cannot rise.
+/// softmax). The error of the scores cannot rise.
 pub(super) fn refit_scores(
     state: &mut State,
     source: &Source,
     texts: &[&Text],
     positions: &Positions,
-) -> Result<[f64; 2]> {
+) -> Result<()> {
     let groups: Vec<usize> = (0..state.groups.len()).filter(|&g| state.shared(g)).collect();
     let bases = groups.iter().map(|&g| {
         let members: Vec<_> = state.groups[g].iter().map(|&i| block(&source.key, i, state.h)).collect();
@@ -73,14 +73,15 @@ pub(super) fn refit_scores(
         seen: Vec::new(),
     };
     scores.seen = texts.par_iter().map(|&text| scores.look(state, text)).collect();
-    let energy = scores.energy();
-    let before = scores.error(state);
-    for _ in 0..ROUNDS {
-        scores.step(state, Side::Queries)?;
-        scores.step(state, Side::Keys)?;
+    let mut error = scores.error(state);
+    for side in [Side::Queries, Side::Keys].repeat(ROUNDS) {
+        error = scores.step(state, side, error);
     }
-    Ok([before, scores.error(state)].map(|error| if energy > 0.0 { error / energy } else { 0.0 }))
+    Ok(())
 }
+
+/// Queries (of all active heads) and keys (of all shared groups) of one window as they are, turned and scaled, (T, h) each.
+type Turned = (Vec<Array2<f32>>, Vec<Array2<f32>>);
 
 /// What a step changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,23 +119,22 @@ impl Scores<'_> {
         self.groups.iter().position(|&g| g == state.group_of[self.active[a]]).expect("active heads share")
     }
 
-    /// Queries, turned and scaled, of all active heads in one window.
-    fn queries(&self, state: &State, seen: &Seen<'_>) -> Vec<Array2<f32>> {
+    /// What a state makes of one window.
+    fn turned(&self, state: &State, seen: &Seen<'_>) -> Turned {
+        let turned = |rows, i| self.positions.turned(read(&seen.text.merged, rows, i, state.h));
         let scale = (state.h as f32).sqrt().recip();
-        let turned =
-            |&q: &usize| self.positions.turned(read(&seen.text.merged, &state.query, q, state.h)) * scale;
-        self.active.iter().map(turned).collect()
-    }
-
-    /// Keys, turned, of all shared groups in one window.
-    fn keys(&self, state: &State, seen: &Seen<'_>) -> Vec<Array2<f32>> {
-        let turned = |&g: &usize| self.positions.turned(read(&seen.text.merged, &state.key, g, state.h));
-        self.groups.iter().map(turned).collect()
+        let queries = self.active.iter().map(|&q| turned(&state.query, q) * scale).collect();
+        (queries, self.groups.iter().map(|&g| turned(&state.key, g)).collect())
     }
 
     /// Sums over the windows, in their order.
-    fn summed(&self, each: impl Fn(&Seen<'_>) -> Vec<Mat<f64>> + Send + Sync) -> Vec<Mat<f64>> {
-        let all: Vec<Vec<Mat<f64>>> = self.seen.par_iter().map(each).collect();
+    fn summed(
+        &self,
+        now: &[Turned],
+        each: impl Fn(&Seen<'_>, &Turned) -> Vec<Mat<f64>> + Send + Sync,
+    ) -> Vec<Mat<f64>> {
+        let both = self.seen.par_iter().zip(now);
+        let all: Vec<Vec<Mat<f64>>> = both.map(|(seen, now)| each(seen, now)).collect();
         let sum = |mut sum: Vec<Mat<f64>>, next: Vec<Mat<f64>>| {
             sum.iter_mut().zip(next).for_each(|(sum, next)| *sum += next);
             sum
@@ -142,31 +142,18 @@ impl Scores<'_> {
         all.into_iter().reduce(sum).unwrap_or_default()
     }
 
-    fn energy(&self) -> f64 {
-        let of = |seen: &Seen<'_>| {
-            vec![one(seen.wanted.iter().zip(&seen.weights).map(|(s, w)| spread(s.clone(), w)).sum())]
-        };
-        self.summed(of).first().map_or(0.0, |sum| sum[(0, 0)])
-    }
-
     fn error(&self, state: &State) -> f64 {
         let of = |seen: &Seen<'_>| {
-            let (queries, keys) = (self.queries(state, seen), self.keys(state, seen));
-            let error = |a: usize| spread(self.missing(state, seen, &queries, &keys, a), &seen.weights[a]);
-            vec![one((0..self.active.len()).map(error).sum())]
+            let now = self.turned(state, seen);
+            let error = |a: usize| spread(self.missing(state, seen, &now, a), &seen.weights[a]);
+            (0..self.active.len()).map(error).sum::<f64>()
         };
-        self.summed(of).first().map_or(0.0, |sum| sum[(0, 0)])
+        // In the order of the text.
+        self.seen.par_iter().map(of).collect::<Vec<_>>().into_iter().sum()
     }
 
     /// What the scores of an active head lack, (T, T).
-    fn missing(
-        &self,
-        state: &State,
-        seen: &Seen<'_>,
-        queries: &[Array2<f32>],
-        keys: &[Array2<f32>],
-        a: usize,
-    ) -> Array2<f32> {
+    fn missing(&self, state: &State, seen: &Seen<'_>, (queries, keys): &Turned, a: usize) -> Array2<f32> {
         &seen.wanted[a] - &product(queries[a].view(), keys[self.group(state, a)].t())
     }
 
@@ -186,86 +173,79 @@ impl Scores<'_> {
             Side::Keys => (product(change.t(), other.view()), &seen.features[self.group(state, a)]),
         };
         let moved = self.positions.turned_back(moved);
-        let gradient = product(moved.t(), over.view());
-        Mat::from_fn(gradient.nrows(), gradient.ncols(), |i, j| f64::from(gradient[[i, j]]))
+        wide(product(moved.t(), over.view()).view())
     }
 
-    /// One side refitted with the other held.
-    fn step(&self, state: &mut State, side: Side) -> Result<()> {
-        let before = self.error(state);
-        let kept = state.clone();
-        let scale = (state.h as f32).sqrt().recip();
-        let place = |state: &State, a: usize| if side == Side::Queries { a } else { self.group(state, a) };
+    /// One side refitted with the other held, and the error then. A step that would raise the error, or that numbers run out
+    /// of range in, is not taken.
+    fn step(&self, state: &mut State, side: Side, before: f64) -> f64 {
+        let now: Vec<Turned> = self.seen.par_iter().map(|seen| self.turned(state, seen)).collect();
+        let (h, scale) = (state.h, (state.h as f32).sqrt().recip());
+        let place = |a: usize| if side == Side::Queries { a } else { self.group(state, a) };
         let unknowns = if side == Side::Queries { self.active.len() } else { self.groups.len() };
         // For each unknown the sum over its heads.
-        let gathered = |state: &State, of_heads: Vec<Mat<f64>>| {
+        let gathered = |of_heads: Vec<Mat<f64>>| {
             let mut sums: Vec<Option<Mat<f64>>> = (0..unknowns).map(|_| None).collect();
             for (a, of_head) in of_heads.into_iter().enumerate() {
-                let sum = &mut sums[place(state, a)];
+                let sum = &mut sums[place(a)];
                 *sum = Some(sum.take().map_or(of_head.clone(), |sum| sum + of_head));
             }
             sums.into_iter().flatten().collect::<Vec<_>>()
         };
-        let frozen = &kept;
-        let gradient = self.summed(|seen| {
-            let (queries, keys) = (self.queries(frozen, seen), self.keys(frozen, seen));
-            let back = |a: usize| {
-                let other = if side == Side::Queries {
-                    &keys[self.group(frozen, a)] * scale
-                } else {
-                    queries[a].clone()
-                };
-                self.back(frozen, seen, side, a, &other, self.missing(frozen, seen, &queries, &keys, a))
-            };
-            gathered(frozen, (0..self.active.len()).map(back).collect())
+        // What the scores are a product with, for the side that changes.
+        let other = |(queries, keys): &Turned, a: usize| match side {
+            Side::Queries => &keys[self.group(state, a)] * scale,
+            Side::Keys => queries[a].clone(),
+        };
+        let gradient = self.summed(&now, |seen, now| {
+            let back =
+                |a: usize| self.back(state, seen, side, a, &other(now, a), self.missing(state, seen, now, a));
+            gathered((0..self.active.len()).map(back).collect())
         });
-        let metric = self.metric(frozen, side)?;
-        let steps = descend(gradient, &metric, RIDGE, ITERATIONS, false, |guess| {
-            Ok(self.summed(|seen| {
-                let (queries, keys) = (self.queries(frozen, seen), self.keys(frozen, seen));
-                let back = |a: usize| {
-                    let group = self.group(frozen, a);
-                    let moved = |over: &Array2<f32>| {
-                        let guess = &guess[place(frozen, a)];
-                        let guess = Array2::from_shape_fn((guess.nrows(), guess.ncols()), |(i, j)| {
-                            guess[(i, j)] as f32
-                        });
-                        self.positions.turned(product(over.view(), guess.t()))
-                    };
-                    let (change, other) = match side {
-                        Side::Queries => {
-                            let keys = &keys[group] * scale;
-                            (product(moved(&seen.queries[a]).view(), keys.t()), keys)
-                        }
-                        Side::Keys => {
-                            (product(queries[a].view(), moved(&seen.features[group]).t()), queries[a].clone())
-                        }
-                    };
-                    self.back(frozen, seen, side, a, &other, change)
+        let image = |guess: &[Mat<f64>]| {
+            self.summed(&now, |seen, now| {
+                let moved = |(place, guess): (usize, &Mat<f64>)| {
+                    let over =
+                        if side == Side::Queries { &seen.queries[place] } else { &seen.features[place] };
+                    let guess = Array2::from_shape_fn((guess.nrows(), guess.ncols()), |at| guess[at] as f32);
+                    self.positions.turned(product(over.view(), guess.t()))
                 };
-                gathered(frozen, (0..self.active.len()).map(back).collect())
-            }))
-        })?;
-        let h = state.h;
+                let moved: Vec<Array2<f32>> = guess.iter().enumerate().map(moved).collect();
+                let back = |a: usize| {
+                    let (moved, other) = (&moved[place(a)], other(now, a));
+                    let change = match side {
+                        Side::Queries => product(moved.view(), other.t()),
+                        Side::Keys => product(other.view(), moved.t()),
+                    };
+                    self.back(state, seen, side, a, &other, change)
+                };
+                gathered((0..self.active.len()).map(back).collect())
+            })
+        };
+        let metric = self.metric(state, &now, side);
+        let steps = metric.and_then(|metric| descend(gradient, &metric, RIDGE, ITERATIONS, false, image));
+        let Some(steps) = steps else { return before };
+        let mut next = state.clone();
         for (place, step) in steps.iter().enumerate() {
             match side {
                 Side::Queries => {
                     let q = self.active[place];
-                    add(&mut state.query, q, h, step, block(&self.source.query, q, h));
+                    add(&mut next.query, q, h, step, block(&self.source.query, q, h));
                 }
-                Side::Keys => add(&mut state.key, self.groups[place], h, step, self.bases[place].view()),
+                Side::Keys => add(&mut next.key, self.groups[place], h, step, self.bases[place].view()),
             }
         }
         // In f32 a step that gains nothing may lose a rounding.
-        let after = self.error(state);
-        if !after.is_finite() || after > before {
-            *state = kept;
+        let after = self.error(&next);
+        if after <= before {
+            *state = next;
+            return after;
         }
-        Ok(())
+        before
     }
 
     /// Roughly what the scores make of a change: energies of the other side by frequency, times those of what it mixes.
-    fn metric(&self, state: &State, side: Side) -> Result<Vec<Kronecker>> {
+    fn metric(&self, state: &State, now: &[Turned], side: Side) -> Option<Vec<Kronecker>> {
         let unknowns = if side == Side::Queries { self.active.len() } else { self.groups.len() };
         let h = state.h;
         let heads = |place: usize| -> Vec<usize> {
@@ -275,8 +255,7 @@ impl Scores<'_> {
                 })
                 .collect()
         };
-        let lefts = self.summed(|seen| {
-            let (queries, keys) = (self.queries(state, seen), self.keys(state, seen));
+        let lefts = self.summed(now, |seen, (queries, keys)| {
             let tokens = seen.text.merged.nrows() as f64;
             let squares = |rows: &Array2<f32>| {
                 Mat::from_fn(h, 1, |i, _| rows.column(i).iter().map(|&v| f64::from(v).powi(2)).sum::<f64>())
@@ -291,11 +270,8 @@ impl Scores<'_> {
             };
             (0..unknowns).map(of).collect()
         });
-        let rights = self.summed(|seen| {
-            let moment = |rows: &Array2<f32>| {
-                let product = product(rows.t(), rows.view());
-                Mat::from_fn(product.nrows(), product.ncols(), |i, j| f64::from(product[[i, j]]))
-            };
+        let rights = self.summed(now, |seen, _| {
+            let moment = |rows: &Array2<f32>| wide(product(rows.t(), rows.view()).view());
             let over = |place: usize| {
                 if side == Side::Queries { &seen.queries[place] } else { &seen.features[place] }
             };
@@ -316,7 +292,7 @@ impl Scores<'_> {
 }
 
 /// Probabilities times how far each value is from the mean that attention makes of them, seen through the output, rows
-/// summing to 1 again: what an error of that score does.
+/// summing to 1 again, or to 0 where all values are that mean: what an error of that score does.
 fn by_effect(weights: &mut Array2<f32>, value: &Array2<f32>, reader: &Array2<f32>) {
     let mean = product(weights.view(), value.view());
     let (seen, seen_mean) = (product(value.view(), reader.view()), product(mean.view(), reader.view()));
@@ -330,7 +306,8 @@ fn by_effect(weights: &mut Array2<f32>, value: &Array2<f32>, reader: &Array2<f32
             }
         }
         let sum: f32 = row.sum();
-        let scale = if sum > 0.0 { sum.recip() } else { 0.0 };
+        // Where attention is one token's to f32, what is left may be too little to divide by.
+        let scale = if sum >= f32::MIN_POSITIVE { sum.recip() } else { 0.0 };
         row.mapv_inplace(|weight| weight * scale);
     }
 }
@@ -342,6 +319,31 @@ fn spread(values: Array2<f32>, weights: &Array2<f32>) -> f64 {
     centred.iter().zip(&values).map(|(c, v)| f64::from(*c) * f64::from(*v)).sum()
 }
 
-fn one(value: f64) -> Mat<f64> {
-    Mat::from_fn(1, 1, |_, _| value)
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    #[test]
+    fn weights_are_shares_or_nothing() {
+        let value = array![[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]];
+        let reader = array![[2.0, 0.5], [0.5, 1.0]];
+        // One token alone; all but one token; enough of several.
+        let mut weights = array![[1.0, 0.0, 0.0], [(-95.0f32).exp(), 1.0, 0.0], [0.25, 0.25, 0.5]];
+        by_effect(&mut weights, &value, &reader);
+        let sums: Vec<f32> = weights.rows().into_iter().map(|row| row.sum()).collect();
+        assert_eq!(sums[..2], [0.0, 0.0]);
+        assert!((sums[2] - 1.0).abs() < 1e-6 && weights.iter().all(|w| (0.0..=1.0).contains(w)));
+        let mean = array![1.875, 0.25];
+        let distance = |s: usize| {
+            let off = &value.row(s) - &mean;
+            off.dot(&reader.dot(&off)).sqrt()
+        };
+        let effects = [0.25 * distance(0), 0.25 * distance(1), 0.5 * distance(2)];
+        let all: f32 = effects.iter().sum();
+        for (weight, effect) in weights.row(2).iter().zip(effects) {
+            assert!((weight - effect / all).abs() < 1e-6);
+        }
+    }
 }

@@ -1,6 +1,7 @@
-use faer::{Mat, Side};
+use faer::Mat;
 use ndarray::{Array2, Array3, ArrayView2, s};
 
+use crate::low_rank::eigen;
 use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
 
 /// One layer while it is refitted: rows over d+1 inputs, of which the last is the constant that biases multiply.
@@ -98,35 +99,38 @@ fn projection(rows: &Array2<f32>, like: &Projection) -> Result<Projection> {
 }
 
 /// Orthonormal rows (b, d+1) that span the shared rows of a group and, as far as `most` rows go, the directions in which
-/// its members' own rows differ the most from them.
+/// its members' own rows differ the most from them. Nothing is in them that no row has: without biases no constant.
 pub(super) fn basis(
     shared: ArrayView2<'_, f32>,
     members: &[ArrayView2<'_, f32>],
     most: usize,
 ) -> Result<Array2<f32>> {
-    let (h, m) = shared.dim();
-    let wide = |rows: ArrayView2<'_, f32>| Mat::from_fn(rows.nrows(), m, |i, j| f64::from(rows[[i, j]]));
     let own = wide(shared);
+    let first = spanning(&own, usize::MAX, own.squared_norm_l2())?;
+    let stacked = members
+        .iter()
+        .fold(Mat::zeros(0, shared.ncols()), |all: Mat<f64>, rows| faer::concat![[all], [wide(*rows)]]);
+    // What is left of the members' rows beside the shared ones.
+    let left = &stacked - (&stacked * first.transpose()) * &first;
+    let rest =
+        spanning(&left, most.min(shared.ncols()).saturating_sub(first.nrows()), stacked.squared_norm_l2())?;
+    let all = faer::concat![[first], [rest]];
+    Ok(Array2::from_shape_fn((all.nrows(), all.ncols()), |at| all[at] as f32))
+}
+
+/// At most `most` orthonormal rows that span these, the strongest first, as far as they are more than rounding of f32.
+fn spanning(rows: &Mat<f64>, most: usize, whole: f64) -> Result<Mat<f64>> {
     let failed = || Error::NotFinite { what: "a shared head".to_string() };
-    // The shared rows first, then what is left of the members' rows beside them.
-    let first = own.transpose().to_owned().qr().compute_thin_Q();
-    let stacked: Mat<f64> =
-        members.iter().fold(Mat::zeros(0, m), |all, rows| faer::concat![[all], [wide(*rows)]]);
-    let left = &stacked - (&stacked * &first) * first.transpose();
-    let gram = &left * left.transpose();
-    if !gram.is_all_finite() {
-        return Err(failed());
-    }
-    let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| failed())?;
-    let values: Vec<f64> = eigen.S().column_vector().iter().copied().collect();
-    let floor = 1e-9 * values.last().copied().unwrap_or(0.0).max(stacked.squared_norm_l2() * 1e-6);
-    let wanted = most.min(m).saturating_sub(h).min(values.iter().filter(|&&v| v > floor).count());
-    let top = eigen.U().subcols(values.len() - wanted, wanted);
-    let rest = top.transpose() * &left;
-    Ok(Array2::from_shape_fn((h + wanted, m), |(i, j)| {
-        (if i < h { first[(j, i)] } else { rest[(i - h, j)] / values[values.len() - wanted + i - h].sqrt() })
-            as f32
-    }))
+    let (values, vectors) = eigen((rows * rows.transpose()).as_ref()).ok_or_else(failed)?;
+    let floor = 1e-12 * whole;
+    let n = values.iter().filter(|&&v| v > floor).count().min(most);
+    let spanned = vectors.transpose() * rows;
+    let at = |i: usize| values.len() - 1 - i;
+    Ok(Mat::from_fn(n, rows.ncols(), |i, j| spanned[(at(i), j)] / values[at(i)].sqrt()))
+}
+
+pub(super) fn wide(rows: ArrayView2<'_, f32>) -> Mat<f64> {
+    Mat::from_fn(rows.nrows(), rows.ncols(), |i, j| f64::from(rows[[i, j]]))
 }
 
 /// Rows `i·h..(i+1)·h`.
@@ -136,8 +140,7 @@ pub(super) fn block(rows: &Array2<f32>, i: usize, h: usize) -> ArrayView2<'_, f3
 
 /// `a bᵀ` of small arrays in f64.
 pub(super) fn mixed(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Mat<f64> {
-    let product = a.mapv(f64::from).dot(&b.mapv(f64::from).t());
-    Mat::from_fn(product.nrows(), product.ncols(), |i, j| product[[i, j]])
+    wide(a) * wide(b).transpose()
 }
 
 /// `rows += step · basis`.
@@ -146,4 +149,49 @@ pub(super) fn add(rows: &mut Array2<f32>, i: usize, h: usize, step: &Mat<f64>, b
     let change = step.dot(&basis.mapv(f64::from));
     let mut rows = rows.slice_mut(s![i * h..(i + 1) * h, ..]);
     rows.zip_mut_with(&change, |row, change| *row = (f64::from(*row) + change) as f32);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(rows: usize, columns: usize, seed: usize) -> Array2<f32> {
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 101 + seed * 13 + i * j * 7) % 97) as f32 / 48.0 - 1.0
+        })
+    }
+
+    /// Orthonormal, holding the shared rows, no constant where no row has one; for heads wider than their inputs, too.
+    #[test]
+    fn a_basis_spans_what_it_should() {
+        for (h, d) in [(4, 24), (16, 8), (5, 4)] {
+            let constant = |mut rows: Array2<f32>| {
+                rows.column_mut(d).fill(0.0);
+                rows
+            };
+            let shared = constant(numbers(h, d + 1, 0));
+            let members: Vec<_> = (1..4).map(|seed| constant(numbers(h, d + 1, seed))).collect();
+            let members: Vec<_> = members.iter().map(|rows| rows.view()).collect();
+            let basis = basis(shared.view(), &members, 2 * h).unwrap();
+            assert!(basis.nrows() <= d.min(2 * h) && basis.column(d).iter().all(|&v| v == 0.0));
+            let product = basis.dot(&basis.t());
+            let off = |((i, j), v): ((usize, usize), &f32)| (v - f32::from(u8::from(i == j))).abs();
+            assert!(product.indexed_iter().map(off).fold(0.0, f32::max) < 1e-5);
+            let held = shared.dot(&basis.t()).dot(&basis);
+            assert!((&held - &shared).iter().all(|v| v.abs() < 1e-5));
+        }
+    }
+
+    /// Large enough for the linear algebra to share out its work.
+    #[test]
+    fn a_basis_is_the_same_on_any_number_of_threads() {
+        let shared = numbers(64, 513, 0);
+        let members: Vec<_> = (1..7).map(|seed| numbers(64, 513, seed)).collect();
+        let members: Vec<_> = members.iter().map(|rows| rows.view()).collect();
+        let [one, three] = [1, 3].map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| basis(shared.view(), &members, 256).unwrap())
+        });
+        assert!(one == three);
+    }
 }
