@@ -145,7 +145,7 @@ pub enum RuntimeError {
         found: String,
     },
     /// A plan and the calibration given with it do not belong together.
-    #[error("the plan was made {}; {}", made_with(expected, found), way_out(expected, found))]
+    #[error("the plan was made {}; {}", made_from(expected, found), way_out(expected, found))]
     PlanCalibration {
         /// Fingerprint of the calibration that the plan was made with; `None` for weights alone.
         expected: Option<String>,
@@ -163,7 +163,7 @@ pub enum RuntimeError {
     Core(#[from] crate::Error),
 }
 
-fn made_with(expected: &Option<String>, found: &Option<String>) -> String {
+fn made_from(expected: &Option<String>, found: &Option<String>) -> String {
     match (expected, found) {
         (Some(expected), Some(found)) => format!("with the calibration {expected}, but {found} was given"),
         (Some(expected), None) => format!("with the calibration {expected}, but none was given"),
