@@ -315,7 +315,7 @@ fn moments_are_named_by_what_they_were_measured_on() {
         Moments::fingerprint_of(model.source(), &windows.clone().first(2)),
         Moments::fingerprint_of(stranger.source(), &windows),
     ];
-    assert!(names.iter().all(|other| other != name));
+    assert!(names.iter().all(|other| *other != name));
 
     // A file from elsewhere is named by its contents, and keeps the name.
     let layers = [Array2::eye(25), Array2::eye(25)];
@@ -335,13 +335,19 @@ fn moments_are_named_by_what_they_were_measured_on() {
 
     // A name that is none is refused, with the file.
     let bytes = std::fs::read(&path).unwrap();
-    let text = read.fingerprint().as_bytes();
-    let at = bytes.windows(text.len()).position(|w| w == text).unwrap();
-    let mut spoilt = bytes;
-    spoilt[at + 8] = b'Z';
-    std::fs::write(&path, spoilt).unwrap();
-    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
-    models::says(&message, &["moments.safetensors", "`calibration`", "64 hex digits"]);
+    let stored = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let digest = stored.tensor("calibration").unwrap();
+    assert_eq!((digest.dtype(), digest.shape()), (Dtype::U8, &[32][..]));
+    assert!(read.fingerprint().ends_with(&format!("{:02x}", digest.data()[31])));
+    for (dtype, shape) in [(Dtype::U8, vec![16]), (Dtype::U8, vec![2, 16]), (Dtype::I64, vec![4])] {
+        let length = shape.iter().product::<usize>() * if dtype == Dtype::I64 { 8 } else { 1 };
+        let wrong = TensorView::new(dtype, shape, &digest.data()[..length]).unwrap();
+        let others = stored.tensors().into_iter().filter(|(name, _)| name != "calibration");
+        let all = others.chain([("calibration".to_string(), wrong)]);
+        std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
+        let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+        models::says(&message, &["moments.safetensors", "tensor calibration", "U8 [32]"]);
+    }
 }
 
 /// One number beside the diagonal, and its mirror image.

@@ -249,7 +249,7 @@ impl<'a> Resolved<'a> {
             || self.pooler_name.uses_moments()
             || found.sensitivity.is_some();
         let calibration = self.calibration.filter(|_| counts);
-        plan.calibration = calibration.map(|c| c.moments().fingerprint().to_string());
+        plan.calibration = calibration.map(|c| c.moments().fingerprint());
         Ok(plan)
     }
 

@@ -79,7 +79,7 @@ impl Given {
 
     fn fingerprint(&self) -> String {
         match self {
-            Self::Moments(moments) => moments.fingerprint().to_string(),
+            Self::Moments(moments) => moments.fingerprint(),
             Self::Text(model, windows) => Moments::fingerprint_of(model.source(), windows),
         }
     }

@@ -132,18 +132,6 @@ pub enum RuntimeError {
         /// Of the moments.
         found: String,
     },
-    /// The fingerprint that a file of moments gives itself is none.
-    #[error(
-        "{}: the metadata `calibration` must be `sha256:` and 64 hex digits, found {found:?}; remove it, or make the \
-         file again with `qcqa calibrate`",
-        path.display()
-    )]
-    MomentsFingerprint {
-        /// The file.
-        path: PathBuf,
-        /// What is there, its beginning.
-        found: String,
-    },
     /// A plan and the calibration given with it do not belong together.
     #[error("the plan was made {}; {}", made_from(expected, found), way_out(expected, found))]
     PlanCalibration {
