@@ -11,7 +11,9 @@ use std::path::Path;
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
 use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate};
+use qcqa::runtime::{
+    Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate, pool_layers,
+};
 use qcqa::{
     FirstHead, FitnessFn, Front, KvPooler, LayerHeads, Limits, MeanPooler, Nsga2, Optimizer, Partition,
     Progress, Run, SearchSpace, WeightSharingError,
@@ -66,6 +68,35 @@ fn moments_come_back_from_their_file() {
     moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
     assert_eq!(Moments::read(&path, model.source()).unwrap(), moments);
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left");
+
+    // The same moments are the same bytes, whatever a hash map thinks of it.
+    let bytes = std::fs::read(&path).unwrap();
+    for _ in 0..16 {
+        moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes);
+    }
+}
+
+/// What a pooler makes of a moment that is none is told of its layer.
+#[cfg(feature = "linalg")]
+#[test]
+fn a_moment_that_is_none_names_its_layer() {
+    let (root, checkpoint, model, _) = ready(6);
+    let path = root.path().join("moments.safetensors");
+    let good = Array2::<f64>::eye(25);
+    foreign(&path, &[9], &[good.clone(), good + 1e3 * corner()], None);
+    let moments = Moments::read(&path, model.source()).unwrap();
+    let groups = vec![Partition::one_group(6).unwrap(); 2];
+    let plan = models::plan(&checkpoint, &groups);
+    let pooler = qcqa::LowRankPooler::default();
+    let pool = pool_layers(&plan, &pooler, Some(&moments));
+    pool(0, &checkpoint.layer(0).unwrap()).unwrap();
+    let refused = pool(1, &checkpoint.layer(1).unwrap()).unwrap_err();
+    models::says(&refused.to_string(), &["layer 1", "no negative eigenvalue", "qcqa calibrate"]);
+    let windows = Windows::new((0..16).collect(), 8).unwrap();
+    let (source, moments) = (&model, Some(&moments));
+    let trial = Trial { checkpoint: &checkpoint, source, moments, pooler: &pooler, windows: &windows };
+    models::says(&trial.grouped(&groups).unwrap_err().to_string(), &["layer 1", "no negative eigenvalue"]);
 }
 
 /// Writes a file of moments as somebody else might.

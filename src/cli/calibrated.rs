@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::methods::PoolerName;
 use super::output::{bytes, percent, table};
 use super::search::kv_bytes;
-use super::{CliError, eval};
+use super::{CliError, Done, eval};
 use crate::checkpoint::Checkpoint;
 use crate::runtime::{self, Calibration, Refit, RuntimeError, evaluate_against, made_with, pool_layers};
 use crate::{KvPooler, Plan, PoolLayer, Run};
@@ -26,6 +26,14 @@ pub(super) struct CalibrationArgs {
 }
 
 impl CalibrationArgs {
+    /// What a command came to; what is no moment is told of this file.
+    pub(super) fn named(&self, done: Done) -> Done {
+        done.map_err(|error| match (error, &self.calibration) {
+            (error @ CliError::Moment(_), Some(path)) => about(path, error),
+            (error, _) => error,
+        })
+    }
+
     /// The calibration, where one is given.
     pub(super) fn open(
         &self,
@@ -67,13 +75,16 @@ impl CalibrationArgs {
 }
 
 /// An error that names the file.
-fn about(path: &Path, error: RuntimeError) -> CliError {
+pub(super) fn about(path: &Path, error: impl Into<CliError>) -> CliError {
     let name = path.display().to_string();
-    match CliError::from(error) {
-        CliError::Failed(message) if !message.contains(&name) => {
-            CliError::Failed(format!("{name}: {message}"))
-        }
-        error => error,
+    let named = |message: String| {
+        let known = message.starts_with(&format!("{name}:")) || message.contains(&format!(" {name}:"));
+        if known { message } else { format!("{name}: {message}") }
+    };
+    match error.into() {
+        CliError::Usage(message) => CliError::Usage(named(message)),
+        CliError::Failed(message) | CliError::Moment(message) => CliError::Failed(named(message)),
+        CliError::Interrupted => CliError::Interrupted,
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) struct CompareArgs {
     #[command(flatten)]
     options: MethodArgs,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
     /// Draw perplexity over KV cache into this file (SVG)

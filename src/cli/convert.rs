@@ -20,7 +20,7 @@ pub(super) struct ConvertArgs {
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -28,7 +28,7 @@ pub(super) struct ConvertArgs {
 #[derive(Debug, Args)]
 pub(super) struct CompressArgs {
     #[command(flatten)]
-    asked: Asked,
+    pub(super) asked: Asked,
     #[command(flatten)]
     output: OutputArgs,
 }

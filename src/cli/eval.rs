@@ -61,7 +61,7 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "plan")]
     source: Option<PathBuf>,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
     /// Multiple choice items, a line each: {"query": …, "choices": […], "gold": 0}

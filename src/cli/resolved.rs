@@ -192,7 +192,7 @@ impl<'a> Resolved<'a> {
                 Some(calibration) => calibration.moments().attach(i, heads)?,
                 None => heads,
             };
-            let fitness = LowRankError::new(&heads)?;
+            let fitness = LowRankError::new(&heads).map_err(|e| e.of_layer(i))?;
             let mut front = self.front(&heads, &fitness, run.fork(i as u64))?;
             if equal {
                 let others = Search::Grouping(&UniformGqa);

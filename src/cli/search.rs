@@ -15,7 +15,7 @@ use crate::{Front, Plan, Run, kv_bytes_per_token};
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
     #[command(flatten)]
-    asked: Asked,
+    pub(super) asked: Asked,
     /// Search only what this target can hold
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(targets::NAMES))]
     target: Option<String>,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Model, Moments, RuntimeError, Vocabulary, Windows, read_text};
 use crate::checkpoint::Checkpoint;
-use crate::{KvPooler, LayerHeads, Plan, PoolLayer, Run};
+use crate::{Error, KvPooler, LayerHeads, Plan, PoolLayer, Run};
 
 /// The longest header of a safetensors file.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -105,18 +105,22 @@ pub fn made_with(plan: &Plan, found: Option<String>) -> Result<(), RuntimeError>
 }
 
 /// What makes the shared heads of each layer of a plan by a pooler, under the moments where there are any: for
-/// [`convert_with`](crate::checkpoint::convert_with) and [`Model::planned_with`].
+/// [`convert_with`](crate::checkpoint::convert_with) and [`Model::planned_with`]. Beyond the layers of the plan it reports
+/// [`Error::LayerCount`]; an [`Error::Moment`] names its layer.
 pub fn pool_layers<'a>(
     plan: &'a Plan,
     pooler: &'a dyn KvPooler,
     moments: Option<&'a Moments>,
 ) -> Box<PoolLayer<'a>> {
     Box::new(move |i: usize, heads: &LayerHeads| {
-        let groups = &plan.layers[i].groups;
-        match moments {
+        let (expected, found) = (i + 1, plan.layers.len());
+        let missing = Error::LayerCount { what: "layers of the plan", expected, found };
+        let groups = &plan.layers.get(i).ok_or(missing)?.groups;
+        let pooled = match moments {
             Some(moments) => pooler.pool(&moments.attach(i, heads.clone())?, groups),
             None => pooler.pool(heads, groups),
-        }
+        };
+        pooled.map_err(|e| e.of_layer(i))
     })
 }
 

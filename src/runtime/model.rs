@@ -139,7 +139,8 @@ impl Model {
         partition: &Partition,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
-        self.with_pooled(layer, heads, partition, pooler.pool(heads, partition)?)
+        let pooled = pooler.pool(heads, partition).map_err(|e| e.of_layer(layer))?;
+        self.with_pooled(layer, heads, partition, pooled)
     }
 
     /// The same with shared heads that are already there.
