@@ -137,6 +137,8 @@ fn moments_that_do_not_fit_are_refused() {
     models::says(&value((3, 4), 0.5), &["layers.1", "not symmetric"]);
     models::says(&value((3, 3), -0.5), &["layers.1", "negative diagonal"]);
     models::says(&value((24, 24), 2.0), &["layers.1", "end with 1"]);
+    let unseen = Array2::from_diag(&Array1::from_shape_fn(25, |i| f64::from(u8::from(i == 24))));
+    models::says(&error(&[9], &two(unseen), None), &["moments.safetensors", "layers.1", "0 for every input"]);
     models::says(&error(&[9], &two(Array2::eye(17)), None), &["another model", "width", "17", "25"]);
     models::says(&error(&[9], &two(Array2::zeros((25, 5))), None), &["layers.1", "[25, 25]", "[25, 5]"]);
     models::says(

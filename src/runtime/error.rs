@@ -111,7 +111,7 @@ pub enum RuntimeError {
         found: String,
     },
     /// A matrix that is no second moment.
-    #[error("{}: tensor {tensor} {rule}", path.display())]
+    #[error("{}: tensor {tensor} {rule}; make it again with `qcqa calibrate`", path.display())]
     MomentsValue {
         /// The file.
         path: PathBuf,

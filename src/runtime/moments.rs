@@ -19,6 +19,8 @@ const TOKENS: &str = "tokens";
 const FINGERPRINT: &str = "fingerprint";
 /// Tensor that holds the moments' own fingerprint.
 const CALIBRATION: &str = "calibration";
+/// Why a moment without inputs is none.
+const UNSEEN: &str = "is 0 for every input, so nothing was measured";
 /// How far a stored moment may be from symmetric, as a share of √(C_ii C_jj).
 const ASYMMETRY: f64 = 1e-6;
 
@@ -79,8 +81,8 @@ impl Moments {
     /// # Errors
     /// [`RuntimeError::Io`]; [`RuntimeError::MomentsHeader`]; [`RuntimeError::MomentsTensor`] for a tensor that is
     /// missing or of another type or shape; [`RuntimeError::MomentsValue`] for NaN, infinities, asymmetry, a negative
-    /// diagonal or a last entry other than 1; [`RuntimeError::MomentsModel`] for another number of layers, width or
-    /// fingerprint; [`RuntimeError::MomentsFingerprint`] for a fingerprint of its own that is none.
+    /// diagonal, a last entry other than 1 or nothing but 0 for the inputs; [`RuntimeError::MomentsModel`] for another
+    /// number of layers, width or fingerprint.
     pub fn read(path: &Path, source: &Source) -> Result<Self, RuntimeError> {
         let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
         Self::from_bytes(path, &bytes, source)
@@ -162,10 +164,15 @@ impl Moments {
     ///
     /// # Errors
     /// [`Error::LayerCount`](crate::Error::LayerCount) when there is no such layer,
-    /// [`Error::Shape`](crate::Error::Shape).
+    /// [`Error::Moment`](crate::Error::Moment) where every input of it was 0: any shared head would seem to lose
+    /// nothing; [`Error::Shape`](crate::Error::Shape).
     pub fn attach(&self, i: usize, heads: LayerHeads) -> crate::Result<LayerHeads> {
         let missing = crate::Error::LayerCount { what: "moments", expected: i + 1, found: self.layers.len() };
-        heads.with_moment(Arc::clone(self.layers.get(i).ok_or(missing)?))
+        let moment = self.layers.get(i).ok_or(missing)?;
+        if is_unseen(moment) {
+            return Err(crate::Error::Moment { layer: Some(i), rule: UNSEEN });
+        }
+        heads.with_moment(Arc::clone(moment))
     }
 }
 
@@ -261,7 +268,7 @@ fn read_layer(
     let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
     let moment = stored.data().chunks_exact(8).map(number).collect();
     let moment = Array2::from_shape_vec((size, size), moment).map_err(crate::Error::plugin)?;
-    let rules: [(&'static str, bool); 4] = [
+    let rules: [(&'static str, bool); 5] = [
         ("holds NaN or infinities", !moment.iter().all(|v| v.is_finite())),
         ("has a negative diagonal, so it is no second moment", moment.diag().iter().any(|&v| v < 0.0)),
         ("is not symmetric, so it is no second moment", !is_symmetric(&moment)),
@@ -269,11 +276,17 @@ fn read_layer(
             "must end with 1, the moment of the constant that is appended to the input",
             (moment[[hidden, hidden]] - 1.0).abs() > ASYMMETRY,
         ),
+        (UNSEEN, is_unseen(&moment)),
     ];
     if let Some((rule, _)) = rules.into_iter().find(|(_, broken)| *broken) {
         return Err(RuntimeError::MomentsValue { path: path.to_path_buf(), tensor, rule });
     }
     Ok(symmetric(&moment))
+}
+
+/// Whether every input was 0 throughout.
+fn is_unseen(moment: &Array2<f64>) -> bool {
+    moment.diag().iter().take(moment.nrows() - 1).all(|&v| v == 0.0)
 }
 
 fn is_symmetric(moment: &Array2<f64>) -> bool {
