@@ -5,7 +5,9 @@ mod command;
 mod models;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use command::{done, fails, json, text};
 use models::{novels, says, snapshot};
@@ -232,6 +234,66 @@ fn poolers_and_allocations_can_be_chosen() {
         let args = ["search", model, "--kv", "0.5", "--allocation", "sensitivity", "--out", "never"];
         says(&fails(2, &[&args[..], calibration].concat()), &["--calibration TEXT", "exact"]);
     }
+}
+
+/// A pipe gives its bytes once: its first are not lost to finding out what it holds.
+#[cfg(unix)]
+#[test]
+fn pipes_are_read_whole() {
+    let desk = Desk::new();
+    let moments = desk.moments(&desk.words, "moments.safetensors");
+    let plan_of = |calibration: &Path, name: &str| {
+        desk.search(&desk.at(name), &[&["--calibration", text(calibration)], &FOUR[..]].concat());
+        fs::read(desk.at(name)).unwrap()
+    };
+    for (i, file) in [&desk.words, &moments].into_iter().enumerate() {
+        let expected = plan_of(file, &format!("file{i}.json"));
+        let plan = desk.at(&format!("pipe{i}.json"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qcqa"))
+            .args(["search", text(&desk.model), "--kv", "0.5", "--method", "low-rank", "--target", "stock"])
+            .args(["--out", text(&plan), "--calibration", "/dev/stdin"])
+            .args(FOUR)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(&fs::read(file).unwrap()).unwrap();
+        assert!(child.wait().unwrap().success());
+        assert!(fs::read(&plan).unwrap() == expected, "{}", file.display());
+    }
+}
+
+/// What is no moment names file and layer, wherever it is met.
+#[test]
+fn moments_that_are_none_are_named() {
+    let desk = Desk::new();
+    let (model, out, plan) = (text(&desk.model), desk.at("out"), desk.at("plan.json"));
+    let moments = desk.moments(&desk.words, "moments.safetensors");
+    let calibration = ["--calibration", text(&moments)];
+    desk.search(&plan, &calibration);
+    // Symmetric, with a negative eigenvalue.
+    let mut bytes = fs::read(&moments).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let layer = tensors.tensor("layers.2").unwrap();
+    let (at, width) = (layer.data().as_ptr() as usize - bytes.as_ptr() as usize, layer.shape()[1]);
+    for i in [1, width] {
+        bytes[at + 8 * i..at + 8 * i + 8].copy_from_slice(&1e3f64.to_le_bytes());
+    }
+    fs::write(&moments, bytes).unwrap();
+    let kv = ["--kv", "0.5"];
+    for command in [
+        &[&["search", model, "--method", "low-rank", "--out", "never"], &kv[..]].concat(),
+        &[&["compress", model, "--method", "gqa", "--pooler", "low-rank", "--out", text(&out)], &kv[..]]
+            .concat(),
+        &[&["compare", model, "--method", "low-rank"], &kv[..]].concat(),
+        &vec!["convert", model, "--plan", text(&plan), "--out", text(&out)],
+        &vec!["eval", model, "--plan", text(&plan), "--text", text(&desk.other)],
+    ] {
+        let message = fails(1, &[&command[..], &calibration].concat());
+        says(&message, &[text(&moments), "layer 2", "no negative eigenvalue", "qcqa calibrate"]);
+        assert!(!message.contains("weight"), "{message}");
+    }
+    assert!(!out.exists());
 }
 
 #[test]

@@ -51,7 +51,11 @@ impl Vocabulary {
 /// # Errors
 /// [`RuntimeError::Io`], [`RuntimeError::NotUtf8`].
 pub fn read_text(path: &Path) -> Result<String, RuntimeError> {
-    let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
+    utf8(path, fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?)
+}
+
+/// The text of a file that was read already.
+pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         RuntimeError::NotUtf8 { path: path.to_path_buf(), at }
