@@ -129,7 +129,7 @@ impl Windows {
         Ok(Self { tokens, length })
     }
 
-    /// The first `n` windows, or all where there are fewer.
+    /// The first `n` windows, or all where there are fewer; the first one also for n = 0, as there is no empty text.
     pub fn first(mut self, n: usize) -> Self {
         self.tokens.truncate(n.max(1).saturating_mul(self.length));
         self
