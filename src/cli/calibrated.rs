@@ -11,7 +11,9 @@ use super::output::{bytes, percent, table};
 use super::search::kv_bytes;
 use super::{CliError, Done, eval};
 use crate::checkpoint::Checkpoint;
-use crate::runtime::{self, Calibration, Refit, RuntimeError, evaluate_against, made_with, pool_layers};
+use crate::runtime::{
+    self, Calibration, Model, Refit, RuntimeError, Windows, evaluate_against, made_with, pool_layers,
+};
 use crate::{KvPooler, Plan, PoolLayer, Run};
 
 #[derive(Debug, Clone, Args)]
@@ -46,7 +48,7 @@ impl CalibrationArgs {
         self.calibration.as_deref().map(open).transpose()
     }
 
-    /// The calibration that a plan was made with, where its pooler uses moments.
+    /// The calibration that a plan was made with, where its pooler uses moments: with a text where the plan refits.
     pub(super) fn of_plan(
         &self,
         plan: &Plan,
@@ -64,13 +66,13 @@ impl CalibrationArgs {
                 Calibration::of_plan(path, plan, checkpoint, self.calibration_windows, run).map(Some)
             }
         };
-        opened.map_err(|error| match (&error, &self.calibration) {
-            (RuntimeError::PlanCalibration { .. }, _) => {
-                CliError::Usage(format!("{}: {error}", plan_file.display()))
-            }
+        let calibration = opened.map_err(|error| match (&error, &self.calibration) {
+            (RuntimeError::PlanCalibration { .. }, _) => about(plan_file, CliError::Usage(error.to_string())),
             (_, Some(path)) => about(path, error),
             (_, None) => error.into(),
-        })
+        })?;
+        refit_text(plan, calibration.as_ref()).map_err(|e| about(plan_file, e))?;
+        Ok(calibration)
     }
 }
 
@@ -119,6 +121,22 @@ pub(super) fn refit_of(
     }
 }
 
+/// What a plan asks to be fitted again, and on what; `None` where it asks for nothing.
+fn refit_text<'a>(
+    plan: &Plan,
+    calibration: Option<&'a Calibration>,
+) -> Result<Option<(Refit, &'a Model, &'a Windows)>, CliError> {
+    let level = plan.method.refit.as_deref().unwrap_or(Refit::None.name());
+    match (level.parse().map_err(CliError::Usage)?, calibration.and_then(Calibration::text)) {
+        (Refit::None, _) => Ok(None),
+        (refit, Some((source, windows))) => Ok(Some((refit, source, windows))),
+        (_, None) => Err(CliError::Usage(format!(
+            "the plan asks for the refit {level:?}, which runs the model on the text that it was calibrated on: give \
+             --calibration TEXT (moments do not suffice)"
+        ))),
+    }
+}
+
 /// What makes the shared heads of every layer of a plan: all that is evaluated and written comes from here.
 pub(super) fn pooling<'a>(
     checkpoint: &Checkpoint,
@@ -130,14 +148,7 @@ pub(super) fn pooling<'a>(
 ) -> Result<Box<PoolLayer<'a>>, CliError> {
     let moments = calibration.filter(|_| name.uses_moments()).map(Calibration::moments);
     let pool = pool_layers(plan, pooler, moments);
-    let Some(refit) = &plan.method.refit else { return Ok(pool) };
-    let level: Refit = refit.parse().map_err(|e| CliError::Usage(format!("the plan: {e}")))?;
-    let Some((source, windows)) = calibration.and_then(Calibration::text) else {
-        return Err(CliError::Usage(format!(
-            "the plan asks for the refit {refit:?}, which runs the model on the text that it was calibrated on: give \
-             --calibration TEXT (moments do not suffice)"
-        )));
-    };
+    let Some((level, source, windows)) = refit_text(plan, calibration)? else { return Ok(pool) };
     let groups: Vec<_> = plan.layers.iter().map(|layer| &layer.groups).collect();
     let heads = |i: usize| Ok(checkpoint.layer(i)?);
     let refitted = runtime::refit(source, &groups, &heads, &pool, windows, level, run)?;
