@@ -313,7 +313,22 @@ fn compare_has_a_line_for_low_rank() {
     let line = lines.iter().find(|l| l["method"] == "low-rank").unwrap();
     assert_eq!((&line["wse"], &line["allocation"]), (&Value::Null, &"sensitivity".into()));
     assert!(line["error"].as_f64() > Some(0.0) && line["share"].as_f64() < Some(0.2));
-    says(&fs::read_to_string(&plot).unwrap(), &["low-rank", "gqa"]);
+    assert!(lines.iter().all(|l| (l["refit"] == "full") == (l["method"] == "low-rank")));
+    says(&fs::read_to_string(&plot).unwrap(), &["low-rank (sensitivity) + full refit", "gqa"]);
+
+    // Refits as asked for; without a text to show them on, none.
+    let one = ["compare", model, "--kv", "0.5", "--method", "low-rank,gqa"];
+    let text_of = ["--text", text(&desk.other)];
+    let refit = |more: &[&str]| json(&[&one[..], more].concat())["lines"][1].clone();
+    let none = refit(&[&text_of[..], &calibration, &["--refit", "none"]].concat());
+    assert_eq!((&none["method"], &none["refit"]), (&"low-rank".into(), &Value::Null));
+    assert!(none["perplexity"].as_f64() > Some(low_rank), "the refit helped");
+    assert_eq!(refit(&calibration)["refit"], Value::Null);
+    let full = [&one[..], &["--refit", "full"]].concat();
+    says(&fails(2, &[&full[..], &calibration].concat()), &["--text FILE"]);
+    says(&fails(2, &[&full[..], &text_of].concat()), &["--calibration TEXT"]);
+    let mean = ["compare", model, "--kv", "0.5", "--method", "gqa", "--refit", "full"];
+    says(&fails(2, &[&mean[..], &text_of, &calibration].concat()), &["--pooler low-rank"]);
 
     // By name, from weights alone; a bare comparison has no such line.
     let named = json(&["compare", model, "--kv", "0.5", "--method", "gqa,low-rank"]);
