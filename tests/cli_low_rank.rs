@@ -215,6 +215,16 @@ fn poolers_and_allocations_can_be_chosen() {
         }
         json(&[&eval[..], &calibration].concat());
     }
+    // A calibration that nobody uses is not passed over in silence.
+    let note = |more: &[&str]| {
+        let base = ["search", model, "--kv", "0.5", "--force", "--out", text(&plan)];
+        json(&[&base[..], more, &calibration].concat())["note"].clone()
+    };
+    says(
+        note(&[]).as_str().unwrap(),
+        &["had no part in this plan", "--method low-rank", "--pooler low-rank"],
+    );
+    assert_eq!(note(&["--pooler", "low-rank"]), Value::Null);
     let bare = search(&[]);
     assert_eq!((&bare["method"]["name"], &bare["method"]["pooler"]), (&"qcqa-ec".into(), &"mean".into()));
 

@@ -155,12 +155,22 @@ pub(super) fn pooling<'a>(
     Ok(Box::new(move |i, _| Ok(refitted.layers[i].clone())))
 }
 
-/// What is lost without a calibration, where the pooler would use one.
-pub(super) fn note(pooler: PoolerName, calibration: Option<&Calibration>) -> Option<&'static str> {
-    (pooler.uses_moments() && calibration.is_none()).then_some(
-        "note: without --calibration FILE (a text, or moments) shared heads fit the weights alone; on novels-1m with \
-         neighbour groups at half the cache that was perplexity 36.3 instead of 29.1",
-    )
+/// What is lost without a calibration, where the pooler would use one, or that one was given for nothing.
+pub(super) fn note(
+    plan: &Plan,
+    pooler: PoolerName,
+    calibration: Option<&Calibration>,
+) -> Option<&'static str> {
+    match calibration {
+        None if pooler.uses_moments() => Some(
+            "note: without --calibration FILE (a text, or moments) shared heads fit the weights alone; on novels-1m with \
+             neighbour groups at half the cache that was perplexity 36.3 instead of 29.1",
+        ),
+        Some(_) if plan.calibration.is_none() => Some(
+            "note: the calibration had no part in this plan: use --method low-rank, or --pooler low-rank",
+        ),
+        _ => None,
+    }
 }
 
 /// The model before and after on the calibration text, as a table and as JSON; `None` without a text.
