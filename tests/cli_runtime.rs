@@ -100,6 +100,10 @@ fn calibrate_writes_once_and_only_when_asked() {
     let args = ["calibrate", text(&model), "--text", &words, "--windows", "2", "--out", text(&out)];
     let dry = json(&[&args[..], &["--dry-run"]].concat());
     assert_eq!((dry["tokens"].as_u64(), out.exists()), (Some(512), false));
+    says(
+        &fails(2, &["calibrate", text(&model), "--text", &words, "--windows", "0", "--out", "never"]),
+        &["--windows"],
+    );
     json(&args);
     assert!(out.is_file());
     says(&fails(1, &args), &["moments.safetensors", "--force"]);

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use serde_json::{Value, json};
 
 use super::calibrated::{CalibrationArgs, about, pooling};
@@ -166,7 +167,7 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     text: TextArgs,
     /// The most windows of the text to read
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     windows: usize,
     /// File of the moments
     #[arg(long, value_name = "FILE")]
