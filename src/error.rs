@@ -148,6 +148,14 @@ pub enum Error {
     /// A calibrated computation on a layer that carries no input moment.
     #[error("the layer carries no input moment; calibrate the model, or use the uncalibrated form")]
     NoMoment,
+    /// An input moment that is none.
+    #[error("the input moment{} {rule}; make it again with `qcqa calibrate`", OfLayer(*layer))]
+    Moment {
+        /// Index of the layer, where it is known.
+        layer: Option<usize>,
+        /// The rule that it breaks.
+        rule: &'static str,
+    },
     /// A method that turns the query side, on a layer of which only keys and values were given.
     #[error(
         "the layer carries no queries and outputs, which low-rank sharing turns; give them, or pool by the mean"
@@ -201,9 +209,34 @@ impl Error {
         Self::Plugin(source.into())
     }
 
+    /// The same error, told of this layer where that was not known.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn of_layer(self, layer: usize) -> Self {
+        match self {
+            Self::Moment { layer: None, rule } => Self::Moment { layer: Some(layer), rule },
+            error => error,
+        }
+    }
+
     /// An [`Error::Shape`] for the array called `what`.
     pub fn shape(what: impl Display, expected: &[usize], found: &[usize]) -> Self {
         Self::Shape { what: what.to_string(), expected: expected.to_vec(), found: found.to_vec() }
+    }
+}
+
+/// What a file says, as a message may show it: its beginning, with control characters escaped.
+pub(crate) fn shown(text: &str) -> String {
+    const SHOWN: usize = 80;
+    let rest = text.chars().nth(SHOWN).map(|_| '…');
+    text.chars().take(SHOWN).flat_map(char::escape_debug).chain(rest).collect()
+}
+
+/// ` of layer 3`, or nothing.
+struct OfLayer(Option<usize>);
+
+impl Display for OfLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |layer| write!(f, " of layer {layer}"))
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::shown;
 use crate::{Cardinality, CostScale, Error, FrontPoint, Partition, Result};
 
 /// A partition for every layer, with what made it.
@@ -152,6 +153,24 @@ impl Plan {
                 format!("layer {i} has the error {}", layer.error),
             )?;
         }
+        if let Some(calibration) = &self.calibration {
+            let found = shown(calibration);
+            says(
+                is_fingerprint(calibration),
+                format!("its calibration must be `sha256:` and 64 hex digits, found \"{found}\""),
+            )?;
+        }
+        if let Some(refit) = &self.method.refit {
+            let name = shown(refit);
+            says(
+                matches!(refit.as_str(), "none" | "output" | "full"),
+                format!("there is no refit \"{name}\"; known are none, output, full"),
+            )?;
+            says(
+                refit == "none" || self.calibration.is_some(),
+                format!("its refit \"{name}\" runs on a calibration text, but it names no calibration"),
+            )?;
+        }
         let kv_heads = self.kv_heads();
         says(
             self.budget.kv_heads == kv_heads,
@@ -173,4 +192,10 @@ impl Plan {
     pub fn error(&self) -> f64 {
         self.layers.iter().map(|l| l.error).sum()
     }
+}
+
+/// Whether this is a fingerprint, `sha256:` and 64 hex digits.
+fn is_fingerprint(text: &str) -> bool {
+    let digits = text.strip_prefix("sha256:").unwrap_or_default();
+    digits.len() == 64 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }

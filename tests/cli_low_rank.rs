@@ -5,7 +5,9 @@ mod command;
 mod models;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use command::{done, fails, json, text};
 use models::{novels, says, snapshot};
@@ -213,6 +215,16 @@ fn poolers_and_allocations_can_be_chosen() {
         }
         json(&[&eval[..], &calibration].concat());
     }
+    // A calibration that nobody uses is not passed over in silence.
+    let note = |more: &[&str]| {
+        let base = ["search", model, "--kv", "0.5", "--force", "--out", text(&plan)];
+        json(&[&base[..], more, &calibration].concat())["note"].clone()
+    };
+    says(
+        note(&[]).as_str().unwrap(),
+        &["had no part in this plan", "--method low-rank", "--pooler low-rank"],
+    );
+    assert_eq!(note(&["--pooler", "low-rank"]), Value::Null);
     let bare = search(&[]);
     assert_eq!((&bare["method"]["name"], &bare["method"]["pooler"]), (&"qcqa-ec".into(), &"mean".into()));
 
@@ -234,6 +246,66 @@ fn poolers_and_allocations_can_be_chosen() {
     }
 }
 
+/// A pipe gives its bytes once: its first are not lost to finding out what it holds.
+#[cfg(unix)]
+#[test]
+fn pipes_are_read_whole() {
+    let desk = Desk::new();
+    let moments = desk.moments(&desk.words, "moments.safetensors");
+    let plan_of = |calibration: &Path, name: &str| {
+        desk.search(&desk.at(name), &[&["--calibration", text(calibration)], &FOUR[..]].concat());
+        fs::read(desk.at(name)).unwrap()
+    };
+    for (i, file) in [&desk.words, &moments].into_iter().enumerate() {
+        let expected = plan_of(file, &format!("file{i}.json"));
+        let plan = desk.at(&format!("pipe{i}.json"));
+        let mut child = Command::new(env!("CARGO_BIN_EXE_qcqa"))
+            .args(["search", text(&desk.model), "--kv", "0.5", "--method", "low-rank", "--target", "stock"])
+            .args(["--out", text(&plan), "--calibration", "/dev/stdin"])
+            .args(FOUR)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(&fs::read(file).unwrap()).unwrap();
+        assert!(child.wait().unwrap().success());
+        assert!(fs::read(&plan).unwrap() == expected, "{}", file.display());
+    }
+}
+
+/// What is no moment names file and layer, wherever it is met.
+#[test]
+fn moments_that_are_none_are_named() {
+    let desk = Desk::new();
+    let (model, out, plan) = (text(&desk.model), desk.at("out"), desk.at("plan.json"));
+    let moments = desk.moments(&desk.words, "moments.safetensors");
+    let calibration = ["--calibration", text(&moments)];
+    desk.search(&plan, &calibration);
+    // Symmetric, with a negative eigenvalue.
+    let mut bytes = fs::read(&moments).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let layer = tensors.tensor("layers.2").unwrap();
+    let (at, width) = (layer.data().as_ptr() as usize - bytes.as_ptr() as usize, layer.shape()[1]);
+    for i in [1, width] {
+        bytes[at + 8 * i..at + 8 * i + 8].copy_from_slice(&1e3f64.to_le_bytes());
+    }
+    fs::write(&moments, bytes).unwrap();
+    let kv = ["--kv", "0.5"];
+    for command in [
+        &[&["search", model, "--method", "low-rank", "--out", "never"], &kv[..]].concat(),
+        &[&["compress", model, "--method", "gqa", "--pooler", "low-rank", "--out", text(&out)], &kv[..]]
+            .concat(),
+        &[&["compare", model, "--method", "low-rank"], &kv[..]].concat(),
+        &vec!["convert", model, "--plan", text(&plan), "--out", text(&out)],
+        &vec!["eval", model, "--plan", text(&plan), "--text", text(&desk.other)],
+    ] {
+        let message = fails(1, &[&command[..], &calibration].concat());
+        says(&message, &[text(&moments), "layer 2", "no negative eigenvalue", "qcqa calibrate"]);
+        assert!(!message.contains("weight"), "{message}");
+    }
+    assert!(!out.exists());
+}
+
 #[test]
 fn compare_has_a_line_for_low_rank() {
     let desk = Desk::new();
@@ -251,7 +323,22 @@ fn compare_has_a_line_for_low_rank() {
     let line = lines.iter().find(|l| l["method"] == "low-rank").unwrap();
     assert_eq!((&line["wse"], &line["allocation"]), (&Value::Null, &"sensitivity".into()));
     assert!(line["error"].as_f64() > Some(0.0) && line["share"].as_f64() < Some(0.2));
-    says(&fs::read_to_string(&plot).unwrap(), &["low-rank", "gqa"]);
+    assert!(lines.iter().all(|l| (l["refit"] == "full") == (l["method"] == "low-rank")));
+    says(&fs::read_to_string(&plot).unwrap(), &["low-rank (sensitivity) + full refit", "gqa"]);
+
+    // Refits as asked for; without a text to show them on, none.
+    let one = ["compare", model, "--kv", "0.5", "--method", "low-rank,gqa"];
+    let text_of = ["--text", text(&desk.other)];
+    let refit = |more: &[&str]| json(&[&one[..], more].concat())["lines"][1].clone();
+    let none = refit(&[&text_of[..], &calibration, &["--refit", "none"]].concat());
+    assert_eq!((&none["method"], &none["refit"]), (&"low-rank".into(), &Value::Null));
+    assert!(none["perplexity"].as_f64() > Some(low_rank), "the refit helped");
+    assert_eq!(refit(&calibration)["refit"], Value::Null);
+    let full = [&one[..], &["--refit", "full"]].concat();
+    says(&fails(2, &[&full[..], &calibration].concat()), &["--text FILE"]);
+    says(&fails(2, &[&full[..], &text_of].concat()), &["--calibration TEXT"]);
+    let mean = ["compare", model, "--kv", "0.5", "--method", "gqa", "--refit", "full"];
+    says(&fails(2, &[&mean[..], &text_of, &calibration].concat()), &["--pooler low-rank"]);
 
     // By name, from weights alone; a bare comparison has no such line.
     let named = json(&["compare", model, "--kv", "0.5", "--method", "gqa,low-rank"]);

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use command::{fails, json, text};
-use models::{novels, says};
+use models::{llama, novels, says};
 use serde_json::Value;
 
 /// The beginning of the evaluation text, some windows long.
@@ -100,6 +100,10 @@ fn calibrate_writes_once_and_only_when_asked() {
     let args = ["calibrate", text(&model), "--text", &words, "--windows", "2", "--out", text(&out)];
     let dry = json(&[&args[..], &["--dry-run"]].concat());
     assert_eq!((dry["tokens"].as_u64(), out.exists()), (Some(512), false));
+    says(
+        &fails(2, &["calibrate", text(&model), "--text", &words, "--windows", "0", "--out", "never"]),
+        &["--windows"],
+    );
     json(&args);
     assert!(out.is_file());
     says(&fails(1, &args), &["moments.safetensors", "--force"]);
@@ -117,4 +121,101 @@ fn bad_texts_say_what_to_do() {
     says(&fails(2, &["eval", text(&model)]), &["--text", "--ids"]);
     fs::write(&file, u16::MAX.to_le_bytes().repeat(300)).unwrap();
     says(&fails(1, &["eval", text(&model), "--ids", text(&file)]), &["65535", "1024"]);
+}
+
+/// A plan that contradicts itself or the model says so, with its file, before anything is computed.
+#[test]
+fn edited_plans_are_named_and_never_obeyed() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, words) = (novels(), short_text(root.path()));
+    let [plan, out] = ["plan.json", "out"].map(|name| root.path().join(name));
+    json(&["search", text(&model), "--kv", "0.5", "--target", "stock", "--out", text(&plan)]);
+    let good: Value = serde_json::from_str(&fs::read_to_string(&plan).unwrap()).unwrap();
+    let convert = ["convert", text(&model), "--plan", text(&plan), "--out", text(&out)];
+    let eval = ["eval", text(&model), "--plan", text(&plan), "--text", &words];
+    let edited = |change: &dyn Fn(&mut Value)| {
+        let mut value = good.clone();
+        value["calibration"] = format!("sha256:{}", "0".repeat(64)).into();
+        value["method"]["pooler"] = "low-rank".into();
+        change(&mut value);
+        fs::write(&plan, value.to_string()).unwrap();
+    };
+    let refused = |code: i32, change: &dyn Fn(&mut Value), words: &[&str]| {
+        edited(change);
+        for command in [&convert[..], &eval] {
+            let message = fails(code, command);
+            says(&message, &[&["plan.json"], words].concat());
+            assert_eq!(message.matches("plan.json").count(), 1, "{message}");
+            assert!(!message.contains('\u{1b}'), "{message:?}");
+        }
+    };
+    refused(1, &|v| v["source"]["hidden"] = 64.into(), &["another model", "hidden size"]);
+    let red = || Value::from("\u{1b}[31mred");
+    refused(1, &|v| v["source"]["model_type"] = red(), &["another model", "\\u{1b}[31mred"]);
+    refused(1, &|v| v["calibration"] = red(), &["64 hex digits"]);
+    refused(1, &|v| v["\u{1b}[31m"] = 1.into(), &["unknown field"]);
+    refused(2, &|v| v["method"]["pooler"] = red(), &["no pooler"]);
+    refused(1, &|v| v["method"]["refit"] = red(), &["no refit", "none, output, full"]);
+    refused(2, &|v| v["method"]["refit"] = "full".into(), &["none was given", "--calibration FILE"]);
+    let uncalibrated = |v: &mut Value| {
+        v["method"]["refit"] = "full".into();
+        v.as_object_mut().unwrap().remove("calibration");
+    };
+    refused(1, &uncalibrated, &["refit \"full\"", "names no calibration"]);
+    let mean = |v: &mut Value| {
+        v["method"]["refit"] = "full".into();
+        v["method"]["pooler"] = "mean".into();
+    };
+    refused(2, &mean, &["refit \"full\"", "pooler is \"mean\"", "procrustes, low-rank"]);
+
+    // What the target cannot hold: a rule of convert alone.
+    edited(&|v| {
+        for layer in v["layers"].as_array_mut().unwrap() {
+            layer["groups"] = serde_json::json!([[0, 1, 2], [3, 4], [5, 6], [7]]);
+        }
+    });
+    says(&fails(1, &convert), &["plan.json", "target stock cannot hold the plan", "expanded"]);
+    says(&fails(2, &eval), &["none was given"]);
+    assert!(!out.exists());
+}
+
+/// A text that cannot be read is told before a calibration is looked at, let alone measured.
+#[test]
+fn texts_are_read_before_what_takes_long() {
+    let root = tempfile::tempdir().unwrap();
+    let (model, words) = (novels(), short_text(root.path()));
+    let [plan, file] = ["plan.json", "file"].map(|name| root.path().join(name));
+    let search = ["search", text(&model), "--kv", "0.5", "--method", "low-rank", "--out", text(&plan)];
+    json(&[&search[..], &["--calibration", &words, "--refit", "none"]].concat());
+    let compare = ["compare", text(&model), "--kv", "0.5"];
+    let eval = ["eval", text(&model), "--plan", text(&plan)];
+    for command in [&compare[..], &eval] {
+        let refused = |form: &str| {
+            let message = fails(1, &[command, &[form, text(&file), "--calibration", "never"]].concat());
+            assert!(!message.contains("never"), "{message}");
+            message
+        };
+        says(&refused("--text"), &["cannot read", text(&file)]);
+        fs::write(&file, "too short").unwrap();
+        says(&refused("--text"), &[text(&file), "one window takes 256"]);
+        fs::write(&file, u16::MAX.to_le_bytes().repeat(300)).unwrap();
+        says(&refused("--ids"), &[text(&file), "65535"]);
+        fs::remove_file(&file).unwrap();
+    }
+    let choices = ["--choices", text(&file), "--calibration", "never"];
+    says(&fails(1, &[&eval[..], &choices].concat()), &["cannot read", text(&file)]);
+}
+
+/// Only errors that somebody judges by are computed: squares of these weights overflow f32, not f64.
+#[test]
+fn compare_computes_what_is_asked_for() {
+    let root = tempfile::tempdir().unwrap();
+    let mut model = llama();
+    let tensor = model.tensor("model.layers.1.self_attn.v_proj.weight");
+    tensor.bytes[8..10].copy_from_slice(&half::bf16::from_f32(1e30).to_le_bytes());
+    model.write(root.path());
+    let compare = ["compare", text(root.path()), "--kv", "0.5", "--method"];
+    says(&fails(1, &[&compare[..], &["low-rank,gqa"]].concat()), &["keys and values of a layer"]);
+    let value = json(&[&compare[..], &["low-rank"]].concat());
+    assert_eq!(value["lines"].as_array().unwrap().len(), 1);
 }

@@ -159,7 +159,12 @@ fn what_is_no_moment_is_refused() {
                 ProcrustesPooler { ridge: 0.0, rounds: 2 }.pool(&heads, &partition).map(|_| ()),
             ];
             for result in refused {
-                assert!(matches!(result, Err(Error::NotFinite { .. })), "{i}: {result:?}");
+                // What overflows only in the end is found as such where keys are not rotated.
+                let overflows = i == 3 && matches!(result, Err(Error::NotFinite { .. }));
+                assert!(
+                    overflows || matches!(result, Err(Error::Moment { layer: None, .. })),
+                    "{i}: {result:?}"
+                );
             }
         }
         // The ridge makes up for a hair.

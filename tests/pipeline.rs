@@ -213,4 +213,21 @@ fn plans_that_contradict_themselves_are_refused() {
         "2 layers",
     );
     says(&|v| v["source"]["kv_heads"] = 0.into(), "0 KV heads");
+    // A refit runs on the text that the plan was made with; what files say is shown escaped and short.
+    let fingerprint = format!("sha256:{}", "0f".repeat(32));
+    let refit = |v: &mut serde_json::Value, name: &str| {
+        v["calibration"] = fingerprint.clone().into();
+        v["method"]["refit"] = name.into();
+    };
+    for known in ["none", "output", "full"] {
+        assert_eq!(check(&|v| refit(v, known)), Ok(()));
+    }
+    says(&|v| refit(v, "foo"), "no refit \"foo\"; known are none, output, full");
+    says(&|v| v["method"]["refit"] = "output".into(), "names no calibration");
+    assert_eq!(check(&|v| v["method"]["refit"] = "none".into()), Ok(()));
+    for wrong in ["\u{1b}[31mred", "sha256:00", &fingerprint.to_uppercase(), &fingerprint[7..]] {
+        says(&|v| v["calibration"] = wrong.into(), "64 hex digits");
+    }
+    let long = check(&|v| v["calibration"] = format!("\u{1b}{}", "x".repeat(9000)).into()).unwrap_err();
+    assert!(long.len() < 300 && long.contains("\\u{1b}") && !long.contains('\u{1b}'), "{long}");
 }

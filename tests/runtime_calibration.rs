@@ -11,7 +11,9 @@ use std::path::Path;
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
 use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate};
+use qcqa::runtime::{
+    Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate, pool_layers,
+};
 use qcqa::{
     FirstHead, FitnessFn, Front, KvPooler, LayerHeads, Limits, MeanPooler, Nsga2, Optimizer, Partition,
     Progress, Run, SearchSpace, WeightSharingError,
@@ -66,6 +68,35 @@ fn moments_come_back_from_their_file() {
     moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
     assert_eq!(Moments::read(&path, model.source()).unwrap(), moments);
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left");
+
+    // The same moments are the same bytes, whatever a hash map thinks of it.
+    let bytes = std::fs::read(&path).unwrap();
+    for _ in 0..16 {
+        moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
+        assert!(std::fs::read(&path).unwrap() == bytes);
+    }
+}
+
+/// What a pooler makes of a moment that is none is told of its layer.
+#[cfg(feature = "linalg")]
+#[test]
+fn a_moment_that_is_none_names_its_layer() {
+    let (root, checkpoint, model, _) = ready(6);
+    let path = root.path().join("moments.safetensors");
+    let good = Array2::<f64>::eye(25);
+    foreign(&path, &[9], &[good.clone(), good + 1e3 * corner()], None);
+    let moments = Moments::read(&path, model.source()).unwrap();
+    let groups = vec![Partition::one_group(6).unwrap(); 2];
+    let plan = models::plan(&checkpoint, &groups);
+    let pooler = qcqa::LowRankPooler::default();
+    let pool = pool_layers(&plan, &pooler, Some(&moments));
+    pool(0, &checkpoint.layer(0).unwrap()).unwrap();
+    let refused = pool(1, &checkpoint.layer(1).unwrap()).unwrap_err();
+    models::says(&refused.to_string(), &["layer 1", "no negative eigenvalue", "qcqa calibrate"]);
+    let windows = Windows::new((0..16).collect(), 8).unwrap();
+    let (source, moments) = (&model, Some(&moments));
+    let trial = Trial { checkpoint: &checkpoint, source, moments, pooler: &pooler, windows: &windows };
+    models::says(&trial.grouped(&groups).unwrap_err().to_string(), &["layer 1", "no negative eigenvalue"]);
 }
 
 /// Writes a file of moments as somebody else might.
@@ -106,6 +137,8 @@ fn moments_that_do_not_fit_are_refused() {
     models::says(&value((3, 4), 0.5), &["layers.1", "not symmetric"]);
     models::says(&value((3, 3), -0.5), &["layers.1", "negative diagonal"]);
     models::says(&value((24, 24), 2.0), &["layers.1", "end with 1"]);
+    let unseen = Array2::from_diag(&Array1::from_shape_fn(25, |i| f64::from(u8::from(i == 24))));
+    models::says(&error(&[9], &two(unseen), None), &["moments.safetensors", "layers.1", "0 for every input"]);
     models::says(&error(&[9], &two(Array2::eye(17)), None), &["another model", "width", "17", "25"]);
     models::says(&error(&[9], &two(Array2::zeros((25, 5))), None), &["layers.1", "[25, 25]", "[25, 5]"]);
     models::says(
@@ -315,7 +348,7 @@ fn moments_are_named_by_what_they_were_measured_on() {
         Moments::fingerprint_of(model.source(), &windows.clone().first(2)),
         Moments::fingerprint_of(stranger.source(), &windows),
     ];
-    assert!(names.iter().all(|other| other != name));
+    assert!(names.iter().all(|other| *other != name));
 
     // A file from elsewhere is named by its contents, and keeps the name.
     let layers = [Array2::eye(25), Array2::eye(25)];
@@ -335,13 +368,19 @@ fn moments_are_named_by_what_they_were_measured_on() {
 
     // A name that is none is refused, with the file.
     let bytes = std::fs::read(&path).unwrap();
-    let text = read.fingerprint().as_bytes();
-    let at = bytes.windows(text.len()).position(|w| w == text).unwrap();
-    let mut spoilt = bytes;
-    spoilt[at + 8] = b'Z';
-    std::fs::write(&path, spoilt).unwrap();
-    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
-    models::says(&message, &["moments.safetensors", "`calibration`", "64 hex digits"]);
+    let stored = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let digest = stored.tensor("calibration").unwrap();
+    assert_eq!((digest.dtype(), digest.shape()), (Dtype::U8, &[32][..]));
+    assert!(read.fingerprint().ends_with(&format!("{:02x}", digest.data()[31])));
+    for (dtype, shape) in [(Dtype::U8, vec![16]), (Dtype::U8, vec![2, 16]), (Dtype::I64, vec![4])] {
+        let length = shape.iter().product::<usize>() * if dtype == Dtype::I64 { 8 } else { 1 };
+        let wrong = TensorView::new(dtype, shape, &digest.data()[..length]).unwrap();
+        let others = stored.tensors().into_iter().filter(|(name, _)| name != "calibration");
+        let all = others.chain([("calibration".to_string(), wrong)]);
+        std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
+        let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+        models::says(&message, &["moments.safetensors", "tensor calibration", "U8 [32]"]);
+    }
 }
 
 /// One number beside the diagonal, and its mirror image.

@@ -10,11 +10,12 @@ use std::sync::Mutex;
 
 use approx::assert_relative_eq;
 use ndarray::{Array2, Array3};
-use qcqa::checkpoint::Checkpoint;
+use qcqa::checkpoint::{Checkpoint, WriteOptions};
 use qcqa::runtime::{
-    Choices, Evaluation, IdWidth, Model, Vocabulary, Windows, evaluate, evaluate_against, read_ids, read_text,
+    Choices, Evaluation, IdWidth, Model, Moments, RuntimeError, Vocabulary, Windows, evaluate,
+    evaluate_against, pool_layers, read_ids, read_text,
 };
-use qcqa::{MeanPooler, Partition, Progress, Run};
+use qcqa::{Error, MeanPooler, Partition, Progress, Run};
 use running::{calibration_text, evaluation_text, neighbours, novels, opened, runnable, windows};
 use safetensors::Dtype;
 
@@ -267,4 +268,40 @@ fn tokenizers_that_do_not_serve_are_named() {
     std::fs::copy(models::novels().join("tokenizer.json"), &tokenizer).unwrap();
     let words = Vocabulary::open(&checkpoint).unwrap();
     models::says(&words.encode("Hello").unwrap_err().to_string(), &["vocabulary of 16", "another model"]);
+}
+
+/// A layer that nothing enters: whatever were put in its place would seem to lose nothing.
+#[test]
+fn a_layer_without_inputs_is_refused() {
+    let mut silent = runnable("qwen2", Dtype::F32, 6, true);
+    silent.tensor("model.layers.1.input_layernorm.weight").bytes.fill(0);
+    let (root, checkpoint) = opened(&silent);
+    let model = Model::load(&checkpoint).unwrap();
+    let windows = Windows::new((0..32).map(|t| t * t % 11).collect(), 8).unwrap();
+    assert_eq!(windows.clone().first(0), windows.clone().first(1), "there is no empty text");
+    let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
+    let attach = |i: usize| moments.attach(i, checkpoint.layer(i).unwrap());
+    assert!(attach(0).is_ok());
+    assert!(matches!(attach(1), Err(Error::Moment { layer: Some(1), .. })));
+    models::says(&attach(1).unwrap_err().to_string(), &["layer 1", "0 for every input", "qcqa calibrate"]);
+    let path = root.path().join("moments.safetensors");
+    moments.write(&path, WriteOptions::default()).unwrap();
+    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+    models::says(&message, &["moments.safetensors", "layers.1", "0 for every input"]);
+}
+
+#[test]
+fn groups_that_do_not_belong_to_a_layer_are_refused() {
+    let (_root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, 6, true));
+    let model = Model::load(&checkpoint).unwrap();
+    let heads = checkpoint.layer(1).unwrap();
+    let plan = models::plan(&checkpoint, &[Partition::one_group(6).unwrap()]);
+    let pool = pool_layers(&plan, &MeanPooler, None);
+    let pooled = pool(0, &heads).unwrap();
+    assert!(matches!(pool(1, &heads), Err(Error::LayerCount { expected: 2, found: 1, .. })));
+
+    let fits = |partition: &Partition| model.with_pooled(1, &heads, partition, pooled.clone());
+    assert_eq!(fits(&Partition::one_group(6).unwrap()).unwrap().kv_heads(), [6, 1]);
+    let wrong = fits(&Partition::one_group(3).unwrap()).unwrap_err();
+    assert!(matches!(wrong, RuntimeError::Core(Error::PartitionSize { expected: 6, found: 3 })), "{wrong}");
 }

@@ -14,6 +14,7 @@ use super::shards::INDEX;
 use super::targets::Layout;
 use super::views::{HeadsOf, Job, Tensor};
 use super::{Checkpoint, CheckpointError, Target};
+use crate::error::shown;
 use crate::{KvPooler, Plan, PoolLayer, Run, kv_bytes_per_token};
 
 /// How to write.
@@ -128,15 +129,15 @@ pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Resu
 /// Checks that the plan was made for this checkpoint; the message names the field that differs.
 pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), CheckpointError> {
     let (planned, found) = (&plan.source, source.source()?);
-    let print = |fingerprint: &Option<String>| fingerprint.clone().unwrap_or_else(|| "none".to_string());
+    let print = |f: &Option<String>| f.as_deref().map_or("none".to_string(), shown);
     let fields = [
-        ("model_type", planned.model_type.clone(), found.model_type),
+        ("model_type", shown(&planned.model_type), shown(&found.model_type)),
         ("number of layers", planned.layers.to_string(), found.layers.to_string()),
         ("number of query heads", planned.query_heads.to_string(), found.query_heads.to_string()),
         ("number of KV heads", planned.kv_heads.to_string(), found.kv_heads.to_string()),
         ("head_dim", planned.head_dim.to_string(), found.head_dim.to_string()),
         ("hidden size", planned.hidden.to_string(), found.hidden.to_string()),
-        ("dtype", planned.dtype.clone(), found.dtype),
+        ("dtype", shown(&planned.dtype), shown(&found.dtype)),
         ("fingerprint of keys and values", print(&planned.fingerprint), print(&found.fingerprint)),
     ];
     match fields.into_iter().find(|(_, planned, found)| planned != found) {

@@ -9,9 +9,11 @@ use serde_json::{Value, json};
 use super::methods::PoolerName;
 use super::output::{bytes, percent, table};
 use super::search::kv_bytes;
-use super::{CliError, eval};
+use super::{CliError, Done, eval};
 use crate::checkpoint::Checkpoint;
-use crate::runtime::{self, Calibration, Refit, RuntimeError, evaluate_against, made_with, pool_layers};
+use crate::runtime::{
+    self, Calibration, Model, Refit, RuntimeError, Windows, evaluate_against, made_with, pool_layers,
+};
 use crate::{KvPooler, Plan, PoolLayer, Run};
 
 #[derive(Debug, Clone, Args)]
@@ -26,6 +28,14 @@ pub(super) struct CalibrationArgs {
 }
 
 impl CalibrationArgs {
+    /// What a command came to; what is no moment is told of this file.
+    pub(super) fn named(&self, done: Done) -> Done {
+        done.map_err(|error| match (error, &self.calibration) {
+            (error @ CliError::Moment(_), Some(path)) => about(path, error),
+            (error, _) => error,
+        })
+    }
+
     /// The calibration, where one is given.
     pub(super) fn open(
         &self,
@@ -38,7 +48,7 @@ impl CalibrationArgs {
         self.calibration.as_deref().map(open).transpose()
     }
 
-    /// The calibration that a plan was made with, where its pooler uses moments.
+    /// The calibration that a plan was made with, where its pooler uses moments: with a text where the plan refits.
     pub(super) fn of_plan(
         &self,
         plan: &Plan,
@@ -56,24 +66,27 @@ impl CalibrationArgs {
                 Calibration::of_plan(path, plan, checkpoint, self.calibration_windows, run).map(Some)
             }
         };
-        opened.map_err(|error| match (&error, &self.calibration) {
-            (RuntimeError::PlanCalibration { .. }, _) => {
-                CliError::Usage(format!("{}: {error}", plan_file.display()))
-            }
+        let calibration = opened.map_err(|error| match (&error, &self.calibration) {
+            (RuntimeError::PlanCalibration { .. }, _) => about(plan_file, CliError::Usage(error.to_string())),
             (_, Some(path)) => about(path, error),
             (_, None) => error.into(),
-        })
+        })?;
+        refit_text(plan, calibration.as_ref()).map_err(|e| about(plan_file, e))?;
+        Ok(calibration)
     }
 }
 
 /// An error that names the file.
-fn about(path: &Path, error: RuntimeError) -> CliError {
+pub(super) fn about(path: &Path, error: impl Into<CliError>) -> CliError {
     let name = path.display().to_string();
-    match CliError::from(error) {
-        CliError::Failed(message) if !message.contains(&name) => {
-            CliError::Failed(format!("{name}: {message}"))
-        }
-        error => error,
+    let named = |message: String| {
+        let known = message.starts_with(&format!("{name}:")) || message.contains(&format!(" {name}:"));
+        if known { message } else { format!("{name}: {message}") }
+    };
+    match error.into() {
+        CliError::Usage(message) => CliError::Usage(named(message)),
+        CliError::Failed(message) | CliError::Moment(message) => CliError::Failed(named(message)),
+        CliError::Interrupted => CliError::Interrupted,
     }
 }
 
@@ -108,6 +121,22 @@ pub(super) fn refit_of(
     }
 }
 
+/// What a plan asks to be fitted again, and on what; `None` where it asks for nothing.
+fn refit_text<'a>(
+    plan: &Plan,
+    calibration: Option<&'a Calibration>,
+) -> Result<Option<(Refit, &'a Model, &'a Windows)>, CliError> {
+    let level = plan.method.refit.as_deref().unwrap_or(Refit::None.name());
+    match (level.parse().map_err(CliError::Usage)?, calibration.and_then(Calibration::text)) {
+        (Refit::None, _) => Ok(None),
+        (refit, Some((source, windows))) => Ok(Some((refit, source, windows))),
+        (_, None) => Err(CliError::Usage(format!(
+            "the plan asks for the refit {level:?}, which runs the model on the text that it was calibrated on: give \
+             --calibration TEXT (moments do not suffice)"
+        ))),
+    }
+}
+
 /// What makes the shared heads of every layer of a plan: all that is evaluated and written comes from here.
 pub(super) fn pooling<'a>(
     checkpoint: &Checkpoint,
@@ -119,26 +148,29 @@ pub(super) fn pooling<'a>(
 ) -> Result<Box<PoolLayer<'a>>, CliError> {
     let moments = calibration.filter(|_| name.uses_moments()).map(Calibration::moments);
     let pool = pool_layers(plan, pooler, moments);
-    let Some(refit) = &plan.method.refit else { return Ok(pool) };
-    let level: Refit = refit.parse().map_err(|e| CliError::Usage(format!("the plan: {e}")))?;
-    let Some((source, windows)) = calibration.and_then(Calibration::text) else {
-        return Err(CliError::Usage(format!(
-            "the plan asks for the refit {refit:?}, which runs the model on the text that it was calibrated on: give \
-             --calibration TEXT (moments do not suffice)"
-        )));
-    };
+    let Some((level, source, windows)) = refit_text(plan, calibration)? else { return Ok(pool) };
     let groups: Vec<_> = plan.layers.iter().map(|layer| &layer.groups).collect();
     let heads = |i: usize| Ok(checkpoint.layer(i)?);
     let refitted = runtime::refit(source, &groups, &heads, &pool, windows, level, run)?;
     Ok(Box::new(move |i, _| Ok(refitted.layers[i].clone())))
 }
 
-/// What is lost without a calibration, where the pooler would use one.
-pub(super) fn note(pooler: PoolerName, calibration: Option<&Calibration>) -> Option<&'static str> {
-    (pooler.uses_moments() && calibration.is_none()).then_some(
-        "note: without --calibration FILE (a text, or moments) shared heads fit the weights alone; on novels-1m with \
-         neighbour groups at half the cache that was perplexity 36.3 instead of 29.1",
-    )
+/// What is lost without a calibration, where the pooler would use one, or that one was given for nothing.
+pub(super) fn note(
+    plan: &Plan,
+    pooler: PoolerName,
+    calibration: Option<&Calibration>,
+) -> Option<&'static str> {
+    match calibration {
+        None if pooler.uses_moments() => Some(
+            "note: without --calibration FILE (a text, or moments) shared heads fit the weights alone; on novels-1m with \
+             neighbour groups at half the cache that was perplexity 36.3 instead of 29.1",
+        ),
+        Some(_) if plan.calibration.is_none() => Some(
+            "note: the calibration had no part in this plan: use --method low-rank, or --pooler low-rank",
+        ),
+        _ => None,
+    }
 }
 
 /// The model before and after on the calibration text, as a table and as JSON; `None` without a text.

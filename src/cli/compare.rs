@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::calibrated::{CalibrationArgs, pooling, refit_of};
+use super::calibrated::{CalibrationArgs, RefitName, pooling, refit_of};
 use super::comparison::{Line, curves, layer_table, line_json, model_table, worst_gap};
 use super::eval::TextArgs;
 use super::methods::{AllocationName, MethodArgs, MethodName, OptimizerName, PoolerName};
@@ -13,7 +13,7 @@ use super::resolved::{Found, Resolved};
 use super::search::total_share;
 use super::{CliError, Done, fraction};
 use crate::checkpoint::Checkpoint;
-use crate::runtime::{Calibration, Evaluation, Model, evaluate_against};
+use crate::runtime::{Calibration, Evaluation, Model, Refit, Windows, evaluate_against};
 use crate::{FitnessFn, LayerPlan, Plan, Run, WeightSharingError};
 
 #[derive(Debug, Args)]
@@ -32,8 +32,11 @@ pub(super) struct CompareArgs {
     layer: Option<usize>,
     #[command(flatten)]
     options: MethodArgs,
+    /// What is fitted again after heads were merged, where the pooler is calibrated; full where there is a text
+    #[arg(long, value_enum, help_heading = "Calibration")]
+    refit: Option<RefitName>,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
     /// Draw perplexity over KV cache into this file (SVG)
@@ -46,7 +49,14 @@ struct Candidate {
     method: MethodName,
     optimizer: Option<OptimizerName>,
     options: MethodArgs,
+    refit: Option<Refit>,
     found: Found,
+}
+
+impl Candidate {
+    fn pooler(&self) -> PoolerName {
+        PoolerName::of(self.method, self.options.pooler)
+    }
 }
 
 /// What is compared unless said.
@@ -59,17 +69,37 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     if let Some(layer) = args.layer.filter(|&l| l >= layers) {
         return Err(CliError::Usage(format!("there is no layer {layer}: the model has {layers}, from 0")));
     }
-    let has_text = args.text.text.is_some() || args.text.ids.is_some();
-    if args.plot.is_some() && !has_text {
+    if args.plot.is_some() && !args.text.is_given() {
         return Err(CliError::Usage("--plot draws perplexity: it needs --text FILE".to_string()));
     }
+    let mut candidates = candidates(args);
+    let refits = matches!(args.refit, Some(RefitName::Output | RefitName::Full));
+    if refits && !(args.text.is_given() && candidates.iter().any(|c| c.pooler().uses_moments())) {
+        return Err(CliError::Usage(
+            "--refit shows in the perplexity of calibrated methods: it needs --text FILE, and --method low-rank or --pooler \
+             low-rank"
+                .to_string(),
+        ));
+    }
+    // What is given is read before what takes long.
+    let text = args.text.is_given().then(|| {
+        let source = Model::load(&checkpoint)?;
+        Ok::<_, CliError>((args.text.required(&checkpoint, &source)?, source))
+    });
+    let text = text.transpose()?;
     let calibration = args.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
-    let mut candidates = candidates(args);
+    for candidate in &mut candidates {
+        let asked = args.refit.filter(|_| candidate.pooler().uses_moments());
+        let refit = refit_of(asked, candidate.pooler(), calibration)?;
+        // Only what is evaluated is fitted again.
+        candidate.refit = refit.filter(|_| text.is_some());
+    }
     search(&checkpoint, calibration, &mut candidates, run)?;
     let mut lines = lines(&checkpoint, calibration, &candidates, args, run)?;
     let source =
-        if has_text { Some(evaluate(&checkpoint, calibration, args, &mut lines, run)?) } else { None };
+        text.map(|(windows, source)| evaluate(&checkpoint, calibration, &source, &windows, &mut lines, run));
+    let source = source.transpose()?;
     if let (Some(path), Some(source)) = (&args.plot, &source) {
         let title = format!("{}, before fine-tuning", args.model.display());
         plot::write(path, &plot::draw(&title, &curves(&lines, source))?)?;
@@ -91,7 +121,7 @@ fn candidates(args: &CompareArgs) -> Vec<Candidate> {
     let candidate = |method, optimizer: Option<OptimizerName>| {
         let optimizers = optimizer.map_or_else(|| vec![OptimizerName::Auto], |o| vec![o]);
         let options = MethodArgs { optimizer: optimizers, ..args.options.clone() };
-        Candidate { method, optimizer, options, found: Found::default() }
+        Candidate { method, optimizer, options, refit: None, found: Found::default() }
     };
     let low_rank = args.calibration.calibration.is_some().then_some(MethodName::LowRank);
     let methods: Vec<MethodName> = match args.method[..] {
@@ -110,11 +140,13 @@ fn search(
     candidates: &mut [Candidate],
     run: Run<'_>,
 ) -> Result<(), CliError> {
-    let layers = checkpoint.config().n_layers;
     let resolve = |c: &Candidate| Resolved::new(c.method, &c.options, None, checkpoint, calibration);
     let methods = candidates.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
     let mut fitness = Vec::new();
     let mut fronts = vec![Vec::new(); methods.len()];
+    // Low-rank sharing decodes layers itself.
+    let wse_counts = candidates.iter().any(|c| c.method != MethodName::LowRank);
+    let layers = if wse_counts { checkpoint.config().n_layers } else { 0 };
     for i in 0..layers {
         run.step("layers", i as u64, layers as u64)?;
         let heads = checkpoint.key_value(i)?;
@@ -146,7 +178,7 @@ fn lines(
     run: Run<'_>,
 ) -> Result<Vec<Line>, CliError> {
     let mut lines = Vec::new();
-    for Candidate { method, optimizer, options, found } in candidates {
+    for Candidate { method, optimizer, options, refit, found } in candidates {
         let budgets = if *method == MethodName::Mqa { &args.kv[..1] } else { &args.kv };
         let allocations = match (options.allocation, method) {
             (None, MethodName::QcqaAc) => AllocationName::OF_ERRORS.map(Some).to_vec(),
@@ -156,7 +188,6 @@ fn lines(
             let options = MethodArgs { allocation, ..options.clone() };
             let resolved = Resolved::new(*method, &options, None, checkpoint, calibration)?;
             let mut plan = resolved.plan(found, Some(kv), run)?;
-            let refit = refit_of(None, resolved.pooler(), calibration)?;
             plan.method.refit = refit.map(|refit| refit.name().to_string());
             let (gap, share) = (worst_gap(&plan), total_share(&plan, &found.fronts));
             lines.push(Line {
@@ -178,12 +209,11 @@ fn lines(
 fn evaluate(
     checkpoint: &Checkpoint,
     calibration: Option<&Calibration>,
-    args: &CompareArgs,
+    source: &Model,
+    windows: &Windows,
     lines: &mut [Line],
     run: Run<'_>,
 ) -> Result<Evaluation, CliError> {
-    let source = Model::load(checkpoint)?;
-    let windows = args.text.required(checkpoint, &source)?;
     let same = |a: &[LayerPlan], b: &[LayerPlan]| a.iter().map(|l| &l.groups).eq(b.iter().map(|l| &l.groups));
     let mut distinct: Vec<(PoolerName, Plan)> = Vec::new();
     let mut of_line = Vec::new();
@@ -208,7 +238,7 @@ fn evaluate(
             *model = model.with_pooled(i, &heads, &plan.layers[i].groups, pool(i, &heads)?)?;
         }
     }
-    let (before, after) = evaluate_against(&source, &models.iter().collect::<Vec<_>>(), &windows, run)?;
+    let (before, after) = evaluate_against(source, &models.iter().collect::<Vec<_>>(), windows, run)?;
     for (line, model) in lines.iter_mut().zip(of_line) {
         line.evaluation = after.get(model).cloned();
     }

@@ -53,7 +53,13 @@ impl Line {
             AllocationName::Uniform => String::new(),
             other => format!(" ({})", name_of(other)),
         };
-        format!("{}{}{allocation}", name_of(self.method), optimizer.unwrap_or_default())
+        let refit = self.plan.method.refit.as_ref().map(|refit| format!(" + {refit} refit"));
+        format!(
+            "{}{}{allocation}{}",
+            name_of(self.method),
+            optimizer.unwrap_or_default(),
+            refit.unwrap_or_default()
+        )
     }
 }
 
@@ -134,7 +140,8 @@ pub(super) fn line_json(checkpoint: &Checkpoint, line: &Line) -> Value {
     let layer = |l: &LayerPlan| json!({ "groups": l.groups, "error": l.error, "lower_bound": l.lower_bound });
     let mut json = json!({
         "method": name_of(line.method), "optimizer": line.optimizer.map(name_of),
-        "allocation": name_of(line.allocation), "pooler": line.plan.method.pooler, "asked": line.plan.budget.asked,
+        "allocation": name_of(line.allocation), "pooler": line.plan.method.pooler,
+        "refit": line.plan.method.refit, "asked": line.plan.budget.asked,
         "reached": line.plan.budget.reached, "kv_heads": line.plan.kv_heads(),
         "kv_bytes_per_token": kv_bytes(checkpoint, &line.plan).1,
         "error": line.plan.error(), "wse": is_wse(&line.plan).then(|| line.plan.error()), "share": line.share, "gap": line.gap,

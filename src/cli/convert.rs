@@ -3,12 +3,14 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::calibrated::{CalibrationArgs, before_and_after, pooling};
+use super::calibrated::{CalibrationArgs, about, before_and_after, pooling};
 use super::methods::{MethodName, PoolerName, name_of};
 use super::output::{Output, bytes, file_bytes};
 use super::search::searched;
 use super::{Asked, CliError, Done, Writing};
-use crate::checkpoint::{self, Checkpoint, WriteOptions, read_plan, targets};
+use crate::checkpoint::{self, Checkpoint, Target, WriteOptions, read_plan, targets};
+use crate::error::shown;
+use crate::runtime::Refit;
 use crate::{Plan, PoolLayer, Run};
 
 #[derive(Debug, Args)]
@@ -20,7 +22,7 @@ pub(super) struct ConvertArgs {
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -28,7 +30,7 @@ pub(super) struct ConvertArgs {
 #[derive(Debug, Args)]
 pub(super) struct CompressArgs {
     #[command(flatten)]
-    asked: Asked,
+    pub(super) asked: Asked,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -49,8 +51,8 @@ struct OutputArgs {
 
 pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.model)?;
-    let plan = read_plan(&args.plan)?;
-    let name = pooler_of(&plan, &args.plan)?;
+    let (plan, name) = plan_for(&checkpoint, &args.plan)?;
+    args.output.target()?.check(&plan).map_err(|e| about(&args.plan, e))?;
     args.output.check(&checkpoint)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, name, &checkpoint, run)?;
     let pooler = name.make();
@@ -79,17 +81,34 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     Ok(Output { text: text + &written, json })
 }
 
-/// The pooler that a plan names.
-pub(super) fn pooler_of(plan: &Plan, plan_file: &Path) -> Result<PoolerName, CliError> {
-    let name = &plan.method.pooler;
-    PoolerName::from_str(name, false).map_err(|_| {
-        let known: Vec<_> = PoolerName::value_variants().iter().map(|&p| name_of(p)).collect();
-        let (file, known) = (plan_file.display(), known.join(", "));
-        CliError::Usage(format!("{file}: there is no pooler {name:?}; known are {known}"))
-    })
+/// Reads a plan for this model, with the pooler that it names: what does not fit is found before anything is computed.
+pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<(Plan, PoolerName), CliError> {
+    let plan = read_plan(file)?;
+    checkpoint::same_source(checkpoint, &plan).map_err(|e| about(file, e))?;
+    let (name, refit) = (&plan.method.pooler, plan.method.refit.as_deref());
+    let names = |which: fn(PoolerName) -> bool| {
+        let names = PoolerName::value_variants().iter().filter(|&&p| which(p)).map(|&p| name_of(p));
+        names.collect::<Vec<_>>().join(", ")
+    };
+    let wrong = |rule: String| about(file, CliError::Usage(rule));
+    let pooler = PoolerName::from_str(name, false).map_err(|_| {
+        wrong(format!("there is no pooler \"{}\"; known are {}", shown(name), names(|_| true)))
+    })?;
+    match refit {
+        Some(refit) if refit != Refit::None.name() && !pooler.uses_moments() => Err(wrong(format!(
+            "the refit {refit:?} starts from calibrated heads, but the pooler is {name:?}; refits belong to {}",
+            names(PoolerName::uses_moments),
+        ))),
+        _ => Ok((plan, pooler)),
+    }
 }
 
 impl OutputArgs {
+    fn target(&self) -> Result<Box<dyn Target>, CliError> {
+        let unknown = || CliError::Usage(format!("there is no target {}", self.target));
+        targets::by_name(&self.target).ok_or_else(unknown)
+    }
+
     /// Checks the place for the output: better now than after everything is computed.
     fn check(&self, checkpoint: &Checkpoint) -> Result<(), CliError> {
         Ok(checkpoint::check_output(checkpoint, &self.out, self.writing.force)?)
@@ -105,8 +124,7 @@ fn write(
     run: Run<'_>,
 ) -> Result<(String, Value), CliError> {
     let Writing { force, dry_run } = args.writing;
-    let target = targets::by_name(&args.target)
-        .ok_or_else(|| CliError::Usage(format!("there is no target {}", args.target)))?;
+    let target = args.target()?;
     let options = WriteOptions { force, dry_run };
     let report = checkpoint::convert_with(checkpoint, plan, pool, target.as_ref(), &args.out, options, run)?;
     let done = if dry_run { "would be written to" } else { "written to" };

@@ -1,14 +1,15 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use serde_json::{Value, json};
 
-use super::calibrated::{CalibrationArgs, pooling};
-use super::convert::pooler_of;
+use super::calibrated::{CalibrationArgs, about, pooling};
+use super::convert::plan_for;
 use super::output::{Output, bytes, percent, table};
 use super::{CliError, Done, Writing};
 use crate::Run;
-use crate::checkpoint::{Checkpoint, WriteOptions, read_plan, write_whole};
+use crate::checkpoint::{Checkpoint, WriteOptions, write_whole};
 use crate::runtime::{
     Choices, Evaluation, IdWidth, Model, Moments, Vocabulary, Windows, evaluate, evaluate_against, read_ids,
     read_text,
@@ -32,14 +33,20 @@ impl TextArgs {
         checkpoint: &Checkpoint,
         model: &Model,
     ) -> Result<Option<Windows>, CliError> {
-        let tokens = match (&self.text, &self.ids) {
-            (Some(text), _) => Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?,
+        let (file, tokens) = match (&self.text, &self.ids) {
+            (Some(text), _) => (text, Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?),
             (None, Some(ids)) => {
-                read_ids(ids, IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary())?
+                let (width, vocabulary) = (IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary());
+                (ids, read_ids(ids, width, vocabulary).map_err(|e| about(ids, e))?)
             }
             (None, None) => return Ok(None),
         };
-        Ok(Some(Windows::new(tokens, model.window())?))
+        Windows::new(tokens, model.window()).map(Some).map_err(|e| about(file, e))
+    }
+
+    /// Whether there is a text.
+    pub(super) fn is_given(&self) -> bool {
+        self.text.is_some() || self.ids.is_some()
     }
 
     pub(super) fn required(&self, checkpoint: &Checkpoint, model: &Model) -> Result<Windows, CliError> {
@@ -61,7 +68,7 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "plan")]
     source: Option<PathBuf>,
     #[command(flatten)]
-    calibration: CalibrationArgs,
+    pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
     /// Multiple choice items, a line each: {"query": …, "choices": […], "gold": 0}
@@ -74,23 +81,27 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
         return Err(CliError::Usage("--calibration belongs to a plan: give --plan FILE, too".to_string()));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
+    // What is given is read before what takes long.
+    let plan = args.plan.as_ref().map(|path| Ok::<_, CliError>((path, plan_for(&checkpoint, path)?)));
+    let plan = plan.transpose()?;
+    let choices = args.choices.as_deref().map(Choices::read).transpose()?;
+    let loaded = Model::load(&checkpoint)?;
+    let text = args.choices.is_none() || args.text.is_given();
+    let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
-    let (model, source) = match (&args.plan, &args.source) {
-        (Some(path), _) => {
-            let plan = read_plan(path)?;
-            let name = pooler_of(&plan, path)?;
+    let (model, source) = match (plan, &args.source) {
+        (Some((path, (plan, name))), _) => {
             let calibration = args.calibration.of_plan(&plan, path, name, &checkpoint, run)?;
-            let (pooler, source) = (name.make(), Model::load(&checkpoint)?);
+            let pooler = name.make();
             let pool = pooling(&checkpoint, &plan, name, pooler.as_ref(), calibration.as_ref(), run)?;
-            (source.under(&checkpoint, &plan, &pool)?, Some(source))
+            (loaded.under(&checkpoint, &plan, &pool)?, Some(loaded))
         }
-        (None, Some(path)) => (Model::load(&checkpoint)?, Some(Model::load(&Checkpoint::open(path)?)?)),
-        (None, None) => (Model::load(&checkpoint)?, None),
+        (None, Some(path)) => (loaded, Some(Model::load(&Checkpoint::open(path)?)?)),
+        (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
     let mut json = json!({ "model": args.model, "plan": args.plan });
-    if args.choices.is_none() || args.text.text.is_some() || args.text.ids.is_some() {
-        let windows = args.text.required(&checkpoint, &model)?;
+    if let Some(windows) = windows {
         let (before, after) = match &source {
             Some(source) => {
                 let (before, after) = evaluate_against(source, &[&model], &windows, run)?;
@@ -108,8 +119,8 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let header =
         ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
     let mut text = if rows.is_empty() { String::new() } else { table(header, rows) };
-    if let Some(path) = &args.choices {
-        let score = Choices::read(path)?.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
+    if let Some(choices) = choices {
+        let score = choices.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
         let (accuracy, error) = (percent(score.accuracy), percent(score.standard_error));
         text += &format!("accuracy {accuracy} ± {error} on {} items\n", score.items);
         json["choices"] = json!({
@@ -156,7 +167,7 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     text: TextArgs,
     /// The most windows of the text to read
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     windows: usize,
     /// File of the moments
     #[arg(long, value_name = "FILE")]

@@ -116,11 +116,11 @@ pub fn main() -> ExitCode {
     let run = Run::new(cli.seed).with_observer(&watch);
     let done = match &cli.command {
         Command::Inspect(args) => inspect::inspect(args),
-        Command::Compare(args) => compare::compare(args, run),
-        Command::Search(args) => search::search(args, run),
-        Command::Convert(args) => convert::convert(args, run),
-        Command::Compress(args) => convert::compress(args, run),
-        Command::Eval(args) => eval::eval(args, run),
+        Command::Compare(args) => args.calibration.named(compare::compare(args, run)),
+        Command::Search(args) => args.asked.calibration.named(search::search(args, run)),
+        Command::Convert(args) => args.calibration.named(convert::convert(args, run)),
+        Command::Compress(args) => args.asked.calibration.named(convert::compress(args, run)),
+        Command::Eval(args) => args.calibration.named(eval::eval(args, run)),
         Command::Calibrate(args) => eval::calibrate(args, run),
     };
     watch.finish();
@@ -128,7 +128,7 @@ pub fn main() -> ExitCode {
         Ok(output) => output.print(cli.json),
         Err(CliError::Usage(message)) => output::failed(cli.json, &message, 2),
         Err(CliError::Interrupted) => output::failed(cli.json, "interrupted; nothing was written", 130),
-        Err(CliError::Failed(message)) => output::failed(cli.json, &message, 1),
+        Err(CliError::Moment(message) | CliError::Failed(message)) => output::failed(cli.json, &message, 1),
     }
 }
 
@@ -139,6 +139,8 @@ enum CliError {
     Usage(String),
     /// Ctrl-C, or a request to end.
     Interrupted,
+    /// The calibration holds what is no moment; the message does not name its file.
+    Moment(String),
     /// Something went wrong on the way.
     Failed(String),
 }
@@ -149,6 +151,7 @@ impl From<Error> for CliError {
     fn from(error: Error) -> Self {
         match error {
             Error::Cancelled => Self::Interrupted,
+            Error::Moment { .. } => Self::Moment(error.to_string()),
             Error::BudgetUnreachable { .. } => Self::Usage(error.to_string()),
             error => Self::Failed(error.to_string()),
         }

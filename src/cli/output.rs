@@ -25,10 +25,16 @@ impl Output {
     }
 }
 
-/// Says why a command failed, and leaves with this code.
+/// Says why a command failed, and leaves with this code. What files say may be part of the message: a terminal gets no
+/// control characters from there.
 pub(super) fn failed(json: bool, message: &str, code: u8) -> ExitCode {
+    let escaped = |c: char| match c {
+        '\n' | '\t' => c.to_string(),
+        _ if c.is_control() => c.escape_default().to_string(),
+        _ => c.to_string(),
+    };
     // Nowhere is left to report to when this fails.
-    let _ = writeln!(stderr(), "error: {message}");
+    let _ = writeln!(stderr(), "error: {}", message.chars().map(escaped).collect::<String>());
     if json {
         let _ = writeln!(stdout(), "{:#}", json!({ "error": message }));
     }

@@ -192,7 +192,7 @@ impl<'a> Resolved<'a> {
                 Some(calibration) => calibration.moments().attach(i, heads)?,
                 None => heads,
             };
-            let fitness = LowRankError::new(&heads)?;
+            let fitness = LowRankError::new(&heads).map_err(|e| e.of_layer(i))?;
             let mut front = self.front(&heads, &fitness, run.fork(i as u64))?;
             if equal {
                 let others = Search::Grouping(&UniformGqa);
@@ -249,7 +249,7 @@ impl<'a> Resolved<'a> {
             || self.pooler_name.uses_moments()
             || found.sensitivity.is_some();
         let calibration = self.calibration.filter(|_| counts);
-        plan.calibration = calibration.map(|c| c.moments().fingerprint().to_string());
+        plan.calibration = calibration.map(|c| c.moments().fingerprint());
         Ok(plan)
     }
 

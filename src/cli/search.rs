@@ -15,7 +15,7 @@ use crate::{Front, Plan, Run, kv_bytes_per_token};
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
     #[command(flatten)]
-    asked: Asked,
+    pub(super) asked: Asked,
     /// Search only what this target can hold
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(targets::NAMES))]
     target: Option<String>,
@@ -66,7 +66,8 @@ pub(super) fn searched(
     let mut plan = method.plan(&found, asked.kv, run)?;
     let pooler = method.pooler();
     plan.method.refit = refit_of(asked.refit, pooler, calibration)?.map(|refit| refit.name().to_string());
-    Ok(Searched { plan, fronts: found.fronts, pooler, note: note(pooler, calibration) })
+    let note = note(&plan, pooler, calibration);
+    Ok(Searched { plan, fronts: found.fronts, pooler, note })
 }
 
 impl Searched {

@@ -56,7 +56,7 @@ impl LowRankError {
     /// The error of a layer with its queries and outputs, under [`LowRankPooler::default`]'s ridge.
     ///
     /// # Errors
-    /// [`Error::NoQueries`] for a layer without queries and outputs, [`Error::NotFinite`] for a moment that is none.
+    /// [`Error::NoQueries`] for a layer without queries and outputs, [`Error::Moment`] for a moment that is none.
     pub fn new(heads: &LayerHeads) -> Result<Self> {
         Self::of(heads, LowRankPooler::default())
     }
@@ -139,7 +139,7 @@ impl LowRankError {
     /// What a group loses of its values and of its keys; `members` ascending.
     ///
     /// # Errors
-    /// [`Error::HeadOutOfRange`]; [`Error::NotFinite`] for a moment that is none.
+    /// [`Error::HeadOutOfRange`]; [`Error::Moment`] for a moment that is none.
     pub fn residuals(&self, members: &[usize]) -> Result<Residuals> {
         let n_heads = self.n_heads;
         if let Some(&head) = members.iter().find(|&&m| m >= n_heads) {

@@ -39,8 +39,8 @@ impl WeightSharingError {
     /// f64 throughout. Unit: squared keys and values.
     ///
     /// # Errors
-    /// [`Error::NoMoment`] when the layer carries none; [`Error::NotFinite`] when that is no second moment: some
-    /// squared distance would be negative.
+    /// [`Error::NoMoment`] when the layer carries none; [`Error::Moment`] when that is no second moment: some squared
+    /// distance would be negative.
     pub fn calibrated(heads: &LayerHeads) -> Result<Self> {
         let moment = heads.moment().ok_or(Error::NoMoment)?;
         let n = heads.n_heads();
@@ -60,7 +60,12 @@ impl WeightSharingError {
             if i == j || distance.abs() <= rounding { 0.0 } else { distance }
         };
         let distances = Array2::from_shape_fn((n, n), |(i, j)| distance((i.min(j), i.max(j))));
-        Self::from_distances(distances, energy)
+        Self::from_distances(distances, energy).map_err(|error| match error {
+            Error::NotFinite { .. } => {
+                Error::Moment { layer: None, rule: "makes squared distances of heads negative or infinite" }
+            }
+            error => error,
+        })
     }
 
     /// The WSE of heads of which only the squared distances D (H, H) and the energy `Σ_i ‖K_i‖² + ‖V_i‖²` are

@@ -20,7 +20,7 @@ impl Metric {
     /// text never showed still count a little. Inputs of a layer that carries none are taken as white.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] for what is no moment: not symmetric, with negative eigenvalues, or not 1 at the constant.
+    /// [`Error::Moment`] for what is no moment: not symmetric, with negative eigenvalues, or not 1 at the constant.
     pub(crate) fn new(heads: &LayerHeads, ridge: f64) -> Result<Self> {
         let second = heads.moment().map(|moment| {
             let d = moment.nrows() - 1;
@@ -99,5 +99,6 @@ fn is_moment(second: &Mat<f64>) -> bool {
 
 /// The error for what is no moment, however it shows.
 pub(crate) fn no_moment() -> Error {
-    Error::NotFinite { what: "input moment (finite, symmetric, not negative, 1 at the constant)".to_string() }
+    let rule = "must be finite and symmetric, have no negative eigenvalue, and be 1 at the constant";
+    Error::Moment { layer: None, rule }
 }

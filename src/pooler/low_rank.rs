@@ -14,7 +14,7 @@ use crate::{LayerHeads, Partition, PooledLayer, Result};
 ///
 /// # Errors
 /// [`Error::NoQueries`](crate::Error::NoQueries) for a layer without queries and outputs,
-/// [`Error::NotFinite`](crate::Error::NotFinite) for a moment that is none.
+/// [`Error::Moment`](crate::Error::Moment) for a moment that is none.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LowRankPooler {
     /// Added to the moment of every input, as a share of their mean square: keeps directions that a short calibration

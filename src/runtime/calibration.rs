@@ -1,10 +1,10 @@
-use std::fs::File;
-use std::io::Read;
+use std::fs;
 use std::path::Path;
 
-use super::{Model, Moments, RuntimeError, Vocabulary, Windows, read_text};
+use super::text::utf8;
+use super::{Model, Moments, RuntimeError, Vocabulary, Windows};
 use crate::checkpoint::Checkpoint;
-use crate::{KvPooler, LayerHeads, Plan, PoolLayer, Run};
+use crate::{Error, KvPooler, LayerHeads, Plan, PoolLayer, Run};
 
 /// The longest header of a safetensors file.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -24,11 +24,11 @@ enum Given {
 }
 
 impl Calibration {
-    /// Opens a file: moments, recognised by the header of a safetensors file, or a text, of which the first
+    /// Opens a file or a pipe: moments, recognised by the header of a safetensors file, or a text, of which the first
     /// `most_windows` windows are read. Progress is stage `"calibrate"`.
     ///
     /// # Errors
-    /// As [`Moments::read`], or as [`read_text`], [`Vocabulary::encode`], [`Model::load`] and [`Moments::measure`].
+    /// As [`Moments::read`], or as [`read_text`](super::read_text), [`Vocabulary::encode`], [`Model::load`] and [`Moments::measure`].
     pub fn open(
         path: &Path,
         checkpoint: &Checkpoint,
@@ -67,11 +67,12 @@ impl Calibration {
 
 impl Given {
     fn open(path: &Path, checkpoint: &Checkpoint, most_windows: usize) -> Result<Self, RuntimeError> {
-        if holds_moments(path).map_err(|e| RuntimeError::io("read", path, e))? {
-            return Ok(Self::Moments(Moments::read(path, &checkpoint.source()?)?));
+        // Once: what a pipe has given it does not give again.
+        let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
+        if are_moments(&bytes) {
+            return Ok(Self::Moments(Moments::from_bytes(path, &bytes, &checkpoint.source()?)?));
         }
-        let text = read_text(path)?;
-        let tokens = Vocabulary::open(checkpoint)?.encode(&text)?;
+        let tokens = Vocabulary::open(checkpoint)?.encode(&utf8(path, bytes)?)?;
         let model = Model::load(checkpoint)?;
         let windows = Windows::new(tokens, model.window())?.first(most_windows);
         Ok(Self::Text(Box::new(model), windows))
@@ -79,7 +80,7 @@ impl Given {
 
     fn fingerprint(&self) -> String {
         match self {
-            Self::Moments(moments) => moments.fingerprint().to_string(),
+            Self::Moments(moments) => moments.fingerprint(),
             Self::Text(model, windows) => Moments::fingerprint_of(model.source(), windows),
         }
     }
@@ -105,26 +106,28 @@ pub fn made_with(plan: &Plan, found: Option<String>) -> Result<(), RuntimeError>
 }
 
 /// What makes the shared heads of each layer of a plan by a pooler, under the moments where there are any: for
-/// [`convert_with`](crate::checkpoint::convert_with) and [`Model::planned_with`].
+/// [`convert_with`](crate::checkpoint::convert_with) and [`Model::planned_with`]. Beyond the layers of the plan it reports
+/// [`Error::LayerCount`]; an [`Error::Moment`] names its layer.
 pub fn pool_layers<'a>(
     plan: &'a Plan,
     pooler: &'a dyn KvPooler,
     moments: Option<&'a Moments>,
 ) -> Box<PoolLayer<'a>> {
     Box::new(move |i: usize, heads: &LayerHeads| {
-        let groups = &plan.layers[i].groups;
-        match moments {
+        let (expected, found) = (i + 1, plan.layers.len());
+        let missing = Error::LayerCount { what: "layers of the plan", expected, found };
+        let groups = &plan.layers.get(i).ok_or(missing)?.groups;
+        let pooled = match moments {
             Some(moments) => pooler.pool(&moments.attach(i, heads.clone())?, groups),
             None => pooler.pool(heads, groups),
-        }
+        };
+        pooled.map_err(|e| e.of_layer(i))
     })
 }
 
 /// Whether a file begins as safetensors do: eight bytes with the length of a header, then its brace. As text those
 /// eight bytes would hold at least four zeros.
-fn holds_moments(path: &Path) -> std::io::Result<bool> {
-    let mut start = Vec::new();
-    File::open(path)?.take(9).read_to_end(&mut start)?;
-    let header = start.split_first_chunk::<8>().filter(|(_, rest)| *rest == b"{");
-    Ok(header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER))
+fn are_moments(bytes: &[u8]) -> bool {
+    let header = bytes.split_first_chunk::<8>().filter(|(_, rest)| rest.first() == Some(&b'{'));
+    header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER)
 }

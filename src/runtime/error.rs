@@ -111,7 +111,7 @@ pub enum RuntimeError {
         found: String,
     },
     /// A matrix that is no second moment.
-    #[error("{}: tensor {tensor} {rule}", path.display())]
+    #[error("{}: tensor {tensor} {rule}; make it again with `qcqa calibrate`", path.display())]
     MomentsValue {
         /// The file.
         path: PathBuf,
@@ -132,20 +132,8 @@ pub enum RuntimeError {
         /// Of the moments.
         found: String,
     },
-    /// The fingerprint that a file of moments gives itself is none.
-    #[error(
-        "{}: the metadata `calibration` must be `sha256:` and 64 hex digits, found {found:?}; remove it, or make the \
-         file again with `qcqa calibrate`",
-        path.display()
-    )]
-    MomentsFingerprint {
-        /// The file.
-        path: PathBuf,
-        /// What is there, its beginning.
-        found: String,
-    },
     /// A plan and the calibration given with it do not belong together.
-    #[error("the plan was made {}; {}", made_with(expected, found), way_out(expected, found))]
+    #[error("the plan was made {}; {}", made_from(expected, found), way_out(expected, found))]
     PlanCalibration {
         /// Fingerprint of the calibration that the plan was made with; `None` for weights alone.
         expected: Option<String>,
@@ -163,7 +151,7 @@ pub enum RuntimeError {
     Core(#[from] crate::Error),
 }
 
-fn made_with(expected: &Option<String>, found: &Option<String>) -> String {
+fn made_from(expected: &Option<String>, found: &Option<String>) -> String {
     match (expected, found) {
         (Some(expected), Some(found)) => format!("with the calibration {expected}, but {found} was given"),
         (Some(expected), None) => format!("with the calibration {expected}, but none was given"),

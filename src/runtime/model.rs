@@ -139,12 +139,14 @@ impl Model {
         partition: &Partition,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
-        self.with_pooled(layer, heads, partition, pooler.pool(heads, partition)?)
+        let pooled = pooler.pool(heads, partition).map_err(|e| e.of_layer(layer))?;
+        self.with_pooled(layer, heads, partition, pooled)
     }
 
     /// The same with shared heads that are already there.
     ///
     /// # Errors
+    /// [`Error::PartitionSize`](crate::Error::PartitionSize) for a partition of another number of heads;
     /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow); as [`PooledLayer::check`].
     ///
     /// # Panics
@@ -156,6 +158,10 @@ impl Model {
         partition: &Partition,
         pooled: PooledLayer,
     ) -> Result<Self, RuntimeError> {
+        let (expected, found) = (heads.n_heads(), partition.n_heads());
+        if expected != found {
+            return Err(crate::Error::PartitionSize { expected, found }.into());
+        }
         pooled.check(heads, partition.n_groups())?;
         let pooled = rounded(pooled, self.dtype, layer)?;
         let mut model = self.clone();

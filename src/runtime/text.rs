@@ -51,7 +51,11 @@ impl Vocabulary {
 /// # Errors
 /// [`RuntimeError::Io`], [`RuntimeError::NotUtf8`].
 pub fn read_text(path: &Path) -> Result<String, RuntimeError> {
-    let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
+    utf8(path, fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?)
+}
+
+/// The text of a file that was read already.
+pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         RuntimeError::NotUtf8 { path: path.to_path_buf(), at }
@@ -125,7 +129,7 @@ impl Windows {
         Ok(Self { tokens, length })
     }
 
-    /// The first `n` windows, or all where there are fewer.
+    /// The first `n` windows, or all where there are fewer; the first one also for n = 0, as there is no empty text.
     pub fn first(mut self, n: usize) -> Self {
         self.tokens.truncate(n.max(1).saturating_mul(self.length));
         self
