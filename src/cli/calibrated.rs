@@ -7,9 +7,8 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::methods::PoolerName;
-use super::output::{bytes, percent, table};
-use super::search::kv_bytes;
-use super::{CliError, Done, eval};
+use super::output::{bytes, evaluation_json, kv_bytes, percent, table};
+use super::{CliError, Done, about};
 use crate::checkpoint::Checkpoint;
 use crate::runtime::{
     self, Calibration, Model, Refit, RuntimeError, Windows, evaluate_against, made_with, pool_layers,
@@ -73,20 +72,6 @@ impl CalibrationArgs {
         })?;
         refit_text(plan, calibration.as_ref()).map_err(|e| about(plan_file, e))?;
         Ok(calibration)
-    }
-}
-
-/// An error that names the file.
-pub(super) fn about(path: &Path, error: impl Into<CliError>) -> CliError {
-    let name = path.display().to_string();
-    let named = |message: String| {
-        let known = message.starts_with(&format!("{name}:")) || message.contains(&format!(" {name}:"));
-        if known { message } else { format!("{name}: {message}") }
-    };
-    match error.into() {
-        CliError::Usage(message) => CliError::Usage(named(message)),
-        CliError::Failed(message) | CliError::Moment(message) => CliError::Failed(named(message)),
-        CliError::Interrupted => CliError::Interrupted,
     }
 }
 
@@ -204,7 +189,7 @@ pub(super) fn before_and_after(
         ],
     ];
     let header = ["on the calibration text", "perplexity", "KL to source", "same top token", "KV a token"];
-    let mut json = eval::evaluation_json(after);
+    let mut json = evaluation_json(after);
     json["source_perplexity"] = json!(before.perplexity());
     Ok(Some((table(header, rows), json)))
 }

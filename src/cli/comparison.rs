@@ -2,11 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::eval::{evaluation_json, merge};
 use super::methods::{AllocationName, MethodName, OptimizerName, PoolerName, name_of};
-use super::output::{bytes, group_counts, percent, table};
+use super::output::{bytes, evaluation_json, gap, group_counts, is_wse, kv_bytes, merge, percent, table};
 use super::plot::Curve;
-use super::search::{gap, is_wse, kv_bytes};
 use crate::checkpoint::Checkpoint;
 use crate::runtime::Evaluation;
 use crate::{LayerPlan, Plan};

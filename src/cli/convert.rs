@@ -1,16 +1,14 @@
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
-use super::calibrated::{CalibrationArgs, about, before_and_after, pooling};
-use super::methods::{MethodName, PoolerName, name_of};
+use super::calibrated::{CalibrationArgs, before_and_after, pooling};
+use super::methods::{MethodName, plan_for};
 use super::output::{Output, bytes, file_bytes};
 use super::search::searched;
-use super::{Asked, CliError, Done, Writing};
-use crate::checkpoint::{self, Checkpoint, Target, WriteOptions, read_plan, targets};
-use crate::error::shown;
-use crate::runtime::Refit;
+use super::{Asked, CliError, Done, Writing, about};
+use crate::checkpoint::{self, Checkpoint, Target, WriteOptions, targets};
 use crate::{Plan, PoolLayer, Run};
 
 #[derive(Debug, Args)]
@@ -79,28 +77,6 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     }
     json["output"] = output;
     Ok(Output { text: text + &written, json })
-}
-
-/// Reads a plan for this model, with the pooler that it names: what does not fit is found before anything is computed.
-pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<(Plan, PoolerName), CliError> {
-    let plan = read_plan(file)?;
-    checkpoint::same_source(checkpoint, &plan).map_err(|e| about(file, e))?;
-    let (name, refit) = (&plan.method.pooler, plan.method.refit.as_deref());
-    let names = |which: fn(PoolerName) -> bool| {
-        let names = PoolerName::value_variants().iter().filter(|&&p| which(p)).map(|&p| name_of(p));
-        names.collect::<Vec<_>>().join(", ")
-    };
-    let wrong = |rule: String| about(file, CliError::Usage(rule));
-    let pooler = PoolerName::from_str(name, false).map_err(|_| {
-        wrong(format!("there is no pooler \"{}\"; known are {}", shown(name), names(|_| true)))
-    })?;
-    match refit {
-        Some(refit) if refit != Refit::None.name() && !pooler.uses_moments() => Err(wrong(format!(
-            "the refit {refit:?} starts from calibrated heads, but the pooler is {name:?}; refits belong to {}",
-            names(PoolerName::uses_moments),
-        ))),
-        _ => Ok((plan, pooler)),
-    }
 }
 
 impl OutputArgs {

@@ -2,12 +2,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::calibrated::{CalibrationArgs, about, pooling};
-use super::convert::plan_for;
-use super::output::{Output, bytes, percent, table};
-use super::{CliError, Done, Writing};
+use super::calibrated::{CalibrationArgs, pooling};
+use super::methods::plan_for;
+use super::output::{Output, bytes, evaluation_json, merge, percent, table};
+use super::{CliError, Done, Writing, about};
 use crate::Run;
 use crate::checkpoint::{Checkpoint, WriteOptions, write_whole};
 use crate::runtime::{
@@ -140,23 +140,6 @@ fn row(name: &str, evaluation: &Evaluation) -> [String; 7] {
         format!("{:.0}", evaluation.tokens_per_second),
         bytes(evaluation.kv_bytes_per_token as u64),
     ]
-}
-
-/// The fields of an evaluation.
-pub(super) fn evaluation_json(evaluation: &Evaluation) -> Value {
-    json!({
-        "perplexity": evaluation.perplexity(), "loss": evaluation.loss, "tokens": evaluation.tokens,
-        "windows": evaluation.windows, "tokens_per_second": evaluation.tokens_per_second,
-        "runtime_kv_bytes_per_token": evaluation.kv_bytes_per_token,
-        "kl": evaluation.divergence.map(|d| d.kl), "same_top": evaluation.divergence.map(|d| d.same_top),
-    })
-}
-
-/// Puts the fields of one object into another.
-pub(super) fn merge(into: &mut Value, fields: Value) {
-    if let (Value::Object(into), Value::Object(fields)) = (into, fields) {
-        into.extend(fields);
-    }
 }
 
 #[derive(Debug, Args)]

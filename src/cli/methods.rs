@@ -1,8 +1,14 @@
 //! Names of methods and of their parts, as the command line and plans use them.
 
+use std::path::Path;
+
 use clap::{Args, ValueEnum};
 
-use crate::{FirstHead, KvPooler, LowRankPooler, MeanPooler, ProcrustesPooler};
+use super::{CliError, about};
+use crate::checkpoint::{self, Checkpoint, read_plan};
+use crate::error::shown;
+use crate::runtime::Refit;
+use crate::{FirstHead, KvPooler, LowRankPooler, MeanPooler, Plan, ProcrustesPooler};
 
 /// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
 #[derive(Debug, Clone, Args)]
@@ -132,4 +138,26 @@ impl PoolerName {
 /// The name that the command line and plans use.
 pub(super) fn name_of(value: impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
+}
+
+/// Reads a plan for this model, with the pooler that it names: what does not fit is found before anything is computed.
+pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<(Plan, PoolerName), CliError> {
+    let plan = read_plan(file)?;
+    checkpoint::same_source(checkpoint, &plan).map_err(|e| about(file, e))?;
+    let (name, refit) = (&plan.method.pooler, plan.method.refit.as_deref());
+    let names = |which: fn(PoolerName) -> bool| {
+        let names = PoolerName::value_variants().iter().filter(|&&p| which(p)).map(|&p| name_of(p));
+        names.collect::<Vec<_>>().join(", ")
+    };
+    let wrong = |rule: String| about(file, CliError::Usage(rule));
+    let pooler = PoolerName::from_str(name, false).map_err(|_| {
+        wrong(format!("there is no pooler \"{}\"; known are {}", shown(name), names(|_| true)))
+    })?;
+    match refit {
+        Some(refit) if refit != Refit::None.name() && !pooler.uses_moments() => Err(wrong(format!(
+            "the refit {refit:?} starts from calibrated heads, but the pooler is {name:?}; refits belong to {}",
+            names(PoolerName::uses_moments),
+        ))),
+        _ => Ok((plan, pooler)),
+    }
 }

@@ -16,7 +16,7 @@ mod progress;
 mod resolved;
 mod search;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -146,6 +146,20 @@ enum CliError {
 }
 
 type Done = Result<Output, CliError>;
+
+/// An error that names the file.
+fn about(path: &Path, error: impl Into<CliError>) -> CliError {
+    let name = path.display().to_string();
+    let named = |message: String| {
+        let known = message.starts_with(&format!("{name}:")) || message.contains(&format!(" {name}:"));
+        if known { message } else { format!("{name}: {message}") }
+    };
+    match error.into() {
+        CliError::Usage(message) => CliError::Usage(named(message)),
+        CliError::Failed(message) | CliError::Moment(message) => CliError::Failed(named(message)),
+        CliError::Interrupted => CliError::Interrupted,
+    }
+}
 
 impl From<Error> for CliError {
     fn from(error: Error) -> Self {

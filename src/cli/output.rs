@@ -7,6 +7,10 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanBytes};
 use serde_json::{Value, json};
 
+use crate::checkpoint::Checkpoint;
+use crate::runtime::Evaluation;
+use crate::{Front, Plan, kv_bytes_per_token};
+
 /// The result of a command in both forms.
 #[derive(Debug)]
 pub(super) struct Output {
@@ -79,4 +83,47 @@ pub(super) fn group_counts(ks: &[usize]) -> String {
         n => format!("{}×{n}", run[0]),
     });
     runs.collect::<Vec<_>>().join(" ")
+}
+
+/// The fields of an evaluation.
+pub(super) fn evaluation_json(evaluation: &Evaluation) -> Value {
+    json!({
+        "perplexity": evaluation.perplexity(), "loss": evaluation.loss, "tokens": evaluation.tokens,
+        "windows": evaluation.windows, "tokens_per_second": evaluation.tokens_per_second,
+        "runtime_kv_bytes_per_token": evaluation.kv_bytes_per_token,
+        "kl": evaluation.divergence.map(|d| d.kl), "same_top": evaluation.divergence.map(|d| d.same_top),
+    })
+}
+
+/// Puts the fields of one object into another.
+pub(super) fn merge(into: &mut Value, fields: Value) {
+    if let (Value::Object(into), Value::Object(fields)) = (into, fields) {
+        into.extend(fields);
+    }
+}
+
+/// Whether the errors of a plan are weight-sharing errors.
+pub(super) fn is_wse(plan: &Plan) -> bool {
+    plan.method.fitness == "wse"
+}
+
+/// KV cache of the source and of the plan, bytes a token.
+pub(super) fn kv_bytes(checkpoint: &Checkpoint, plan: &Plan) -> (usize, usize) {
+    let config = checkpoint.config();
+    let bytes = |heads| kv_bytes_per_token(heads, config.head_dim, checkpoint.dtype().bytes());
+    (bytes(config.n_layers * config.kv_heads), bytes(plan.kv_heads()))
+}
+
+/// The summed error as a share of the summed energy.
+pub(super) fn total_share(plan: &Plan, fronts: &[Front]) -> Option<f64> {
+    share(plan.error(), fronts.iter().map(Front::energy).sum())
+}
+
+pub(super) fn share(error: f64, energy: Option<f64>) -> Option<f64> {
+    energy.filter(|e| *e > 0.0).map(|energy| error / energy)
+}
+
+/// How far an error may be above the optimum: 0 where it is known to be optimal.
+pub(super) fn gap(gap: f64) -> String {
+    if gap < 1e-9 { "0".to_string() } else { format!("{:.2}%", 100.0 * gap) }
 }

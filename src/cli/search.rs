@@ -5,12 +5,12 @@ use serde_json::{Value, json};
 
 use super::calibrated::{note, refit_of};
 use super::methods::{MethodName, PoolerName};
-use super::output::{Output, bytes, percent, table};
+use super::output::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
 use super::resolved::Resolved;
 use super::{Asked, CliError, Done, Writing};
 use crate::checkpoint::{Checkpoint, WriteOptions, targets, write_plan, write_whole};
 use crate::runtime::Calibration;
-use crate::{Front, Plan, Run, kv_bytes_per_token};
+use crate::{Front, Plan, Run};
 
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
@@ -116,30 +116,4 @@ impl Searched {
             "note": self.note,
         })
     }
-}
-
-/// Whether the errors of a plan are weight-sharing errors.
-pub(super) fn is_wse(plan: &Plan) -> bool {
-    plan.method.fitness == "wse"
-}
-
-/// KV cache of the source and of the plan, bytes a token.
-pub(super) fn kv_bytes(checkpoint: &Checkpoint, plan: &Plan) -> (usize, usize) {
-    let config = checkpoint.config();
-    let bytes = |heads| kv_bytes_per_token(heads, config.head_dim, checkpoint.dtype().bytes());
-    (bytes(config.n_layers * config.kv_heads), bytes(plan.kv_heads()))
-}
-
-/// The summed error as a share of the summed energy.
-pub(super) fn total_share(plan: &Plan, fronts: &[Front]) -> Option<f64> {
-    share(plan.error(), fronts.iter().map(Front::energy).sum())
-}
-
-fn share(error: f64, energy: Option<f64>) -> Option<f64> {
-    energy.filter(|e| *e > 0.0).map(|energy| error / energy)
-}
-
-/// How far an error may be above the optimum: 0 where it is known to be optimal.
-pub(super) fn gap(gap: f64) -> String {
-    if gap < 1e-9 { "0".to_string() } else { format!("{:.2}%", 100.0 * gap) }
 }

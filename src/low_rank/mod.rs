@@ -44,7 +44,9 @@ pub(crate) fn values(heads: &LayerHeads, metric: &Metric) -> Result<Stack> {
         let product = columns.t().dot(&columns);
         Mat::from_fn(h, h, |i, j| product[[i, j]])
     };
-    Stack::new(rows, weighted, (0..n).map(readers).collect(), "output projection")
+    Stack::new(rows, weighted, (0..n).map(readers).collect(), || Error::NotFinite {
+        what: "output projection".to_string(),
+    })
 }
 
 /// The keys of a layer, in the parts that may turn differently.
@@ -83,7 +85,7 @@ pub(crate) fn keys(heads: &LayerHeads, metric: &Metric) -> Result<Keys> {
                 sum + seen.subrows(at, part) * queries.subrows(at, part).transpose()
             })
         };
-        Stack::new(rows, weighted, (0..n).map(readers).collect(), "input moment")
+        Stack::new(rows, weighted, (0..n).map(readers).collect(), no_moment)
     });
     Ok(Keys { rotated, unrotated: unrotated.transpose()? })
 }

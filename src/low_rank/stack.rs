@@ -32,17 +32,16 @@ pub(crate) struct Fit {
 }
 
 impl Stack {
-    /// `readers` holds `R_iᵀ R_i` for each head; `what` names them should they not be finite.
+    /// `readers` holds `R_iᵀ R_i` for each head; `unread` is what to say should they not be finite.
     pub(crate) fn new(
         rows: Mat<f64>,
         weighted: Mat<f64>,
         readers: Vec<Mat<f64>>,
-        what: &str,
+        unread: impl Fn() -> Error,
     ) -> Result<Self> {
         let block = readers.first().map_or(0, Mat::nrows);
         let root = |reader: Mat<f64>| {
-            let unread = || Error::NotFinite { what: what.to_string() };
-            let (values, vectors) = eigen(reader.as_ref()).ok_or_else(unread)?;
+            let (values, vectors) = eigen(reader.as_ref()).ok_or_else(&unread)?;
             Ok(Mat::from_fn(block, block, |i, j| values[i].max(0.0).sqrt() * vectors[(j, i)]))
         };
         let roots = readers.into_iter().map(root).collect::<Result<_>>()?;
