@@ -1,6 +1,6 @@
-//! The parts of the main road: reading a layer into distances, and the paper's search.
+//! The parts of the main road: reading a layer into distances, the paper's search, low-rank sharing.
 //!
-//! `cargo bench --features rayon --bench spine`
+//! `cargo bench --features rayon,linalg --bench spine`
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array3;
@@ -8,8 +8,9 @@ use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::StandardNormal;
 use qcqa::{Allocator, Front};
 use qcqa::{
-    CostScale, LayerCosts, LayerHeads, LayerSelection, Limits, Nsga2, Optimizer, Projection, Run,
-    SearchSpace, UniformAllocation, WeightSharingError, squared_distances,
+    CostScale, KvPooler, LayerCosts, LayerHeads, LayerSelection, Limits, LowRankError, LowRankPooler, Nsga2,
+    Optimizer, Projection, Rotation, Run, SearchSpace, UniformAllocation, Ward, WeightSharingError,
+    squared_distances,
 };
 use std::hint::black_box;
 
@@ -78,5 +79,26 @@ fn allocation(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, distances, search, allocation);
+/// A layer of a model of 12 heads, weights alone: what the errors of all pairs take, the front of all k, and pooling.
+fn low_rank(c: &mut Criterion) {
+    let queries = layer(12, 32, 384);
+    let output = Array3::random((12, 384, 32), StandardNormal);
+    let heads = layer(12, 32, 384).with_queries(queries.key().clone(), output).expect("fitting shapes");
+    let heads = heads.with_rotation(Rotation::HalfSplit { dims: 32 }).expect("an even number");
+    let fitness = LowRankError::new(&heads).expect("queries and outputs");
+    let space = SearchSpace::equal();
+    let front = Ward::default().optimize(&fitness, &space, Run::new(0)).expect("a front");
+    let half = &front.get(6).expect("six groups").partition;
+    let mut group = c.benchmark_group("low-rank, layer of 12 heads, 32 x 384");
+    group.sample_size(10);
+    group.bench_function("errors of pairs", |b| b.iter(|| LowRankError::new(black_box(&heads))));
+    group.bench_function("errors and front of equal groups", |b| {
+        // Groups are remembered: a new one each time.
+        b.iter(|| Ward::default().optimize(&LowRankError::new(&heads)?, &space, Run::new(0)))
+    });
+    group.bench_function("pooling into 6", |b| b.iter(|| LowRankPooler::default().pool(&heads, half)));
+    group.finish();
+}
+
+criterion_group!(benches, distances, search, allocation, low_rank);
 criterion_main!(benches);
