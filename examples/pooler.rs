@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     let partition = Partition::from_groups(6, &[vec![0, 2, 4], vec![1, 3, 5]])?;
     for pooler in [&MeanPooler as &dyn KvPooler, &Medoid] {
         let pooled = pooler.pool(&heads, &partition)?;
-        pooled.check(&heads, partition.n_groups())?;
+        pooled.check(&heads, &partition)?;
         println!("{pooler:?}: first row of each shared key");
         for key in pooled.key.weight().outer_iter() {
             println!("  {:.2}", key.row(0));

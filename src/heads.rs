@@ -293,12 +293,17 @@ pub struct PooledLayer {
 }
 
 impl PooledLayer {
-    /// Checks that this is what `heads` may become with k groups.
+    /// Checks that this is what `heads` may become under a partition.
     ///
     /// # Errors
-    /// [`Error::Shape`] naming the tensor, [`Error::NotFinite`].
-    pub fn check(&self, heads: &LayerHeads, k: usize) -> Result<()> {
-        let (_, h, d) = heads.key.weight.dim();
+    /// [`Error::PartitionSize`] for a partition of another number of heads, [`Error::Shape`] naming the tensor,
+    /// [`Error::NotFinite`].
+    pub fn check(&self, heads: &LayerHeads, partition: &Partition) -> Result<()> {
+        let (n_heads, h, d) = heads.key.weight.dim();
+        if partition.n_heads() != n_heads {
+            return Err(Error::PartitionSize { expected: n_heads, found: partition.n_heads() });
+        }
+        let k = partition.n_groups();
         for (what, pooled, source) in
             [("pooled key", &self.key, &heads.key), ("pooled value", &self.value, &heads.value)]
         {

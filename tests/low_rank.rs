@@ -56,7 +56,7 @@ proptest! {
         let pooler = if ridged { LowRankPooler::default() } else { UNRIDGED };
         let (fitness, c) = (LowRankError::of(&heads, pooler).unwrap(), second(&heads, pooler.ridge));
         let pooled = pooler.pool(&heads, &partition).unwrap();
-        pooled.check(&heads, partition.n_groups()).unwrap();
+        pooled.check(&heads, &partition).unwrap();
         let lost = losses(&heads, &partition, &pooled, &c);
         let energies = whole(&heads, &c);
         same_loss(fitness.energies(), energies, rounding(&heads, &c, Residuals::default()));

@@ -52,7 +52,7 @@ fn singular_moments_are_no_trouble() {
                 let heads = on(shape.layer(), moment(&x));
                 let (partition, c) = (labels(&[0, 0, 1, 0]), second(&heads, pooler.ridge));
                 let pooled = pooler.pool(&heads, &partition).unwrap();
-                pooled.check(&heads, 2).unwrap();
+                pooled.check(&heads, &partition).unwrap();
                 let expected = sum(&losses(&heads, &partition, &pooled, &c), &[0, 1, 3]);
                 let fitness = LowRankError::of(&heads, pooler).unwrap();
                 let found = fitness.residuals(&[0, 1, 3]).unwrap();
@@ -62,7 +62,7 @@ fn singular_moments_are_no_trouble() {
                 ProcrustesPooler { ridge: pooler.ridge, rounds: 4 }
                     .pool(&heads, &partition)
                     .unwrap()
-                    .check(&heads, 2)
+                    .check(&heads, &partition)
                     .unwrap();
             }
         }
@@ -87,7 +87,7 @@ fn layers_without_energy_are_no_trouble() {
             });
             let partition = labels(&[0, 0, 0, 1]);
             for pooler in [&LowRankPooler::default() as &dyn KvPooler, &ProcrustesPooler::default()] {
-                pooler.pool(&heads, &partition).unwrap().check(&heads, 2).unwrap();
+                pooler.pool(&heads, &partition).unwrap().check(&heads, &partition).unwrap();
             }
             if part == 2 && rotation.dims() > 0 {
                 // Keys that nobody looks at are kept as well as may be.

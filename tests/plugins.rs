@@ -171,7 +171,7 @@ fn poolers_are_told_apart_by_what_they_make() {
     assert_eq!(mean.key.bias().unwrap()[[1, 0]], expected as f32);
     for pooler in [&MeanPooler as &dyn KvPooler, &FirstHead] {
         let pooled = pooler.pool(&heads, &partition).unwrap();
-        pooled.check(&heads, 2).unwrap();
+        pooled.check(&heads, &partition).unwrap();
         assert!(pooled.query.is_none() && pooled.output.is_none());
         assert!(pooler.pool(&heads, &Partition::singletons(3).unwrap()).is_err());
         let alone = pooler.pool(&heads, &Partition::singletons(4).unwrap()).unwrap();
@@ -179,8 +179,11 @@ fn poolers_are_told_apart_by_what_they_make() {
     }
     // A pooler that drops the bias does not pass.
     let zero = Zero.pool(&heads, &partition).unwrap();
-    assert!(matches!(zero.check(&heads, 2), Err(Error::Shape { .. })));
-    assert!(matches!(mean.check(&heads, 3), Err(Error::Shape { .. })));
+    assert!(matches!(zero.check(&heads, &partition), Err(Error::Shape { .. })));
+    let three = Partition::from_labels(&[0, 1, 2, 0]).unwrap();
+    assert!(matches!(mean.check(&heads, &three), Err(Error::Shape { .. })));
+    let others = Partition::from_labels(&[0, 1, 0]).unwrap();
+    assert!(matches!(mean.check(&heads, &others), Err(Error::PartitionSize { expected: 4, found: 3 })));
 }
 
 #[test]

@@ -65,7 +65,7 @@ impl<'a> Job<'a> {
                 let groups = &self.plan.layers[layer].groups;
                 let heads = self.source.layer(layer)?;
                 let pooled = (self.pool)(layer, &heads)?;
-                pooled.check(&heads, groups.n_groups())?;
+                pooled.check(&heads, groups)?;
                 f(&cache.insert((layer, pooled)).1)
             }
         }

@@ -146,7 +146,6 @@ impl Model {
     /// The same with shared heads that are already there.
     ///
     /// # Errors
-    /// [`Error::PartitionSize`](crate::Error::PartitionSize) for a partition of another number of heads;
     /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow); as [`PooledLayer::check`].
     ///
     /// # Panics
@@ -158,11 +157,7 @@ impl Model {
         partition: &Partition,
         pooled: PooledLayer,
     ) -> Result<Self, RuntimeError> {
-        let (expected, found) = (heads.n_heads(), partition.n_heads());
-        if expected != found {
-            return Err(crate::Error::PartitionSize { expected, found }.into());
-        }
-        pooled.check(heads, partition.n_groups())?;
+        pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, layer)?;
         let mut model = self.clone();
         model.layers[layer].attention = Attention::new(heads, Some((&pooled, partition)))?;

@@ -114,8 +114,8 @@ pub fn refit(
     let positions = Positions::new(&pass)?;
     let texts: Vec<&[u32]> = windows.batches(1).collect();
     let texts = spaced(&texts, OUTPUT_TOKENS / windows.length());
-    let mut streams = texts.iter().map(|tokens| Ok([source.embed(tokens)?, source.embed(tokens)?]));
-    let mut streams: Vec<[Tensor; 2]> = streams.by_ref().collect::<Result<_, RuntimeError>>()?;
+    let streams = texts.iter().map(|tokens| Ok([source.embed(tokens)?, source.embed(tokens)?]));
+    let mut streams: Vec<[Tensor; 2]> = streams.collect::<Result<_, RuntimeError>>()?;
     let mut merged = source.clone();
     let mut refitted = Refitted { layers: Vec::with_capacity(n), errors: Vec::with_capacity(n) };
     let mut touched = false;
@@ -123,11 +123,7 @@ pub fn refit(
         run.step("refit", i as u64, n as u64)?;
         let heads = heads(i)?;
         let mut pooled = pool(i, &heads)?;
-        if partition.n_heads() != heads.n_heads() {
-            let (expected, found) = (heads.n_heads(), partition.n_heads());
-            return Err(crate::Error::PartitionSize { expected, found }.into());
-        }
-        pooled.check(&heads, partition.n_groups())?;
+        pooled.check(&heads, partition)?;
         touched |= partition.n_groups() < partition.n_heads();
         let mut errors = [0.0; 2];
         if touched && level != Refit::None {
@@ -141,7 +137,10 @@ pub fn refit(
         let advance = |[of_source, of_merged]: &[Tensor; 2]| {
             Ok([source.layer(i, of_source, &pass, None)?, merged.layer(i, of_merged, &pass, None)?])
         };
-        streams = streams.par_iter().map(advance).collect::<Result<_, RuntimeError>>()?;
+        // Nothing is fitted above the last layer.
+        if i + 1 < n {
+            streams = streams.par_iter().map(advance).collect::<Result<_, RuntimeError>>()?;
+        }
         refitted.layers.push(pooled);
         refitted.errors.push(errors);
     }
