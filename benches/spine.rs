@@ -8,22 +8,22 @@ use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::StandardNormal;
 use qcqa::{Allocator, Front};
 use qcqa::{
-    CostScale, KvPooler, LayerCosts, LayerHeads, LayerSelection, Limits, LowRankError, LowRankPooler, Nsga2,
+    CostScale, Heads, KvPooler, LayerCosts, LayerSelection, Limits, LowRankError, LowRankPooler, Nsga2,
     Optimizer, Projection, Rotation, Run, SearchSpace, UniformAllocation, Ward, WeightSharingError,
     squared_distances,
 };
 use std::hint::black_box;
 
-fn layer(heads: usize, head_dim: usize, inputs: usize) -> LayerHeads {
+fn layer(heads: usize, head_dim: usize, inputs: usize) -> Heads {
     let projection = || {
         let weight = Array3::random((heads, head_dim, inputs), StandardNormal);
         Projection::new(weight, None).expect("a legal shape")
     };
-    LayerHeads::new(projection(), projection()).expect("finite weights")
+    Heads::new(projection(), projection()).expect("finite weights")
 }
 
 /// The bound of anything that looks at every weight once.
-fn bare_read(layer: &LayerHeads) -> f32 {
+fn bare_read(layer: &Heads) -> f32 {
     let sum = |slice: &[f32]| {
         use rayon::prelude::*;
         let sums = slice.par_chunks(1 << 16).map(|chunk| {

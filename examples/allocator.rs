@@ -4,7 +4,7 @@
 
 use ndarray::Array3;
 use qcqa::{
-    Allocator, CostScale, Error, ExactAllocation, FitnessFn, LayerCosts, LayerHeads, LayerSelection, Limits,
+    Allocator, CostScale, Error, ExactAllocation, FitnessFn, Heads, LayerCosts, LayerSelection, Limits,
     Projection, Qcqa, Result, Run, Search, UniformAllocation, Ward, WeightSharingError, ndarray,
 };
 
@@ -30,11 +30,11 @@ impl Allocator for Greedy {
 
 fn main() -> Result<()> {
     // Layer i has i + 1 kinds of heads: the first layers can share more.
-    let layer = |i: usize| -> Result<LayerHeads> {
+    let layer = |i: usize| -> Result<Heads> {
         let weight = Array3::from_shape_fn((8, 2, 6), |(h, r, c)| {
             ((h % (2 * i + 2) + 1) * (7 * r + 3 * c + 1) % 11) as f32
         });
-        LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)
+        Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)
     };
     let ward = Ward::default();
     let fronts =

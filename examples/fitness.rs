@@ -4,7 +4,7 @@
 
 use ndarray::{Array2, Array3, Axis};
 use qcqa::{
-    Error, Exact, FitnessFn, LayerHeads, Optimizer, Partition, Projection, Result, Run, SearchSpace,
+    Error, Exact, FitnessFn, Heads, Optimizer, Partition, Projection, Result, Run, SearchSpace,
     SeparableFitness, Ward, ndarray,
 };
 
@@ -15,7 +15,7 @@ struct KeyDiameter {
 }
 
 impl KeyDiameter {
-    fn new(heads: &LayerHeads) -> Self {
+    fn new(heads: &Heads) -> Self {
         let keys = heads.key().weight();
         let distance = |(i, j)| {
             let difference = &keys.index_axis(Axis(0), i) - &keys.index_axis(Axis(0), j);
@@ -51,7 +51,7 @@ impl SeparableFitness for KeyDiameter {
 
 fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((8, 2, 6), |(i, r, c)| ((5 * i + 7 * r + 3 * c) % 13) as f32);
-    let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+    let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let fitness = KeyDiameter::new(&heads);
     for optimizer in [&Ward::default() as &dyn Optimizer, &Exact::default()] {
         let front = optimizer.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;

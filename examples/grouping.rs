@@ -4,7 +4,7 @@
 
 use ndarray::Array3;
 use qcqa::{
-    FitnessFn, Grouping, LayerHeads, Partition, Projection, Result, Run, Search, SearchSpace, UniformGqa,
+    FitnessFn, Grouping, Heads, Partition, Projection, Result, Run, Search, SearchSpace, UniformGqa,
     WeightSharingError, ndarray,
 };
 
@@ -13,7 +13,7 @@ use qcqa::{
 struct Strided;
 
 impl Grouping for Strided {
-    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>> {
+    fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         let labels: Vec<usize> = (0..heads.n_heads()).map(|head| head % k).collect();
         Partition::from_labels(&labels).map(Some)
     }
@@ -24,7 +24,7 @@ fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((8, 2, 6), |(i, r, c)| {
         ((i % 4 + 1) * (7 * r + 3 * c + 1) % 11) as f32 + 0.1 * i as f32
     });
-    let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+    let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let fitness = WeightSharingError::new(&heads)?;
     for grouping in [&UniformGqa as &dyn Grouping, &Strided] {
         let front = Search::Grouping(grouping).front(&heads, &fitness, &SearchSpace::equal(), Run::new(0))?;

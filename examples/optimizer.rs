@@ -4,7 +4,7 @@
 
 use ndarray::Array3;
 use qcqa::{
-    FitnessFn, Front, LayerHeads, Nsga2, Optimizer, Partition, Projection, Result, Run, SearchSpace,
+    FitnessFn, Front, Heads, Nsga2, Optimizer, Partition, Projection, Result, Run, SearchSpace,
     WeightSharingError, ndarray,
 };
 use rand::{Rng, SeedableRng};
@@ -35,7 +35,7 @@ impl Optimizer for RandomSearch {
 
 fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((12, 2, 8), |(i, r, c)| ((5 * i * i + 7 * r + 3 * c) % 17) as f32);
-    let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+    let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let fitness = WeightSharingError::new(&heads)?;
     for optimizer in [&RandomSearch { draws: 1000 } as &dyn Optimizer, &Nsga2::default()] {
         let front = optimizer.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;

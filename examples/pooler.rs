@@ -3,14 +3,14 @@
 //! `cargo run --example pooler`
 
 use ndarray::{Array3, Axis};
-use qcqa::{KvPooler, LayerHeads, MeanPooler, Partition, PooledLayer, Projection, Result, ndarray};
+use qcqa::{Heads, KvPooler, MeanPooler, Partition, Pooled, Projection, Result, ndarray};
 
 /// The medoid of each group's keys, and the value of the same head.
 #[derive(Debug)]
 struct Medoid;
 
 impl KvPooler for Medoid {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let mean = MeanPooler.pool(heads, partition)?;
         let keys = heads.key().weight();
         let chosen = |(g, members): (usize, &Vec<usize>)| {
@@ -25,7 +25,7 @@ impl KvPooler for Medoid {
                 p.bias().map(|b| b.select(Axis(0), &heads_of_groups)),
             )
         };
-        Ok(PooledLayer {
+        Ok(Pooled {
             key: select(heads.key())?,
             value: select(heads.value())?,
             query: None,
@@ -37,7 +37,7 @@ impl KvPooler for Medoid {
 
 fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((6, 2, 4), |(i, r, c)| ((5 * i + 7 * r + 3 * c) % 13) as f32);
-    let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+    let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let partition = Partition::from_groups(6, &[vec![0, 2, 4], vec![1, 3, 5]])?;
     for pooler in [&MeanPooler as &dyn KvPooler, &Medoid] {
         let pooled = pooler.pool(&heads, &partition)?;

@@ -19,8 +19,8 @@ use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::{Distribution, Normal};
 use qcqa::checkpoint::{Checkpoint, LayerRows};
 use qcqa::{
-    Budget, FitnessFn, KvPooler, LayerHeads, LowRankError, LowRankPooler, Optimizer, Projection, Qcqa,
-    Rotation, Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError, optimize_layers,
+    Budget, FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, Optimizer, Projection, Qcqa, Rotation,
+    Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError, optimize_layers,
 };
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -168,7 +168,7 @@ fn low_rank() -> Outcome<()> {
     let (key, value, query) = (projection()?, projection()?, projection()?);
     let output = normal((HEADS, WIDTH, HEAD_DIM));
     let moment = moment(WIDTH, &mut rng);
-    let heads = LayerHeads::new(key, value)?.with_queries(query, output)?;
+    let heads = Heads::new(key, value)?.with_queries(query, output)?;
     let heads = heads.with_rotation(Rotation::HalfSplit { dims: HEAD_DIM })?.with_moment(Arc::new(moment))?;
     println!("{} threads", rayon::current_num_threads());
     print_memory();

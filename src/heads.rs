@@ -126,7 +126,7 @@ impl Rotation {
 /// In a model that already uses GQA the items are its KV heads, each read by r query heads: query head q
 /// reads KV head q / r.
 #[derive(Debug, Clone)]
-pub struct LayerHeads {
+pub struct Heads {
     key: Projection,
     value: Projection,
     query: Option<Projection>,
@@ -136,7 +136,7 @@ pub struct LayerHeads {
     moment: Option<Arc<Array2<f64>>>,
 }
 
-impl LayerHeads {
+impl Heads {
     /// A layer of H KV heads: key and value projections (H, h, d).
     ///
     /// # Errors
@@ -168,7 +168,7 @@ impl LayerHeads {
     ///
     /// # Errors
     /// [`Error::QueryHeads`] when their number is not a multiple of H, [`Error::Shape`] and
-    /// [`Error::NotFinite`] as in [`LayerHeads::new`].
+    /// [`Error::NotFinite`] as in [`Heads::new`].
     pub fn with_queries(self, query: Projection, output: Array3<f32>) -> Result<Self> {
         let (kv_heads, h, d) = self.key.weight.dim();
         let query_heads = query.n_heads();
@@ -279,7 +279,7 @@ impl LayerHeads {
 
 /// What a pooler makes of a layer: k shared heads, and the query side where it changed.
 #[derive(Debug, Clone, PartialEq)]
-pub struct PooledLayer {
+pub struct Pooled {
     /// Shared keys, (k, h, d); row g belongs to group g of the partition.
     pub key: Projection,
     /// Shared values, (k, h, d).
@@ -292,13 +292,13 @@ pub struct PooledLayer {
     pub output_bias: Option<Array1<f32>>,
 }
 
-impl PooledLayer {
+impl Pooled {
     /// Checks that this is what `heads` may become under a partition.
     ///
     /// # Errors
     /// [`Error::PartitionSize`] for a partition of another number of heads, [`Error::Shape`] naming the tensor,
     /// [`Error::NotFinite`].
-    pub fn check(&self, heads: &LayerHeads, partition: &Partition) -> Result<()> {
+    pub fn check(&self, heads: &Heads, partition: &Partition) -> Result<()> {
         let (n_heads, h, d) = heads.key.weight.dim();
         if partition.n_heads() != n_heads {
             return Err(Error::PartitionSize { expected: n_heads, found: partition.n_heads() });

@@ -10,7 +10,7 @@
 //! # The road
 //!
 //! ```text
-//! checkpoint ─▶ LayerHeads ─▶ FitnessFn ─▶ Optimizer ─▶ Front ─▶ Allocator ─▶ Plan ─▶ KvPooler ─▶ checkpoint
+//! checkpoint ─▶ Heads ─▶ FitnessFn ─▶ Optimizer ─▶ Front ─▶ Allocator ─▶ Plan ─▶ KvPooler ─▶ checkpoint
 //!  (files)     (raw tensors)  (quality)    (search)  (one a layer) (k a layer) (JSON)  (merge)     (files)
 //! ```
 //!
@@ -38,12 +38,12 @@
 //!
 //! ```
 //! use qcqa::ndarray::Array3;
-//! use qcqa::{Exact, KvPooler, LayerHeads, MeanPooler, Optimizer, Projection, Run, SearchSpace, WeightSharingError};
+//! use qcqa::{Exact, KvPooler, Heads, MeanPooler, Optimizer, Projection, Run, SearchSpace, WeightSharingError};
 //!
 //! # fn main() -> qcqa::Result<()> {
 //! // Four heads of 2 × 3; heads 0 and 2 are alike, and so are 1 and 3.
 //! let weight = Array3::from_shape_fn((4, 2, 3), |(i, r, c)| (10 * (i % 2) + 3 * r + c) as f32 + 0.01 * i as f32);
-//! let heads = LayerHeads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
+//! let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
 //!
 //! let fitness = WeightSharingError::new(&heads)?;
 //! let front = Exact::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
@@ -120,7 +120,7 @@ pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squ
 pub use fitness::{LowRankError, Residuals};
 pub use front::{Front, FrontPoint, dominates};
 pub use grouping::{Grouping, KeyNorm, UniformGqa};
-pub use heads::{LayerHeads, PooledLayer, Projection, Rotation};
+pub use heads::{Heads, Pooled, Projection, Rotation};
 #[cfg(feature = "linalg")]
 #[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
 pub use optimizer::spectral_bounds;

@@ -8,7 +8,7 @@ use crate::grouping::Grouping;
 use crate::optimizer::{Optimizer, attach_bounds};
 use crate::run::map_ordered;
 use crate::{
-    Budget, Error, Front, LayerHeads, LayerPlan, Limits, Method, Plan, PlanBudget, Result, Run, SearchSpace,
+    Budget, Error, Front, Heads, LayerPlan, Limits, Method, Plan, PlanBudget, Result, Run, SearchSpace,
     Source,
 };
 
@@ -28,7 +28,7 @@ impl Search<'_> {
     /// What the optimizer, the grouping and the fitness report; [`Error::InvalidFitness`].
     pub fn front(
         &self,
-        heads: &LayerHeads,
+        heads: &Heads,
         fitness: &dyn FitnessFn,
         space: &SearchSpace,
         run: Run<'_>,
@@ -89,7 +89,7 @@ pub fn optimize_layers(
 }
 
 /// Makes the fitness function of a layer.
-pub type MakeFitness<'a> = dyn Fn(&LayerHeads) -> Result<Box<dyn FitnessFn>> + 'a;
+pub type MakeFitness<'a> = dyn Fn(&Heads) -> Result<Box<dyn FitnessFn>> + 'a;
 
 /// The pipeline over a whole model, composed of plugins: fronts from layers, plans from fronts.
 ///
@@ -113,7 +113,7 @@ impl<'a> Qcqa<'a> {
             pooler: "mean".into(),
             ..Method::default()
         };
-        let wse = &|heads: &LayerHeads| Ok(Box::new(WeightSharingError::new(heads)?) as Box<dyn FitnessFn>);
+        let wse = &|heads: &Heads| Ok(Box::new(WeightSharingError::new(heads)?) as Box<dyn FitnessFn>);
         Self {
             search,
             allocator,
@@ -156,7 +156,7 @@ impl<'a> Qcqa<'a> {
     /// What the layers, the search and the fitness report; [`Error::Cancelled`].
     pub fn fronts<I>(&self, layers: I, run: Run<'_>) -> Result<Vec<Front>>
     where
-        I: IntoIterator<Item = Result<LayerHeads>, IntoIter: ExactSizeIterator>,
+        I: IntoIterator<Item = Result<Heads>, IntoIter: ExactSizeIterator>,
     {
         let layers = layers.into_iter();
         let total = layers.len() as u64;

@@ -9,8 +9,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use models::{llama, not_written, ready, says, snapshot};
-use qcqa::checkpoint::{Checkpoint, CheckpointError, Expanded, Layout, Stock, Target, WriteOptions, convert};
-use qcqa::{Error, KvPooler, LayerHeads, Limits, MeanPooler, Partition, Plan, PooledLayer, Progress, Run};
+use qcqa::checkpoint::{Checkpoint, Expanded, FileError, Layout, Stock, Target, WriteOptions, convert};
+use qcqa::{Error, Heads, KvPooler, Limits, MeanPooler, Partition, Plan, Pooled, Progress, Run};
 use serde_json::Value;
 
 /// A target that mixes up its heads.
@@ -27,7 +27,7 @@ impl Target for Confused {
     fn saves_memory(&self) -> bool {
         true
     }
-    fn check(&self, _: &Plan) -> Result<(), CheckpointError> {
+    fn check(&self, _: &Plan) -> Result<(), FileError> {
         Ok(())
     }
     fn layout(&self, _: &Partition, _: usize) -> Layout {
@@ -125,7 +125,7 @@ fn a_cancelled_run_leaves_nothing() {
     let mut stop_at = 0;
     while stop_at <= total.get() {
         let error = convert(stop_at, &seen, &total).unwrap_err();
-        assert!(matches!(error, CheckpointError::Core(Error::Cancelled)), "{error}");
+        assert!(matches!(error, FileError::Core(Error::Cancelled)), "{error}");
         assert!(matches!(Error::from(error), Error::Cancelled));
         assert_eq!(seen.get(), stop_at);
         assert_eq!(snapshot(root.path()), before);
@@ -143,7 +143,7 @@ fn a_cancelled_run_leaves_nothing() {
 struct Fails(std::sync::atomic::AtomicUsize);
 
 impl KvPooler for Fails {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         match self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
             0 => MeanPooler.pool(heads, partition),
             _ => Err(Error::plugin("no more")),

@@ -7,7 +7,7 @@ use models::{Model, Tensor, encode, novels};
 use ndarray::{Array2, Axis};
 use proptest::prelude::*;
 use qcqa::checkpoint::{Checkpoint, Dtype};
-use qcqa::{HeadRows, LayerHeads, Rotation, WeightSharingError};
+use qcqa::{HeadRows, Heads, Rotation, WeightSharingError};
 use safetensors::Dtype as Stored;
 use serde_json::{Value, json};
 
@@ -193,7 +193,7 @@ proptest! {
 }
 
 /// The definition of a row, from the public tensors.
-fn plain_row(layer: &LayerHeads, head: usize) -> Vec<f32> {
+fn plain_row(layer: &Heads, head: usize) -> Vec<f32> {
     let mut row = Vec::new();
     for projection in [layer.key(), layer.value()] {
         row.extend(projection.weight().index_axis(Axis(0), head).iter());

@@ -10,10 +10,9 @@ use models::{Model, novels, plan, same_plan, shared_model, snapshot, stored};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use proptest::prelude::*;
 use qcqa::checkpoint::{
-    Checkpoint, CheckpointError, Expanded, Stock, Target, WriteOptions, convert, read_plan, targets,
-    write_plan,
+    Checkpoint, Expanded, FileError, Stock, Target, WriteOptions, convert, read_plan, targets, write_plan,
 };
-use qcqa::{KvPooler, LayerHeads, MeanPooler, Partition, Plan, PooledLayer, Projection, Run};
+use qcqa::{Heads, KvPooler, MeanPooler, Partition, Plan, Pooled, Projection, Run};
 use safetensors::Dtype;
 use serde_json::Value;
 
@@ -30,7 +29,7 @@ fn json(path: &Path) -> Value {
 }
 
 /// Causal attention of a layer in f64, from its definition: RoPE half-split, softmax, query head q on KV head q/r.
-fn attention(layer: &LayerHeads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
+fn attention(layer: &Heads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
     let (query, output) = (layer.query().unwrap(), layer.output().unwrap());
     let (h, tokens) = (layer.key().head_dim(), x.nrows());
     let project = |p: &Projection, head: usize| -> Array2<f64> {
@@ -103,9 +102,9 @@ fn stock_holds_means_and_moved_queries() {
             }
         }
         for (position, &head) in groups.concat().iter().enumerate() {
-            let of = |p: &LayerHeads, q: usize| p.query().unwrap().weight().index_axis(Axis(0), q).to_owned();
+            let of = |p: &Heads, q: usize| p.query().unwrap().weight().index_axis(Axis(0), q).to_owned();
             assert_eq!(of(&new, position), of(&old, head));
-            let out = |p: &LayerHeads, q: usize| p.output().unwrap().index_axis(Axis(0), q).to_owned();
+            let out = |p: &Heads, q: usize| p.output().unwrap().index_axis(Axis(0), q).to_owned();
             assert_eq!(out(&new, position), out(&old, head));
         }
     }
@@ -245,13 +244,13 @@ fn reports_the_cache_and_writes_nothing_in_a_dry_run() {
 struct Negated;
 
 impl KvPooler for Negated {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         let negated = |p: &Projection| {
             let (weight, bias) = p.clone().into_parts();
             Projection::new(-weight, bias.map(|b| -b))
         };
         let mean = MeanPooler.pool(heads, partition)?;
-        Ok(PooledLayer {
+        Ok(Pooled {
             key: negated(&mean.key)?,
             value: negated(&mean.value)?,
             query: heads.query().map(negated).transpose()?,
@@ -281,10 +280,10 @@ fn a_pooler_may_change_queries_and_output() {
 struct Huge;
 
 impl KvPooler for Huge {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         let mean = MeanPooler.pool(heads, partition)?;
         let key = Projection::new(Array3::from_elem(mean.key.weight().dim(), 1e5), None)?;
-        Ok(PooledLayer { key, ..mean })
+        Ok(Pooled { key, ..mean })
     }
 }
 
@@ -314,7 +313,7 @@ fn plans_come_back_as_they_were_written() {
     write_plan(&path, &plan, WriteOptions::default()).unwrap();
     assert_eq!(read_plan(&path).unwrap(), plan);
     let error = write_plan(&path, &plan, WriteOptions::default()).unwrap_err();
-    assert!(matches!(error, CheckpointError::OutputExists { .. }), "{error}");
+    assert!(matches!(error, FileError::OutputExists { .. }), "{error}");
     plan.seed = 9;
     write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() }).unwrap();
     assert_eq!(read_plan(&path).unwrap().seed, 9);

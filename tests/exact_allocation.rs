@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use ndarray::Array3;
 use proptest::prelude::*;
 use qcqa::{
-    Allocator, Error, ExactAllocation, Grouping, KeyNorm, LayerCosts, LayerHeads, Partition, Progress,
-    Projection, Run, ndarray,
+    Allocator, Error, ExactAllocation, Grouping, Heads, KeyNorm, LayerCosts, Partition, Progress, Projection,
+    Run, ndarray,
 };
 
 /// Small whole numbers, so that ties are frequent and sums exact.
@@ -99,7 +99,7 @@ fn key_norm_reads_keys_alone() {
     let key = Array3::from_shape_fn((4, 1, 1), |(i, ..)| if i < 2 { -1.0 } else { 3.0 });
     let value = Array3::from_shape_fn((4, 1, 1), |(i, ..)| if i < 2 { 100.0 } else { 1.0 });
     let projection = |weight| Projection::new(weight, None).unwrap();
-    let heads = LayerHeads::new(projection(key), projection(value)).unwrap();
+    let heads = Heads::new(projection(key), projection(value)).unwrap();
     let partition = KeyNorm.group(&heads, 2).unwrap().unwrap();
     assert_eq!(partition.groups(), [vec![0], vec![1, 2, 3]]);
 }

@@ -12,29 +12,24 @@ use common::attention::{
 use ndarray::{Array1, Array2, Array3, Axis, arr2, s};
 use proptest::prelude::*;
 use qcqa::{
-    FitnessFn, KvPooler, LayerHeads, LowRankError, LowRankPooler, MeanPooler, Partition, PooledLayer,
-    ProcrustesPooler, Projection, Residuals, Rotation,
+    FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, MeanPooler, Partition, Pooled, ProcrustesPooler,
+    Projection, Residuals, Rotation,
 };
 
 const UNRIDGED: LowRankPooler = LowRankPooler { ridge: 0.0 };
 
-fn one_group(heads: &LayerHeads) -> Partition {
+fn one_group(heads: &Heads) -> Partition {
     Partition::one_group(heads.n_heads()).unwrap()
 }
 
 /// What a pooler loses of the whole layer, by definition.
-fn lost(heads: &LayerHeads, partition: &Partition, pooler: &dyn KvPooler, c: &Array2<f64>) -> Residuals {
+fn lost(heads: &Heads, partition: &Partition, pooler: &dyn KvPooler, c: &Array2<f64>) -> Residuals {
     let all: Vec<_> = (0..heads.n_heads()).collect();
     sum(&losses(heads, partition, &pooler.pool(heads, partition).unwrap(), c), &all)
 }
 
 /// The mean of what a merged layer puts out more than the source, for each output.
-fn mean_error(
-    heads: &LayerHeads,
-    partition: &Partition,
-    pooled: &PooledLayer,
-    c: &Array2<f64>,
-) -> Array1<f64> {
+fn mean_error(heads: &Heads, partition: &Partition, pooled: &Pooled, c: &Array2<f64>) -> Array1<f64> {
     let (mean, r) = (c.column(c.ncols() - 1).to_owned(), heads.queries_per_head());
     let (_, output) = read_side(heads, pooled);
     let bias = pooled.output_bias.as_ref().unwrap().mapv(f64::from);
@@ -155,7 +150,7 @@ proptest! {
         let (d, twice) = (shape.inputs, |i: usize| i.min(shape.inputs));
         let c = Array2::from_shape_fn((d + 2, d + 2), |(i, j)| c[[twice(i), twice(j)]]);
         let output = heads.output().unwrap().to_owned();
-        let inputs = LayerHeads::new(wide(heads.key()), wide(heads.value())).unwrap();
+        let inputs = Heads::new(wide(heads.key()), wide(heads.value())).unwrap();
         let inputs = inputs.with_queries(wide(heads.query().unwrap()), output).unwrap();
         let inputs = inputs.with_rotation(shape.rotation).unwrap().with_moment(Arc::new(c)).unwrap();
         let [a, b] = [&heads, &inputs].map(|heads| LowRankError::of(heads, UNRIDGED).unwrap());
@@ -171,10 +166,10 @@ proptest! {
 
 /// What the weights alone make of a layer.
 #[derive(Debug)]
-struct WeightsOnly(LayerHeads);
+struct WeightsOnly(Heads);
 
 impl KvPooler for WeightsOnly {
-    fn pool(&self, _: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, _: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         UNRIDGED.pool(&self.0, partition)
     }
 }
@@ -197,13 +192,13 @@ fn kinds() -> impl Iterator<Item = Shape> {
 }
 
 /// The residuals of one group of all heads, as found and as lost, in shares of the energies; values, then keys.
-fn shares(heads: &LayerHeads, pooler: &dyn KvPooler) -> [f64; 2] {
+fn shares(heads: &Heads, pooler: &dyn KvPooler) -> [f64; 2] {
     let c = second(heads, 0.0);
     let (lost, whole) = (lost(heads, &one_group(heads), pooler, &c), whole(heads, &c));
     [lost.values / whole.values, lost.keys / whole.keys]
 }
 
-fn found(heads: &LayerHeads) -> [f64; 2] {
+fn found(heads: &Heads) -> [f64; 2] {
     let fitness = LowRankError::of(heads, UNRIDGED).unwrap();
     let all: Vec<_> = (0..heads.n_heads()).collect();
     let (lost, whole) = (fitness.residuals(&all).unwrap(), fitness.energies());

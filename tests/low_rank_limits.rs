@@ -11,7 +11,7 @@ use common::attention::{
 };
 use ndarray::{Array2, Array3, Axis, s};
 use qcqa::{
-    Error, Exact, FitnessFn, KvPooler, LayerHeads, LowRankError, LowRankPooler, Optimizer, Partition,
+    Error, Exact, FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, Optimizer, Partition,
     ProcrustesPooler, Projection, Residuals, Rotation, Run, SearchSpace, Ward,
 };
 
@@ -29,7 +29,7 @@ fn labels(labels: &[usize]) -> Partition {
 }
 
 /// The layer measured on other inputs.
-fn on(heads: LayerHeads, moment: Array2<f64>) -> LayerHeads {
+fn on(heads: Heads, moment: Array2<f64>) -> Heads {
     heads.with_moment(Arc::new(moment)).unwrap()
 }
 
@@ -170,7 +170,7 @@ fn what_is_no_moment_is_refused() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let heads = Shape::new(4, 2, 5).layer();
-    let bare = LayerHeads::new(heads.key().clone(), heads.value().clone()).unwrap();
+    let bare = Heads::new(heads.key().clone(), heads.value().clone()).unwrap();
     let (three, four) = (Partition::singletons(3).unwrap(), labels(&[0, 0, 1, 1]));
     assert!(matches!(LowRankError::new(&bare), Err(Error::NoQueries)));
     let fitness = LowRankError::new(&heads).unwrap();
@@ -306,7 +306,7 @@ fn threads_change_nothing() {
     let shape = Shape { rotation: Rotation::HalfSplit { dims: 32 }, ..Shape::new(6, 64, 288) };
     let heads = shape.layer();
     let partition = labels(&[0; 6]);
-    let work = || -> (qcqa::PooledLayer, qcqa::PooledLayer, Vec<f64>) {
+    let work = || -> (qcqa::Pooled, qcqa::Pooled, Vec<f64>) {
         let fitness = LowRankError::new(&heads).unwrap();
         let proxy = fitness.separable().unwrap().pairwise_proxy().unwrap().into_iter().copied();
         let Residuals { values, keys } = fitness.residuals(&[0, 1, 2, 3, 4, 5]).unwrap();

@@ -10,7 +10,7 @@ use ndarray::{Array2, Array3, Axis, arr2, s};
 use qcqa::checkpoint::{Checkpoint, Expanded, Stock, Target, WriteOptions, convert_with};
 use qcqa::runtime::{Model, Moments, Windows};
 use qcqa::{
-    FitnessFn, KvPooler, LayerHeads, LowRankError, LowRankPooler, MeanPooler, Partition, Plan, PooledLayer,
+    FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, MeanPooler, Partition, Plan, Pooled,
     ProcrustesPooler, Run,
 };
 use running::{Slow, converted, near, neighbours, opened, runnable, tokens};
@@ -148,7 +148,7 @@ fn moments(checkpoint: &Checkpoint) -> Moments {
 fn written(
     checkpoint: &Checkpoint,
     plan: &Plan,
-    pool: &dyn Fn(usize, &LayerHeads) -> qcqa::Result<PooledLayer>,
+    pool: &dyn Fn(usize, &Heads) -> qcqa::Result<Pooled>,
     target: &dyn Target,
 ) -> (Model, Checkpoint) {
     let root = tempfile::tempdir().unwrap();
@@ -167,12 +167,12 @@ fn planned_and_written_models_agree() {
         let alternate: Vec<_> = (0..kv_heads).map(|head| head % (kv_heads / 3)).collect();
         let alternate = Partition::from_labels(&alternate).unwrap();
         let equal = [neighbours(&checkpoint, 3), models::plan(&checkpoint, &[alternate.clone(), alternate])];
-        let calibrated = |plan: &Plan, i: usize, heads: &LayerHeads| {
+        let calibrated = |plan: &Plan, i: usize, heads: &Heads| {
             let heads = moments.attach(i, heads.clone()).map_err(qcqa::Error::plugin)?;
             LowRankPooler::default().pool(&heads, &plan.layers[i].groups)
         };
         for plan in &equal {
-            let pool = |i: usize, heads: &LayerHeads| calibrated(plan, i, heads);
+            let pool = |i: usize, heads: &Heads| calibrated(plan, i, heads);
             let planned = Model::planned_with(&checkpoint, plan, &pool).unwrap();
             for target in [&Stock as &dyn Target, &Expanded] {
                 let (model, written) = written(&checkpoint, plan, &pool, target);
@@ -190,9 +190,8 @@ fn planned_and_written_models_agree() {
                 assert_ne!(new.output_bias(), source.output_bias());
             }
             // Without it the model is another.
-            let forgetful = |i: usize, heads: &LayerHeads| {
-                Ok(PooledLayer { output_bias: None, ..calibrated(plan, i, heads)? })
-            };
+            let forgetful =
+                |i: usize, heads: &Heads| Ok(Pooled { output_bias: None, ..calibrated(plan, i, heads)? });
             let forgetful = Model::planned_with(&checkpoint, plan, &forgetful).unwrap();
             assert!(apart(&logits(&planned, 2), &logits(&forgetful, 2)) > 1e-3);
         }

@@ -8,13 +8,13 @@ use std::ops::ControlFlow;
 use common::{all_partitions, integer_layer, layer, plain_wse};
 use proptest::prelude::*;
 use qcqa::{
-    Cardinality, Error, FitnessFn, Front, LayerHeads, Nsga2, Optimizer, Partition, Progress, Result, Run,
+    Cardinality, Error, FitnessFn, Front, Heads, Nsga2, Optimizer, Partition, Progress, Result, Run,
     SearchSpace, UniformGqa, WeightSharingError,
 };
 
 const SHORT: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
 
-fn search(heads: &LayerHeads, optimizer: Nsga2, space: SearchSpace, seed: u64) -> Front {
+fn search(heads: &Heads, optimizer: Nsga2, space: SearchSpace, seed: u64) -> Front {
     let fitness = WeightSharingError::new(heads).unwrap();
     optimizer.optimize(&fitness, &space, Run::new(seed)).unwrap()
 }
@@ -87,8 +87,8 @@ fn hidden_groups_are_found() {
         let weight = p.weight().select(ndarray::Axis(0), &order) + &e.weight() * 0.1;
         qcqa::Projection::new(weight, None).unwrap()
     };
-    let heads = LayerHeads::new(copy(prototypes.key(), noise.key()), copy(prototypes.value(), noise.value()))
-        .unwrap();
+    let heads =
+        Heads::new(copy(prototypes.key(), noise.key()), copy(prototypes.value(), noise.value())).unwrap();
     let hidden = Partition::from_labels(&(0..16).map(|i| i % 4).collect::<Vec<_>>()).unwrap();
     for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {
         assert_eq!(search(&heads, Nsga2::default(), space, 3).get(4).unwrap().partition, hidden);

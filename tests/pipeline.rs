@@ -7,13 +7,13 @@ use std::ops::ControlFlow;
 
 use common::integer_layer;
 use qcqa::{
-    Budget, CostScale, Error, ExactAllocation, FrontPoint, LayerCosts, LayerHeads, LayerSelection, Limits,
-    Nsga2, Plan, Progress, Qcqa, Result, Run, Search, SearchSpace, UniformAllocation,
+    Budget, CostScale, Error, ExactAllocation, FrontPoint, Heads, LayerCosts, LayerSelection, Limits, Nsga2,
+    Plan, Progress, Qcqa, Result, Run, Search, SearchSpace, UniformAllocation,
 };
 
 const NSGA2: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
 
-fn layers() -> impl ExactSizeIterator<Item = Result<LayerHeads>> {
+fn layers() -> impl ExactSizeIterator<Item = Result<Heads>> {
     (0..3u8).map(|i| Ok(integer_layer(i.into(), 8, 2, 3)))
 }
 

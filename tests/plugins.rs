@@ -5,9 +5,9 @@ mod common;
 use common::layer;
 use ndarray::Array3;
 use qcqa::{
-    Allocator, Budget, CostScale, Error, FirstHead, FitnessFn, Front, Grouping, KvPooler, LayerCosts,
-    LayerHeads, LayerSelection, MeanPooler, Nsga2, Optimizer, Partition, Plan, PooledLayer, Projection, Qcqa,
-    Result, Run, Search, SearchSpace, SeparableFitness, UniformAllocation, UniformGqa, WeightSharingError,
+    Allocator, Budget, CostScale, Error, FirstHead, FitnessFn, Front, Grouping, Heads, KvPooler, LayerCosts,
+    LayerSelection, MeanPooler, Nsga2, Optimizer, Partition, Plan, Pooled, Projection, Qcqa, Result, Run,
+    Search, SearchSpace, SeparableFitness, UniformAllocation, UniformGqa, WeightSharingError,
 };
 
 /// Every k-th head together.
@@ -15,7 +15,7 @@ use qcqa::{
 struct Strided;
 
 impl Grouping for Strided {
-    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>> {
+    fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         if heads.n_heads() % k != 0 {
             return Ok(None);
         }
@@ -78,10 +78,10 @@ impl Optimizer for OnlyMqa {
 struct Zero;
 
 impl KvPooler for Zero {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let (_, h, d) = heads.key().weight().dim();
         let zero = || Projection::new(Array3::zeros((partition.n_groups(), h, d)), None);
-        Ok(PooledLayer { key: zero()?, value: zero()?, query: None, output: None, output_bias: None })
+        Ok(Pooled { key: zero()?, value: zero()?, query: None, output: None, output_bias: None })
     }
 }
 
@@ -100,7 +100,7 @@ impl Allocator for LastLayer {
     }
 }
 
-fn layers() -> impl ExactSizeIterator<Item = Result<LayerHeads>> {
+fn layers() -> impl ExactSizeIterator<Item = Result<Heads>> {
     (0..3u8).map(|i| Ok(layer(i.into(), 6, 2, 5, false)))
 }
 
@@ -132,7 +132,7 @@ fn every_search_meets_every_allocator() {
 
 #[test]
 fn a_fitness_of_ones_own_drives_the_search() {
-    let make = |heads: &LayerHeads| Ok(Box::new(LargestGroup(heads.n_heads())) as Box<dyn FitnessFn>);
+    let make = |heads: &Heads| Ok(Box::new(LargestGroup(heads.n_heads())) as Box<dyn FitnessFn>);
     let nsga2 = Nsga2::default();
     let qcqa = Qcqa::new(Search::Optimizer(&nsga2), &UniformAllocation).with_fitness("largest group", &make);
     let fronts = qcqa.fronts(layers(), Run::new(1)).unwrap();
@@ -191,7 +191,7 @@ fn a_plugins_own_error_comes_through() {
     #[derive(Debug)]
     struct Failing;
     impl Grouping for Failing {
-        fn group(&self, _: &LayerHeads, _: usize) -> Result<Option<Partition>> {
+        fn group(&self, _: &Heads, _: usize) -> Result<Option<Partition>> {
             Err(Error::plugin("the moon is in the wrong phase"))
         }
     }

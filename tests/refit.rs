@@ -7,9 +7,7 @@ mod running;
 use ndarray::{Array2, s};
 use qcqa::checkpoint::{Checkpoint, Stock, WriteOptions, convert_with};
 use qcqa::runtime::{Model, Moments, Refit, Refitted, Windows, evaluate, refit};
-use qcqa::{
-    FirstHead, KvPooler, LayerHeads, LowRankPooler, MeanPooler, Partition, PooledLayer, Projection, Run,
-};
+use qcqa::{FirstHead, Heads, KvPooler, LowRankPooler, MeanPooler, Partition, Pooled, Projection, Run};
 use running::{
     Slow, calibration_text, evaluation_text, neighbours, novels, opened, runnable, tokens, windows,
 };
@@ -27,17 +25,12 @@ fn refitted(
 ) -> Refitted {
     let moments = Moments::measure(model, windows, Run::new(0)).unwrap();
     let heads = |i: usize| Ok(checkpoint.layer(i)?);
-    let pool = |i: usize, heads: &LayerHeads| pooler.pool(&moments.attach(i, heads.clone())?, &groups[i]);
+    let pool = |i: usize, heads: &Heads| pooler.pool(&moments.attach(i, heads.clone())?, &groups[i]);
     let groups: Vec<&Partition> = groups.iter().collect();
     refit(model, &groups, &heads, &pool, windows, level, Run::new(0)).unwrap()
 }
 
-fn with_layers(
-    checkpoint: &Checkpoint,
-    model: &Model,
-    groups: &[Partition],
-    layers: &[PooledLayer],
-) -> Model {
+fn with_layers(checkpoint: &Checkpoint, model: &Model, groups: &[Partition], layers: &[Pooled]) -> Model {
     layers.iter().zip(groups).enumerate().fold(model.clone(), |model, (i, (layer, groups))| {
         model.with_pooled(i, &checkpoint.layer(i).unwrap(), groups, layer.clone()).unwrap()
     })
@@ -46,8 +39,8 @@ fn with_layers(
 /// The attention output (T, D) of a layer by its definition, f64, for inputs (T, d).
 fn attention(
     checkpoint: &Checkpoint,
-    heads: &LayerHeads,
-    shared: Option<(&PooledLayer, &Partition)>,
+    heads: &Heads,
+    shared: Option<(&Pooled, &Partition)>,
     x: &Array2<f64>,
 ) -> Array2<f64> {
     let config = checkpoint.config();
@@ -89,10 +82,10 @@ fn attention(
 
 /// The refitted layers by the heads that they were made of.
 #[derive(Debug)]
-struct Made<'a>(&'a Checkpoint, &'a [PooledLayer]);
+struct Made<'a>(&'a Checkpoint, &'a [Pooled]);
 
 impl KvPooler for Made<'_> {
-    fn pool(&self, heads: &LayerHeads, _: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, _: &Partition) -> qcqa::Result<Pooled> {
         let of = |&i: &usize| self.0.layer(i).unwrap().key() == heads.key();
         Ok(self.1[(0..self.1.len()).find(of).unwrap()].clone())
     }
@@ -140,7 +133,7 @@ fn what_is_not_refitted_stays_bit_for_bit() {
     let [none, output, full] = [Refit::None, Refit::Output, Refit::Full]
         .map(|level| refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, level).layers);
     for i in 0..4 {
-        let parts = |layer: &PooledLayer| (layer.query.clone(), layer.key.clone(), layer.value.clone());
+        let parts = |layer: &Pooled| (layer.query.clone(), layer.key.clone(), layer.value.clone());
         assert!(parts(&output[i]) == parts(&none[i]));
         // Above the layer that shares, the output makes up for what is lost below.
         assert_eq!(i == 1, parts(&full[i]) != parts(&none[i]), "layer {i}");
@@ -261,7 +254,7 @@ fn biases_and_grouped_queries_are_refitted_too() {
         let found = refitted(&checkpoint, &source, &equal, pooler, &text, Refit::Full);
         let plan = models::plan(&checkpoint, &equal);
         let out = root.path().join(format!("{pooler:?}").replace(' ', ""));
-        let pool = |i: usize, _: &LayerHeads| Ok(found.layers[i].clone());
+        let pool = |i: usize, _: &Heads| Ok(found.layers[i].clone());
         convert_with(&checkpoint, &plan, &pool, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
         let written = Model::load(&Checkpoint::open(&out).unwrap()).unwrap();
         let planned = Model::planned_with(&checkpoint, &plan, &pool).unwrap();
@@ -278,7 +271,7 @@ fn partitions_that_do_not_fit_are_refused() {
     let text = windows(&checkpoint, &model, &calibration_text()).first(1);
     let heads = |i: usize| Ok(checkpoint.layer(i)?);
     let one = Partition::singletons(8).unwrap();
-    let pool = |_: usize, heads: &LayerHeads| MeanPooler.pool(heads, &one);
+    let pool = |_: usize, heads: &Heads| MeanPooler.pool(heads, &one);
     let run = Run::new(0);
     let error = refit(&model, &[&one], &heads, &pool, &text, Refit::Full, run).unwrap_err().to_string();
     models::says(&error, &["partitions", "4", "1"]);

@@ -15,8 +15,8 @@ use qcqa::runtime::{
     Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate, pool_layers,
 };
 use qcqa::{
-    FirstHead, FitnessFn, Front, KvPooler, LayerHeads, Limits, MeanPooler, Nsga2, Optimizer, Partition,
-    Progress, Run, SearchSpace, WeightSharingError,
+    FirstHead, FitnessFn, Front, Heads, KvPooler, Limits, MeanPooler, Nsga2, Optimizer, Partition, Progress,
+    Run, SearchSpace, WeightSharingError,
 };
 use running::{Slow, opened, runnable};
 use safetensors::Dtype;
@@ -177,7 +177,7 @@ fn the_calibrated_error_is_its_definition() {
 }
 
 /// The mean over tokens of the squared errors of keys and values that a partition makes.
-fn mean_error(heads: &LayerHeads, groups: &Partition, layer: usize, inputs: &[Vec<Array2<f64>>]) -> f64 {
+fn mean_error(heads: &Heads, groups: &Partition, layer: usize, inputs: &[Vec<Array2<f64>>]) -> f64 {
     let pooled = MeanPooler.pool(heads, groups).unwrap();
     let (mut sum, mut tokens) = (0.0, 0);
     for x in inputs.iter().flat_map(|window| window[layer].rows()) {

@@ -7,7 +7,7 @@ mod running;
 use ndarray::{Array2, Array3, ArrayD, Axis, s};
 use qcqa::checkpoint::{Checkpoint, Expanded, Stock};
 use qcqa::runtime::{KvCache, Model};
-use qcqa::{FirstHead, KvPooler, LayerHeads, MeanPooler, Partition, PooledLayer};
+use qcqa::{FirstHead, Heads, KvPooler, MeanPooler, Partition, Pooled};
 use running::{Slow, converted, near, neighbours, novels, opened, runnable, tokens};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
@@ -61,7 +61,7 @@ fn logits_are_those_of_transformers() {
 struct Scaling;
 
 impl KvPooler for Scaling {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> qcqa::Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         let mut pooled = MeanPooler.pool(heads, partition)?;
         let by_head = |(head, _, _): (usize, usize, usize)| 0.5 + head as f32 / 4.0;
         let (mut query, bias) = heads.query().unwrap().clone().into_parts();

@@ -6,19 +6,19 @@ use approx::assert_relative_eq;
 use common::{integer_layer, layer, plain_wse};
 use ndarray::{Array2, Array3, Axis, s};
 use proptest::prelude::*;
-use qcqa::{Error, FitnessFn, HeadRows, LayerHeads, Partition, Projection, WeightSharingError};
+use qcqa::{Error, FitnessFn, HeadRows, Heads, Partition, Projection, WeightSharingError};
 
-fn wse(heads: &LayerHeads, partition: &Partition) -> f64 {
+fn wse(heads: &Heads, partition: &Partition) -> f64 {
     WeightSharingError::new(heads).unwrap().evaluate(partition).unwrap()
 }
 
 /// The layer with its heads in another order.
-fn reordered(heads: &LayerHeads, order: &[usize]) -> LayerHeads {
+fn reordered(heads: &Heads, order: &[usize]) -> Heads {
     let select = |p: &Projection| {
         Projection::new(p.weight().select(Axis(0), order), p.bias().map(|b| b.select(Axis(0), order)))
             .unwrap()
     };
-    LayerHeads::new(select(heads.key()), select(heads.value())).unwrap()
+    Heads::new(select(heads.key()), select(heads.value())).unwrap()
 }
 
 proptest! {
@@ -43,7 +43,7 @@ proptest! {
         let near = |one: &Projection, noise: &Projection| {
             Projection::new(&one.weight() + &(&noise.weight() * 10f32.powi(apart)), None).unwrap()
         };
-        let heads = LayerHeads::new(near(one.key(), noise.key()), near(one.value(), noise.value())).unwrap();
+        let heads = Heads::new(near(one.key(), noise.key()), near(one.value(), noise.value())).unwrap();
         let partition = Partition::from_labels(&labels).unwrap();
         let expected = plain_wse(&heads, &partition);
         prop_assert!((wse(&heads, &partition) - expected).abs() <= 1e-6 * expected);
@@ -131,10 +131,10 @@ fn hostile_weights_and_shapes_are_refused() {
         let mut weight = Array3::zeros((3, 2, 4));
         weight[[2, 1, 3]] = bad;
         let broken = Projection::new(weight, None).unwrap();
-        assert!(matches!(LayerHeads::new(zeros(), broken), Err(Error::NotFinite { .. })));
+        assert!(matches!(Heads::new(zeros(), broken), Err(Error::NotFinite { .. })));
     }
     let huge = Projection::new(Array3::from_elem((3, 2, 4), 1e30), None).unwrap();
-    let heads = LayerHeads::new(huge, zeros()).unwrap();
+    let heads = Heads::new(huge, zeros()).unwrap();
     assert!(matches!(WeightSharingError::new(&heads), Err(Error::NotFinite { .. })), "squares overflow");
     assert!(matches!(Projection::new(Array3::zeros((3, 0, 4)), None), Err(Error::Shape { .. })));
     assert!(matches!(
@@ -142,9 +142,9 @@ fn hostile_weights_and_shapes_are_refused() {
         Err(Error::Shape { .. })
     ));
     let other = Projection::new(Array3::zeros((3, 2, 5)), None).unwrap();
-    assert!(matches!(LayerHeads::new(zeros(), other), Err(Error::Shape { .. })));
+    assert!(matches!(Heads::new(zeros(), other), Err(Error::Shape { .. })));
     let query = |n| Projection::new(Array3::zeros((n, 2, 4)), None).unwrap();
-    let layer = || LayerHeads::new(zeros(), zeros()).unwrap();
+    let layer = || Heads::new(zeros(), zeros()).unwrap();
     assert!(matches!(
         layer().with_queries(query(4), Array3::zeros((4, 4, 2))),
         Err(Error::QueryHeads { .. })

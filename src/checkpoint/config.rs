@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::FileError;
 use super::families::Family;
 use crate::Partition;
 
@@ -37,9 +37,9 @@ struct Reader<'a> {
 }
 
 impl Config {
-    pub(super) fn parse(path: &Path, text: &[u8]) -> Result<(Self, &'static Family), CheckpointError> {
+    pub(super) fn parse(path: &Path, text: &[u8]) -> Result<(Self, &'static Family), FileError> {
         let raw: Map<String, Value> = serde_json::from_slice(text)
-            .map_err(|source| CheckpointError::Json { path: path.to_path_buf(), source })?;
+            .map_err(|source| FileError::Json { path: path.to_path_buf(), source })?;
         let read = Reader { path, raw: &raw };
         let model_type = match read.get("model_type") {
             Some(Value::String(name)) => name.clone(),
@@ -137,26 +137,26 @@ impl Reader<'_> {
     }
 
     /// A number from 1 on, where it is given.
-    fn count(&self, key: &'static str) -> Result<Option<usize>, CheckpointError> {
+    fn count(&self, key: &'static str) -> Result<Option<usize>, FileError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let number = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|&n| n > 0);
         number.map(Some).ok_or_else(|| self.wrong(key, "a whole number from 1 on", value))
     }
 
-    fn required(&self, key: &'static str) -> Result<usize, CheckpointError> {
+    fn required(&self, key: &'static str) -> Result<usize, FileError> {
         self.count(key)?.ok_or_else(|| self.missing(key))
     }
 
-    fn missing(&self, key: &'static str) -> CheckpointError {
-        CheckpointError::ConfigMissing { path: self.path.to_path_buf(), key }
+    fn missing(&self, key: &'static str) -> FileError {
+        FileError::ConfigMissing { path: self.path.to_path_buf(), key }
     }
 
-    fn wrong(&self, key: &'static str, expected: impl Into<String>, found: impl ToString) -> CheckpointError {
+    fn wrong(&self, key: &'static str, expected: impl Into<String>, found: impl ToString) -> FileError {
         let (expected, found) = (expected.into(), found.to_string());
-        CheckpointError::ConfigValue { path: self.path.to_path_buf(), key, expected, found }
+        FileError::ConfigValue { path: self.path.to_path_buf(), key, expected, found }
     }
 
-    fn unsupported(&self, what: String, hint: String) -> CheckpointError {
-        CheckpointError::Unsupported { path: self.path.to_path_buf(), what, hint }
+    fn unsupported(&self, what: String, hint: String) -> FileError {
+        FileError::Unsupported { path: self.path.to_path_buf(), what, hint }
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::CheckpointError;
+use super::FileError;
 use super::read::CONFIG;
 use super::shards::INDEX;
 
@@ -41,7 +41,7 @@ pub(super) struct Extra {
 }
 
 /// The files to copy from a model directory and those below it, sorted; links are followed.
-pub(super) fn list(root: &Path) -> Result<Vec<Extra>, CheckpointError> {
+pub(super) fn list(root: &Path) -> Result<Vec<Extra>, FileError> {
     let mut extras = Vec::new();
     walk(root, root, &mut Vec::new(), &mut extras)?;
     extras.sort_by(|a, b| a.to.cmp(&b.to));
@@ -54,8 +54,8 @@ fn walk(
     directory: &Path,
     above: &mut Vec<PathBuf>,
     extras: &mut Vec<Extra>,
-) -> Result<(), CheckpointError> {
-    let failed = |e| CheckpointError::io("read", directory, e);
+) -> Result<(), FileError> {
+    let failed = |e| FileError::io("read", directory, e);
     let real = directory.canonicalize().map_err(failed)?;
     if above.contains(&real) {
         return Ok(());
@@ -66,12 +66,12 @@ fn walk(
         if is_skipped(&from, directory == root) {
             continue;
         }
-        let metadata = from.metadata().map_err(|e| CheckpointError::io("read", &from, e))?;
+        let metadata = from.metadata().map_err(|e| FileError::io("read", &from, e))?;
         if metadata.is_dir() {
             walk(root, &from, above, extras)?;
         } else if metadata.is_file() {
             if extras.len() == MOST_FILES {
-                return Err(CheckpointError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
+                return Err(FileError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
             }
             let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
             extras.push(Extra { from, to, bytes: metadata.len() });
@@ -93,9 +93,9 @@ fn is_skipped(path: &Path, at_root: bool) -> bool {
 
 impl Extra {
     /// Copies the file into the output directory, permissions included.
-    pub(super) fn copy(&self, output: &Path) -> Result<(), CheckpointError> {
+    pub(super) fn copy(&self, output: &Path) -> Result<(), FileError> {
         let to = output.join(&self.to);
-        let failed = |e| CheckpointError::io("copy", &self.from, e);
+        let failed = |e| FileError::io("copy", &self.from, e);
         if let Some(parent) = to.parent() {
             fs::create_dir_all(parent).map_err(failed)?;
         }
@@ -107,7 +107,7 @@ impl Extra {
 }
 
 /// Gives `to` the permissions of `from`.
-pub(super) fn same_permissions(from: &Path, to: &Path) -> Result<(), CheckpointError> {
+pub(super) fn same_permissions(from: &Path, to: &Path) -> Result<(), FileError> {
     let permissions = from.metadata().map(|m| m.permissions());
-    permissions.and_then(|p| fs::set_permissions(to, p)).map_err(|e| CheckpointError::io("write", to, e))
+    permissions.and_then(|p| fs::set_permissions(to, p)).map_err(|e| FileError::io("write", to, e))
 }

@@ -5,7 +5,7 @@ use safetensors::SafeTensorError;
 /// What is wrong with a checkpoint, a plan file or the place to write to: one variant for each rule.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum CheckpointError {
+pub enum FileError {
     /// The operating system refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -295,16 +295,16 @@ pub enum CheckpointError {
     Core(#[from] crate::Error),
 }
 
-impl CheckpointError {
+impl FileError {
     pub(super) fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
         Self::Io { action, path: path.to_path_buf(), source }
     }
 }
 
-impl From<CheckpointError> for crate::Error {
-    fn from(error: CheckpointError) -> Self {
+impl From<FileError> for crate::Error {
+    fn from(error: FileError) -> Self {
         match error {
-            CheckpointError::Core(error) => error,
+            FileError::Core(error) => error,
             error => Self::plugin(error),
         }
     }

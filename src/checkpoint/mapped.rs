@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
-use super::CheckpointError;
+use super::FileError;
 
 /// A regular file, mapped read-only; dereferences to its bytes.
 #[derive(Debug)]
@@ -22,8 +22,8 @@ impl Mapped {
     /// bytes behind a shared reference. Every value read from the mapping is decoded from plain bytes, for
     /// which any bit pattern is valid, and lengths and offsets are copied out before they are checked, so that
     /// a change can spoil numbers but not memory. This crate itself only writes new files and renames them.
-    pub(super) fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let failed = |source| CheckpointError::io("read", path, source);
+    pub(super) fn open(path: &Path) -> Result<Self, FileError> {
+        let failed = |source| FileError::io("read", path, source);
         // Opening a named pipe would wait for a writer for ever.
         if !path.metadata().map_err(failed)?.is_file() {
             return Err(failed(std::io::Error::other("not a regular file")));

@@ -1,7 +1,7 @@
 //! Hugging Face model directories: read, checked, converted to shared heads.
 //!
 //! [`Checkpoint::open`] maps and checks a directory of the Llama family (`model_type` `llama`, `mistral`,
-//! `qwen2`); its layers are [`LayerHeads`](crate::LayerHeads) or, without decoding a layer whole,
+//! `qwen2`); its layers are [`Heads`](crate::Heads) or, without decoding a layer whole,
 //! [`HeadRows`](crate::HeadRows). [`convert`] writes the directory that a [`Plan`](crate::Plan) describes, in
 //! the form of a [`Target`]. Weights are BF16, F16 or F32; quantised models and models that normalise queries
 //! or keys are refused.
@@ -13,7 +13,7 @@
 //! use qcqa::checkpoint::{Checkpoint, Expanded, WriteOptions, convert, read_plan};
 //! use qcqa::{MeanPooler, Run};
 //!
-//! # fn main() -> Result<(), qcqa::checkpoint::CheckpointError> {
+//! # fn main() -> Result<(), qcqa::checkpoint::FileError> {
 //! let model = Checkpoint::open("model")?;
 //! let plan = read_plan("plan.json".as_ref())?;
 //! let (options, run) = (WriteOptions::default(), Run::new(0));
@@ -41,7 +41,7 @@ mod write;
 
 pub use config::Config;
 pub use dtype::Dtype;
-pub use error::CheckpointError;
+pub use error::FileError;
 pub use plan_file::{read_plan, write_plan};
 pub use read::Checkpoint;
 pub use rows::LayerRows;

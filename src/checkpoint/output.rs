@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use tempfile::TempDir;
 
 use super::read::CONFIG;
-use super::{CheckpointError, WriteOptions};
+use super::{FileError, WriteOptions};
 
 /// A place that has been found fit to be written to.
 #[derive(Debug)]
@@ -21,23 +21,23 @@ pub(super) struct Destination {
 
 impl Destination {
     /// Checks that `out` may be made or, with `force`, replaced, and that neither it nor `source` holds the other.
-    pub(super) fn check(out: &Path, source: &Path, force: bool) -> Result<Self, CheckpointError> {
-        let failed = |source| CheckpointError::io("write", out, source);
+    pub(super) fn check(out: &Path, source: &Path, force: bool) -> Result<Self, FileError> {
+        let failed = |source| FileError::io("write", out, source);
         let (path, ancestor) = resolve(out).map_err(failed)?;
         let destination = Self { path, ancestor, force };
-        let source = source.canonicalize().map_err(|e| CheckpointError::io("read", source, e))?;
+        let source = source.canonicalize().map_err(|e| FileError::io("read", source, e))?;
         if destination.path.starts_with(&source) {
-            return Err(CheckpointError::OutputOverlap { path: out.to_path_buf(), inner: source });
+            return Err(FileError::OutputOverlap { path: out.to_path_buf(), inner: source });
         }
         destination.spare(&source)?;
         if out.symlink_metadata().is_ok() {
             if !force {
-                return Err(CheckpointError::OutputExists { path: out.to_path_buf() });
+                return Err(FileError::OutputExists { path: out.to_path_buf() });
             }
             // A slip of the hand must not delete somebody's home.
             let empty = || fs::read_dir(&destination.path).is_ok_and(|mut entries| entries.next().is_none());
             if !destination.path.join(CONFIG).is_file() && !empty() {
-                return Err(CheckpointError::OutputForeign { path: out.to_path_buf() });
+                return Err(FileError::OutputForeign { path: out.to_path_buf() });
             }
         } else if !destination.ancestor.is_dir() {
             return Err(failed(io::Error::from(io::ErrorKind::NotADirectory)));
@@ -46,28 +46,28 @@ impl Destination {
     }
 
     /// Checks that a file of the source does not lie, by way of symbolic links, in what will be replaced.
-    pub(super) fn spare(&self, file: &Path) -> Result<(), CheckpointError> {
-        let inner = file.canonicalize().map_err(|e| CheckpointError::io("read", file, e))?;
+    pub(super) fn spare(&self, file: &Path) -> Result<(), FileError> {
+        let inner = file.canonicalize().map_err(|e| FileError::io("read", file, e))?;
         if inner.starts_with(&self.path) {
-            return Err(CheckpointError::OutputOverlap { path: self.path.clone(), inner });
+            return Err(FileError::OutputOverlap { path: self.path.clone(), inner });
         }
         Ok(())
     }
 
     /// Checks that the disk has room for `needed` bytes.
-    pub(super) fn check_space(&self, needed: u64) -> Result<(), CheckpointError> {
+    pub(super) fn check_space(&self, needed: u64) -> Result<(), FileError> {
         let available = fs4::available_space(&self.ancestor)
-            .map_err(|e| CheckpointError::io("ask for the free space of", &self.ancestor, e))?;
+            .map_err(|e| FileError::io("ask for the free space of", &self.ancestor, e))?;
         enough(&self.path, needed, available)
     }
 }
 
 /// The rule of [`Destination::check_space`].
-fn enough(path: &Path, needed: u64, available: u64) -> Result<(), CheckpointError> {
+fn enough(path: &Path, needed: u64, available: u64) -> Result<(), FileError> {
     if needed <= available {
         return Ok(());
     }
-    Err(CheckpointError::NoSpace { path: path.to_path_buf(), needed, available })
+    Err(FileError::NoSpace { path: path.to_path_buf(), needed, available })
 }
 
 /// `out` without symbolic links, and the nearest existing path above (or at) it.
@@ -100,8 +100,8 @@ pub(super) struct Staging<'a> {
 }
 
 impl<'a> Staging<'a> {
-    pub(super) fn new(destination: &'a Destination) -> Result<Self, CheckpointError> {
-        let failed = |source| CheckpointError::io("write", &destination.path, source);
+    pub(super) fn new(destination: &'a Destination) -> Result<Self, FileError> {
+        let failed = |source| FileError::io("write", &destination.path, source);
         let parent = parent_of(&destination.path);
         let missing = parent.ancestors().take_while(|a| !a.exists()).map(Path::to_path_buf).collect();
         let made = MadeDirectories(missing);
@@ -118,24 +118,24 @@ impl<'a> Staging<'a> {
     }
 
     /// Moves the new model to its place, and deletes what was there.
-    pub(super) fn commit(self) -> Result<(), CheckpointError> {
+    pub(super) fn commit(self) -> Result<(), FileError> {
         let path = &self.destination.path;
-        let failed = |source| CheckpointError::io("write", path, source);
+        let failed = |source| FileError::io("write", path, source);
         sync_directory(&self.path())?;
         if path.symlink_metadata().is_err() {
             fs::rename(self.path(), path).map_err(failed)?;
             return sync_directory(parent_of(path));
         }
         if !self.destination.force {
-            return Err(CheckpointError::OutputExists { path: path.clone() });
+            return Err(FileError::OutputExists { path: path.clone() });
         }
         replace(&self.path(), path)
     }
 }
 
 /// Moves `new` to `path`, where something is; that is deleted afterwards, or moved back if `new` cannot be moved.
-fn replace(new: &Path, path: &Path) -> Result<(), CheckpointError> {
-    let failed = |source| CheckpointError::io("write", path, source);
+fn replace(new: &Path, path: &Path) -> Result<(), FileError> {
+    let failed = |source| FileError::io("write", path, source);
     let aside = hidden_beside(path, "old").map_err(failed)?;
     let old = aside.path().join("model");
     fs::rename(path, &old).map_err(failed)?;
@@ -144,13 +144,13 @@ fn replace(new: &Path, path: &Path) -> Result<(), CheckpointError> {
             Ok(()) => failed(error),
             Err(source) => {
                 let kept = aside.keep().join("model");
-                CheckpointError::OldKept { path: path.to_path_buf(), kept, source }
+                FileError::OldKept { path: path.to_path_buf(), kept, source }
             }
         });
     }
     sync_directory(parent_of(path))?;
     let kept = aside.path().to_path_buf();
-    aside.close().map_err(|e| CheckpointError::io("delete the old model in", &kept, e))
+    aside.close().map_err(|e| FileError::io("delete the old model in", &kept, e))
 }
 
 /// Directories that did not exist before, innermost first; removed on drop where they are still empty.
@@ -180,10 +180,10 @@ pub(super) fn parent_of(path: &Path) -> &Path {
 }
 
 /// Makes a directory's entries lasting.
-pub(super) fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
+pub(super) fn sync_directory(path: &Path) -> Result<(), FileError> {
     // Elsewhere directories cannot be opened, and renames are lasting by themselves.
     if cfg!(unix) {
-        File::open(path).and_then(|d| d.sync_all()).map_err(|e| CheckpointError::io("sync", path, e))?;
+        File::open(path).and_then(|d| d.sync_all()).map_err(|e| FileError::io("sync", path, e))?;
     }
     Ok(())
 }
@@ -191,12 +191,12 @@ pub(super) fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
 /// Writes a file, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
 ///
 /// # Errors
-/// [`CheckpointError::OutputExists`] unless `force` is set, [`CheckpointError::Io`].
-pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), CheckpointError> {
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::Io`].
+pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), FileError> {
     if !options.force && path.symlink_metadata().is_ok() {
-        return Err(CheckpointError::OutputExists { path: path.to_path_buf() });
+        return Err(FileError::OutputExists { path: path.to_path_buf() });
     }
-    let failed = |source| CheckpointError::io("write", path, source);
+    let failed = |source| FileError::io("write", path, source);
     let parent = parent_of(path);
     if options.dry_run {
         let directory = parent.metadata().map_err(failed)?;
@@ -217,7 +217,7 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> R
         file.persist(path).map_err(|e| failed(e.error))?;
     } else {
         file.persist_noclobber(path).map_err(|e| match e.error.kind() {
-            io::ErrorKind::AlreadyExists => CheckpointError::OutputExists { path: path.to_path_buf() },
+            io::ErrorKind::AlreadyExists => FileError::OutputExists { path: path.to_path_buf() },
             _ => failed(e.error),
         })?;
     }

@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 use super::output::write_whole;
 use super::shards::read_bounded;
-use super::{CheckpointError, WriteOptions};
+use super::{FileError, WriteOptions};
 use crate::{Error, Plan};
 
 /// A plan of 1000 layers of 4096 heads is a third of it.
@@ -13,10 +13,10 @@ const PLAN_LIMIT: u64 = 64 << 20;
 /// Reads a plan and checks it.
 ///
 /// # Errors
-/// All name the file: [`CheckpointError::Io`], [`CheckpointError::FileTooLarge`], [`CheckpointError::Json`] (an
-/// unknown field and a partition that is none included), [`CheckpointError::Plan`] for another version or parts
+/// All name the file: [`FileError::Io`], [`FileError::FileTooLarge`], [`FileError::Json`] (an
+/// unknown field and a partition that is none included), [`FileError::Plan`] for another version or parts
 /// that contradict one another.
-pub fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
+pub fn read_plan(path: &Path) -> Result<Plan, FileError> {
     /// The version alone: a newer plan has fields that this version would call unknown.
     #[derive(Deserialize)]
     struct Versioned {
@@ -24,8 +24,8 @@ pub fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
     }
 
     let text = read_bounded(path, PLAN_LIMIT)?;
-    let json = |source| CheckpointError::Json { path: path.to_path_buf(), source };
-    let unfit = |source| CheckpointError::Plan { path: path.to_path_buf(), source };
+    let json = |source| FileError::Json { path: path.to_path_buf(), source };
+    let unfit = |source| FileError::Plan { path: path.to_path_buf(), source };
     let Versioned { version: found } = serde_json::from_slice(&text).map_err(json)?;
     if found != Plan::VERSION {
         return Err(unfit(Error::PlanVersion { found, supported: Plan::VERSION }));
@@ -38,12 +38,12 @@ pub fn read_plan(path: &Path) -> Result<Plan, CheckpointError> {
 /// Writes a plan, whole or not at all. A dry run only checks.
 ///
 /// # Errors
-/// [`CheckpointError::OutputExists`] unless `force` is set, [`CheckpointError::Plan`] for a plan that contradicts
-/// itself, [`CheckpointError::Io`].
-pub fn write_plan(path: &Path, plan: &Plan, options: WriteOptions) -> Result<(), CheckpointError> {
-    plan.check().map_err(|source| CheckpointError::Plan { path: path.to_path_buf(), source })?;
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::Plan`] for a plan that contradicts
+/// itself, [`FileError::Io`].
+pub fn write_plan(path: &Path, plan: &Plan, options: WriteOptions) -> Result<(), FileError> {
+    plan.check().map_err(|source| FileError::Plan { path: path.to_path_buf(), source })?;
     let mut text = serde_json::to_vec_pretty(plan)
-        .map_err(|source| CheckpointError::Json { path: path.to_path_buf(), source })?;
+        .map_err(|source| FileError::Json { path: path.to_path_buf(), source })?;
     text.push(b'\n');
     write_whole(path, &text, options)
 }

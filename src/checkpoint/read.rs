@@ -5,8 +5,8 @@ use ndarray::{Array2, Array3, ArrayD, IxDyn};
 use super::families::{Family, Part};
 use super::rows::{LayerRows, RowPart};
 use super::shards::{Entry, Shards, read_bounded};
-use super::{CheckpointError, Config, Dtype, fingerprint};
-use crate::{LayerHeads, Projection, Rotation, Source};
+use super::{Config, Dtype, FileError, fingerprint};
+use crate::{Heads, Projection, Rotation, Source};
 
 pub(super) const CONFIG: &str = "config.json";
 const CONFIG_LIMIT: u64 = 16 << 20;
@@ -29,12 +29,12 @@ impl Checkpoint {
     /// The files must not be shortened or rewritten while the checkpoint is open.
     ///
     /// # Errors
-    /// One [`CheckpointError`] for each thing that can be wrong: the configuration, the index, a file's header
+    /// One [`FileError`] for each thing that can be wrong: the configuration, the index, a file's header
     /// or length, and the presence, shape and type of every attention tensor of every layer.
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, CheckpointError> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, FileError> {
         let path = path.as_ref().to_path_buf();
         if !path.is_dir() {
-            return Err(CheckpointError::NotADirectory { path });
+            return Err(FileError::NotADirectory { path });
         }
         let config_path = path.join(CONFIG);
         let (config, family) = Config::parse(&config_path, &read_bounded(&config_path, CONFIG_LIMIT)?)?;
@@ -43,7 +43,7 @@ impl Checkpoint {
         if let Some(name) = shards.tensors.keys().find(normalised) {
             let what = format!("normalised queries or keys (tensor {name})");
             let hint = "merging keys is not exact under their norm".to_string();
-            return Err(CheckpointError::Unsupported { path, what, hint });
+            return Err(FileError::Unsupported { path, what, hint });
         }
         let mut checkpoint = Self { path, config, family, dtype: Dtype::F32, biases: [false; 4], shards };
         checkpoint.biases =
@@ -55,7 +55,7 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn check_layer(&self, layer: usize) -> Result<(), CheckpointError> {
+    fn check_layer(&self, layer: usize) -> Result<(), FileError> {
         for part in Part::ALL {
             let shape = self.shape(part);
             let weight = self.family.weight(layer, part);
@@ -66,7 +66,7 @@ impl Checkpoint {
             }
             let bias = self.family.bias(layer, part);
             if self.shards.tensors.contains_key(&bias) != self.has(part) {
-                return Err(CheckpointError::UnevenBias { path: self.path.clone(), tensor: bias });
+                return Err(FileError::UnevenBias { path: self.path.clone(), tensor: bias });
             }
             if self.has(part) {
                 self.attention(&bias, &shape[..1])?;
@@ -76,13 +76,13 @@ impl Checkpoint {
     }
 
     /// An attention tensor, of the shape that it must have and a type that can be read.
-    fn attention(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Dtype), CheckpointError> {
+    fn attention(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Dtype), FileError> {
         let Some(entry) = self.shards.tensors.get(name) else {
             let (path, tensor) = (self.path.clone(), name.to_string());
-            return Err(CheckpointError::TensorMissing { path, tensor, expected: shape.to_vec() });
+            return Err(FileError::TensorMissing { path, tensor, expected: shape.to_vec() });
         };
         if entry.shape != shape {
-            return Err(CheckpointError::TensorShape {
+            return Err(FileError::TensorShape {
                 path: self.file_of(entry).to_path_buf(),
                 tensor: name.to_string(),
                 expected: shape.to_vec(),
@@ -92,14 +92,14 @@ impl Checkpoint {
         Ok((entry, self.float(name, entry)?))
     }
 
-    pub(super) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, CheckpointError> {
+    pub(super) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, FileError> {
         Dtype::from_stored(entry.dtype)
             .ok_or_else(|| self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string()))
     }
 
-    fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> CheckpointError {
+    fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> FileError {
         let (path, tensor) = (self.file_of(entry).to_path_buf(), name.to_string());
-        CheckpointError::TensorDtype { path, tensor, expected, found: entry.dtype.to_string() }
+        FileError::TensorDtype { path, tensor, expected, found: entry.dtype.to_string() }
     }
 
     /// Shape of a projection's weight; of its bias, the first dimension.
@@ -149,7 +149,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// None at present.
-    pub fn source(&self) -> Result<Source, CheckpointError> {
+    pub fn source(&self) -> Result<Source, FileError> {
         let Config { model_type, n_layers, hidden, query_heads, kv_heads, head_dim, .. } = &self.config;
         let names = (0..*n_layers).flat_map(|i| [Part::Key, Part::Value].map(|p| self.family.weight(i, p)));
         let tensors = names.filter_map(|name| {
@@ -171,8 +171,8 @@ impl Checkpoint {
     /// The heads of layer `i`, queries and output included, with their rotation.
     ///
     /// # Errors
-    /// [`CheckpointError::LayerOutOfRange`], [`CheckpointError::NotFinite`] naming file and tensor.
-    pub fn layer(&self, i: usize) -> Result<LayerHeads, CheckpointError> {
+    /// [`FileError::LayerOutOfRange`], [`FileError::NotFinite`] naming file and tensor.
+    pub fn layer(&self, i: usize) -> Result<Heads, FileError> {
         let heads = self.key_value(i)?;
         let query = self.projection(i, Part::Query)?;
         let Config { hidden, query_heads, head_dim, .. } = self.config;
@@ -192,17 +192,17 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::layer`].
-    pub fn key_value(&self, i: usize) -> Result<LayerHeads, CheckpointError> {
+    pub fn key_value(&self, i: usize) -> Result<Heads, FileError> {
         self.check_index(i)?;
-        let heads = LayerHeads::new(self.projection(i, Part::Key)?, self.projection(i, Part::Value)?)?;
+        let heads = Heads::new(self.projection(i, Part::Key)?, self.projection(i, Part::Value)?)?;
         Ok(heads.with_rotation(Rotation::HalfSplit { dims: self.config.head_dim })?)
     }
 
     /// The keys and values of layer `i` as rows, decoded from the files piece by piece.
     ///
     /// # Errors
-    /// [`CheckpointError::LayerOutOfRange`].
-    pub fn rows(&self, i: usize) -> Result<LayerRows<'_>, CheckpointError> {
+    /// [`FileError::LayerOutOfRange`].
+    pub fn rows(&self, i: usize) -> Result<LayerRows<'_>, FileError> {
         self.check_index(i)?;
         let weights = [Part::Key, Part::Value].map(|part| self.family.weight(i, part));
         let biases = [Part::Key, Part::Value].map(|part| self.has(part).then(|| self.family.bias(i, part)));
@@ -218,8 +218,8 @@ impl Checkpoint {
     /// Any BF16, F16 or F32 tensor, decoded.
     ///
     /// # Errors
-    /// [`CheckpointError::TensorMissing`], [`CheckpointError::TensorDtype`], [`CheckpointError::NotFinite`].
-    pub fn tensor(&self, name: &str) -> Result<ArrayD<f32>, CheckpointError> {
+    /// [`FileError::TensorMissing`], [`FileError::TensorDtype`], [`FileError::NotFinite`].
+    pub fn tensor(&self, name: &str) -> Result<ArrayD<f32>, FileError> {
         let shape = IxDyn(&self.entry(name)?.0.shape);
         Ok(ArrayD::from_shape_vec(shape, self.numbers(name)?).map_err(crate::Error::plugin)?)
     }
@@ -229,7 +229,7 @@ impl Checkpoint {
         self.shards.tensors.keys().map(String::as_str)
     }
 
-    fn projection(&self, layer: usize, part: Part) -> Result<Projection, CheckpointError> {
+    fn projection(&self, layer: usize, part: Part) -> Result<Projection, FileError> {
         let (h, d) = (self.config.head_dim, self.config.hidden);
         let weight = self.numbers(&self.family.weight(layer, part))?;
         let n = weight.len() / (h * d);
@@ -241,33 +241,33 @@ impl Checkpoint {
     }
 
     /// All numbers of a tensor, which must be finite.
-    fn numbers(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+    fn numbers(&self, name: &str) -> Result<Vec<f32>, FileError> {
         let (entry, dtype) = self.entry(name)?;
         let mut numbers = vec![0.0; entry.range.len() / dtype.bytes()];
         dtype.decode(self.shards.bytes(entry), &mut numbers);
         if !numbers.iter().all(|v| v.is_finite()) {
             let (path, tensor) = (self.file_of(entry).to_path_buf(), name.to_string());
-            return Err(CheckpointError::NotFinite { path, tensor });
+            return Err(FileError::NotFinite { path, tensor });
         }
         Ok(numbers)
     }
 
-    fn entry(&self, name: &str) -> Result<(&Entry, Dtype), CheckpointError> {
+    fn entry(&self, name: &str) -> Result<(&Entry, Dtype), FileError> {
         match self.shards.tensors.get(name) {
             Some(entry) => Ok((entry, self.float(name, entry)?)),
             None => {
                 let (path, tensor) = (self.path.clone(), name.to_string());
-                Err(CheckpointError::TensorMissing { path, tensor, expected: Vec::new() })
+                Err(FileError::TensorMissing { path, tensor, expected: Vec::new() })
             }
         }
     }
 
-    fn check_index(&self, layer: usize) -> Result<(), CheckpointError> {
+    fn check_index(&self, layer: usize) -> Result<(), FileError> {
         let layers = self.config.n_layers;
         if layer < layers {
             return Ok(());
         }
-        Err(CheckpointError::LayerOutOfRange { path: self.path.clone(), layer, layers })
+        Err(FileError::LayerOutOfRange { path: self.path.clone(), layer, layers })
     }
 
     fn has(&self, part: Part) -> bool {

@@ -1,13 +1,13 @@
 use std::path::Path;
 
-use super::{CheckpointError, Dtype};
+use super::{Dtype, FileError};
 use crate::HeadRows;
 use crate::fitness::read_across;
 
 /// The keys and values of a layer as rows, decoded from the mapped file piece by piece.
 ///
 /// Row i is head i's key weights, value weights, key bias and value bias, as in
-/// [`LayerHeads`](crate::LayerHeads); nothing the size of a layer is allocated. NaN and infinities pass through:
+/// [`Heads`](crate::Heads); nothing the size of a layer is allocated. NaN and infinities pass through:
 /// [`LayerRows::check_finite`] names their tensor.
 #[derive(Debug)]
 pub struct LayerRows<'a> {
@@ -32,8 +32,8 @@ impl<'a> LayerRows<'a> {
     /// Reads all rows once, to say which tensor holds a NaN or an infinity.
     ///
     /// # Errors
-    /// [`CheckpointError::NotFinite`].
-    pub fn check_finite(&self) -> Result<(), CheckpointError> {
+    /// [`FileError::NotFinite`].
+    pub fn check_finite(&self) -> Result<(), FileError> {
         let mut block = [0.0; 1024];
         for part in &self.parts {
             for bytes in part.bytes.chunks(block.len() * part.dtype.bytes()) {
@@ -41,7 +41,7 @@ impl<'a> LayerRows<'a> {
                 part.dtype.decode(bytes, block);
                 if !block.iter().all(|v| v.is_finite()) {
                     let (path, tensor) = (part.file.to_path_buf(), part.tensor.clone());
-                    return Err(CheckpointError::NotFinite { path, tensor });
+                    return Err(FileError::NotFinite { path, tensor });
                 }
             }
         }

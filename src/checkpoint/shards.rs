@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::FileError;
 use super::mapped::Mapped;
 
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -54,7 +54,7 @@ pub(super) struct Shards {
 impl Shards {
     /// Maps the files and checks their headers and lengths. Like transformers, one whole file comes before an
     /// index.
-    pub(super) fn open(directory: &Path) -> Result<Self, CheckpointError> {
+    pub(super) fn open(directory: &Path) -> Result<Self, FileError> {
         let mut shards = Self { files: Vec::new(), tensors: BTreeMap::new(), index: None };
         if directory.join(SINGLE).exists() {
             shards.add(directory, SINGLE)?;
@@ -62,13 +62,10 @@ impl Shards {
         }
         let index_path = directory.join(INDEX);
         if !index_path.exists() {
-            return Err(CheckpointError::NoWeights {
-                path: directory.to_path_buf(),
-                found: weights_in(directory),
-            });
+            return Err(FileError::NoWeights { path: directory.to_path_buf(), found: weights_in(directory) });
         }
         let index: Map<String, Value> = serde_json::from_slice(&read_bounded(&index_path, INDEX_LIMIT)?)
-            .map_err(|source| CheckpointError::Json { path: index_path.clone(), source })?;
+            .map_err(|source| FileError::Json { path: index_path.clone(), source })?;
         let weight_map = weight_map(&index_path, &index)?;
         // A tensor of each file, so that a missing file can be explained.
         let files: BTreeMap<&str, &str> = weight_map.iter().map(|&(tensor, file)| (file, tensor)).collect();
@@ -78,29 +75,32 @@ impl Shards {
             let plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
             if !plain || !file.ends_with(".safetensors") {
                 let (index, shard, tensor) = of();
-                return Err(CheckpointError::ShardName { index, tensor, shard });
+                return Err(FileError::ShardName { index, tensor, shard });
             }
             if !directory.join(file).exists() {
                 let (index, shard, tensor) = of();
-                return Err(CheckpointError::ShardMissing { index, shard, tensor });
+                return Err(FileError::ShardMissing { index, shard, tensor });
             }
             shards.add(directory, file)?;
         }
         for (tensor, file) in weight_map {
             if shards.tensors.get(tensor).is_none_or(|e| shards.files[e.shard].file != file) {
                 let (shard, tensor) = (file.to_string(), tensor.to_string());
-                return Err(CheckpointError::IndexTensor { index: index_path, shard, tensor });
+                return Err(FileError::IndexTensor { index: index_path, shard, tensor });
             }
         }
         shards.index = Some(index);
         Ok(shards)
     }
 
-    fn add(&mut self, directory: &Path, file: &str) -> Result<(), CheckpointError> {
+    fn add(&mut self, directory: &Path, file: &str) -> Result<(), FileError> {
         let path = directory.join(file);
         let bytes = Mapped::open(&path)?;
-        let (header, metadata) = SafeTensors::read_metadata(&bytes)
-            .map_err(|source| CheckpointError::Header { path: path.clone(), len: bytes.len(), source })?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|source| FileError::Header {
+            path: path.clone(),
+            len: bytes.len(),
+            source,
+        })?;
         let data = LENGTH_BYTES + header;
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
@@ -108,7 +108,7 @@ impl Shards {
             let entry = Entry { shard: self.files.len(), dtype: info.dtype, shape, range };
             if let Some(twice) = self.tensors.insert(name.clone(), entry) {
                 let first = self.files.get(twice.shard).map_or_else(|| path.clone(), |s| s.path.clone());
-                return Err(CheckpointError::TensorTwice { tensor: name, first, second: path });
+                return Err(FileError::TensorTwice { tensor: name, first, second: path });
             }
         }
         let metadata = metadata.metadata().clone();
@@ -123,11 +123,8 @@ impl Shards {
 }
 
 /// Pairs of tensor and file.
-fn weight_map<'a>(
-    path: &Path,
-    index: &'a Map<String, Value>,
-) -> Result<Vec<(&'a str, &'a str)>, CheckpointError> {
-    let wrong = |found: String| CheckpointError::ConfigValue {
+fn weight_map<'a>(path: &Path, index: &'a Map<String, Value>) -> Result<Vec<(&'a str, &'a str)>, FileError> {
+    let wrong = |found: String| FileError::ConfigValue {
         path: path.to_path_buf(),
         key: "weight_map",
         expected: "an object of tensor names and file names".to_string(),
@@ -158,15 +155,15 @@ fn weights_in(directory: &Path) -> String {
 }
 
 /// The bytes of a regular file of at most `limit` bytes.
-pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
-    let failed = |source| CheckpointError::io("read", path, source);
+pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+    let failed = |source| FileError::io("read", path, source);
     if !path.metadata().map_err(failed)?.is_file() {
         return Err(failed(std::io::Error::other("not a regular file")));
     }
     let mut bytes = Vec::new();
     File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > limit {
-        return Err(CheckpointError::FileTooLarge { path: path.to_path_buf(), limit });
+        return Err(FileError::FileTooLarge { path: path.to_path_buf(), limit });
     }
     Ok(bytes)
 }

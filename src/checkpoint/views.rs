@@ -8,8 +8,8 @@ use safetensors::View;
 use super::families::Part;
 use super::shards::Entry;
 use super::targets::Layout;
-use super::{Checkpoint, CheckpointError, Dtype};
-use crate::{Plan, PoolLayer, PooledLayer, Projection, Run};
+use super::{Checkpoint, Dtype, FileError};
+use crate::{Plan, PoolLayer, Pooled, Projection, Run};
 
 /// What all tensors of a conversion share.
 pub(super) struct Job<'a> {
@@ -23,9 +23,9 @@ pub(super) struct Job<'a> {
     pub(super) total: u64,
     /// The layer pooled last. Files are written tensor by tensor in the order of names, which keeps a layer's
     /// tensors together: one layer at a time is decoded.
-    pooled: RefCell<Option<(usize, PooledLayer)>>,
+    pooled: RefCell<Option<(usize, Pooled)>>,
     /// What stopped the work; from then on tensors come out empty.
-    stopped: RefCell<Option<CheckpointError>>,
+    stopped: RefCell<Option<FileError>>,
 }
 
 impl<'a> Job<'a> {
@@ -42,21 +42,21 @@ impl<'a> Job<'a> {
     }
 
     /// Counts one tensor or file.
-    pub(super) fn step(&self) -> Result<(), CheckpointError> {
+    pub(super) fn step(&self) -> Result<(), FileError> {
         self.done.set(self.done.get() + 1);
         Ok(self.run.step("write", self.done.get(), self.total)?)
     }
 
     /// What stopped the work, if anything did.
-    pub(super) fn outcome(&self) -> Result<(), CheckpointError> {
+    pub(super) fn outcome(&self) -> Result<(), FileError> {
         self.stopped.borrow_mut().take().map_or(Ok(()), Err)
     }
 
     fn with_pooled<T>(
         &self,
         layer: usize,
-        f: impl FnOnce(&PooledLayer) -> Result<T, CheckpointError>,
-    ) -> Result<T, CheckpointError> {
+        f: impl FnOnce(&Pooled) -> Result<T, FileError>,
+    ) -> Result<T, FileError> {
         let mut cache = self.pooled.borrow_mut();
         match &*cache {
             Some((cached, pooled)) if *cached == layer => f(pooled),
@@ -118,7 +118,7 @@ impl View for Tensor<'_> {
 }
 
 impl Tensor<'_> {
-    fn bytes(&self) -> Result<Cow<'_, [u8]>, CheckpointError> {
+    fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
         let source = self.job.source;
         let stored = Cow::Borrowed(source.files().bytes(self.entry));
         let Some(HeadsOf { layer, part, bias }) = self.heads else { return Ok(stored) };
@@ -153,11 +153,11 @@ impl Tensor<'_> {
         &self,
         dtype: Dtype,
         values: impl Iterator<Item = f32>,
-    ) -> Result<Cow<'static, [u8]>, CheckpointError> {
+    ) -> Result<Cow<'static, [u8]>, FileError> {
         let mut bytes = Vec::with_capacity(self.data_len());
         dtype.encode(values, &mut bytes).map_err(|value| {
             let (tensor, dtype) = (self.name.to_string(), dtype.name());
-            CheckpointError::Overflow { tensor, dtype, value }
+            FileError::Overflow { tensor, dtype, value }
         })?;
         Ok(Cow::Owned(bytes))
     }

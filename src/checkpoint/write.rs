@@ -13,7 +13,7 @@ use super::read::CONFIG;
 use super::shards::INDEX;
 use super::targets::Layout;
 use super::views::{HeadsOf, Job, Tensor};
-use super::{Checkpoint, CheckpointError, Target};
+use super::{Checkpoint, FileError, Target};
 use crate::error::shown;
 use crate::{KvPooler, Plan, PoolLayer, Run, kv_bytes_per_token};
 
@@ -50,8 +50,8 @@ pub struct Report {
 /// Progress is reported as stage `"write"`.
 ///
 /// # Errors
-/// One [`CheckpointError`] for each rule; [`Error::Cancelled`](crate::Error::Cancelled) through
-/// [`CheckpointError::Core`]. After an error `out` is as it was.
+/// One [`FileError`] for each rule; [`Error::Cancelled`](crate::Error::Cancelled) through
+/// [`FileError::Core`]. After an error `out` is as it was.
 pub fn convert(
     source: &Checkpoint,
     plan: &Plan,
@@ -60,8 +60,8 @@ pub fn convert(
     out: &Path,
     options: WriteOptions,
     run: Run<'_>,
-) -> Result<Report, CheckpointError> {
-    let pool = |i: usize, heads: &crate::LayerHeads| pooler.pool(heads, &plan.layers[i].groups);
+) -> Result<Report, FileError> {
+    let pool = |i: usize, heads: &crate::Heads| pooler.pool(heads, &plan.layers[i].groups);
     convert_with(source, plan, &pool, target, out, options, run)
 }
 
@@ -78,7 +78,7 @@ pub fn convert_with(
     out: &Path,
     options: WriteOptions,
     run: Run<'_>,
-) -> Result<Report, CheckpointError> {
+) -> Result<Report, FileError> {
     plan.check()?;
     same_source(source, plan)?;
     target.check(plan)?;
@@ -110,24 +110,24 @@ pub fn convert_with(
         let file = path.join(name);
         let written =
             File::create_new(&file).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
-        written.map_err(|e| CheckpointError::io("write", &file, e))?;
+        written.map_err(|e| FileError::io("write", &file, e))?;
     }
     let directories: BTreeSet<_> = report.files.iter().flat_map(|f| f.ancestors().skip(1)).collect();
     directories.into_iter().try_for_each(|d| sync_directory(&path.join(d)))?;
     let lengths = report.files.iter().map(|f| path.join(f).metadata().map(|m| m.len()));
-    report.bytes = lengths.sum::<io::Result<u64>>().map_err(|e| CheckpointError::io("read", &path, e))?;
+    report.bytes = lengths.sum::<io::Result<u64>>().map_err(|e| FileError::io("read", &path, e))?;
     staging.commit()?;
     Ok(report)
 }
 
 /// Checks the place that [`convert`] would write to, as far as that can be without a plan.
 #[cfg(feature = "cli")]
-pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Result<(), CheckpointError> {
+pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Result<(), FileError> {
     Destination::check(out, source.path(), force).map(drop)
 }
 
 /// Checks that the plan was made for this checkpoint; the message names the field that differs.
-pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), CheckpointError> {
+pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), FileError> {
     let (planned, found) = (&plan.source, source.source()?);
     let print = |f: &Option<String>| f.as_deref().map_or("none".to_string(), shown);
     let fields = [
@@ -143,16 +143,16 @@ pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), Checkp
     match fields.into_iter().find(|(_, planned, found)| planned != found) {
         None => Ok(()),
         Some((field, expected, found)) => {
-            Err(CheckpointError::PlanSource { path: source.path().to_path_buf(), field, expected, found })
+            Err(FileError::PlanSource { path: source.path().to_path_buf(), field, expected, found })
         }
     }
 }
 
-fn layouts(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<Vec<Layout>, CheckpointError> {
+fn layouts(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<Vec<Layout>, FileError> {
     let queries = source.config().queries_per_head();
     let checked = |(layer, groups)| {
         let layout = target.layout(groups, queries);
-        let wrong = |found| CheckpointError::Layout { target: target.name(), layer, found };
+        let wrong = |found| FileError::Layout { target: target.name(), layer, found };
         layout.check(groups, queries).map_err(wrong).map(|()| layout)
     };
     plan.layers.iter().map(|l| &l.groups).enumerate().map(checked).collect()
@@ -182,12 +182,12 @@ fn outputs<'a>(job: &'a Job<'a>) -> Vec<Outputs<'a>> {
     shards
 }
 
-fn write_shards(job: &Job<'_>, shards: Vec<Outputs<'_>>, directory: &Path) -> Result<(), CheckpointError> {
+fn write_shards(job: &Job<'_>, shards: Vec<Outputs<'_>>, directory: &Path) -> Result<(), FileError> {
     for (shard, tensors) in job.source.files().files.iter().zip(shards) {
         let path = directory.join(&shard.file);
         let written = safetensors::serialize_to_file(tensors, shard.metadata.clone(), &path);
         job.outcome()?;
-        let failed = |e| CheckpointError::io("write", &path, e);
+        let failed = |e| FileError::io("write", &path, e);
         written.map_err(|e| match e {
             SafeTensorError::IoError(e) => failed(e),
             other => failed(io::Error::other(other)),
@@ -204,7 +204,7 @@ fn small_files(
     plan: &Plan,
     target: &dyn Target,
     shards: &[Outputs<'_>],
-) -> Result<Vec<(&'static str, Vec<u8>)>, CheckpointError> {
+) -> Result<Vec<(&'static str, Vec<u8>)>, FileError> {
     let mut files = Vec::new();
     if let Some(index) = &source.files().index {
         files.push((INDEX, pretty(INDEX, &new_index(index, shards))?));
@@ -245,9 +245,9 @@ fn new_index(index: &Map<String, Value>, shards: &[Outputs<'_>]) -> Map<String, 
     index
 }
 
-fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, CheckpointError> {
+fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileError> {
     let mut text = serde_json::to_vec_pretty(value)
-        .map_err(|source| CheckpointError::Json { path: PathBuf::from(name), source })?;
+        .map_err(|source| FileError::Json { path: PathBuf::from(name), source })?;
     text.push(b'\n');
     Ok(text)
 }

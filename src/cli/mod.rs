@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::FileError;
 use crate::runtime::RuntimeError;
 use crate::{Error, Run};
 
@@ -172,8 +172,8 @@ impl From<Error> for CliError {
     }
 }
 
-impl From<CheckpointError> for CliError {
-    fn from(error: CheckpointError) -> Self {
+impl From<FileError> for CliError {
+    fn from(error: FileError) -> Self {
         Error::from(error).into()
     }
 }

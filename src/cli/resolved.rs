@@ -6,8 +6,8 @@ use crate::checkpoint::{Checkpoint, targets};
 use crate::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model};
 use crate::{
     Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FitnessFn, Front, Grouping,
-    KeyNorm, KvPooler, LayerHeads, LayerPlan, LayerSelection, Limits, LowRankError, Nsga2, Optimizer,
-    Partition, Plan, Qcqa, Run, Search, SearchSpace, UniformAllocation, UniformGqa, Ward, WeightSharingError,
+    Heads, KeyNorm, KvPooler, LayerPlan, LayerSelection, Limits, LowRankError, Nsga2, Optimizer, Partition,
+    Plan, Qcqa, Run, Search, SearchSpace, UniformAllocation, UniformGqa, Ward, WeightSharingError,
     optimize_layers,
 };
 
@@ -171,7 +171,7 @@ impl<'a> Resolved<'a> {
     /// The front of one decoded layer by the method's rule.
     pub(super) fn front(
         &self,
-        heads: &LayerHeads,
+        heads: &Heads,
         fitness: &dyn FitnessFn,
         run: Run<'_>,
     ) -> Result<Front, CliError> {

@@ -4,11 +4,11 @@ use ndarray::{Array2, s};
 
 use super::product::{TILE, add_gram, padded};
 use crate::run::map_ordered;
-use crate::{Error, LayerHeads, Result};
+use crate::{Error, Heads, Result};
 
 /// The heads of a layer as H long rows: whatever can be read in pieces can be compared.
 ///
-/// [`LayerHeads`] is one; a checkpoint's mapped tensors are another, decoded piece by piece.
+/// [`Heads`] is one; a checkpoint's mapped tensors are another, decoded piece by piece.
 pub trait HeadRows: Sync {
     /// Number of rows, H.
     fn n_heads(&self) -> usize;
@@ -24,7 +24,7 @@ pub trait HeadRows: Sync {
 }
 
 /// Key weights, value weights, key bias and value bias of a head, one after the other.
-impl HeadRows for LayerHeads {
+impl HeadRows for Heads {
     fn n_heads(&self) -> usize {
         self.key().n_heads()
     }
@@ -61,7 +61,7 @@ pub(crate) fn read_across<P>(
 }
 
 /// The contiguous arrays that make up the rows, each (H, something).
-fn parts(heads: &LayerHeads) -> impl Iterator<Item = &[f32]> {
+fn parts(heads: &Heads) -> impl Iterator<Item = &[f32]> {
     let (k, v) = (heads.key(), heads.value());
     [Some(k.weight_slice()), Some(v.weight_slice()), k.bias_slice(), v.bias_slice()].into_iter().flatten()
 }

@@ -8,7 +8,7 @@ use ndarray::{Array2, ArrayView2};
 use super::{FitnessFn, SeparableFitness};
 use crate::low_rank::{self, Metric, eigenvalues, no_moment};
 use crate::run::map_ordered;
-use crate::{Error, LayerHeads, LowRankPooler, Partition, Result};
+use crate::{Error, Heads, LowRankPooler, Partition, Result};
 
 /// The error of [`LowRankPooler`]: what the best shared heads of rank h leave of a group's keys and values, as attention
 /// sees them under the layer's inputs.
@@ -57,7 +57,7 @@ impl LowRankError {
     ///
     /// # Errors
     /// [`Error::NoQueries`] for a layer without queries and outputs, [`Error::Moment`] for a moment that is none.
-    pub fn new(heads: &LayerHeads) -> Result<Self> {
+    pub fn new(heads: &Heads) -> Result<Self> {
         Self::of(heads, LowRankPooler::default())
     }
 
@@ -65,7 +65,7 @@ impl LowRankError {
     ///
     /// # Errors
     /// As [`LowRankError::new`].
-    pub fn of(heads: &LayerHeads, pooler: LowRankPooler) -> Result<Self> {
+    pub fn of(heads: &Heads, pooler: LowRankPooler) -> Result<Self> {
         let n_heads = heads.n_heads();
         let all: Vec<usize> = (0..n_heads).collect();
         let metric = Metric::new(heads, pooler.ridge)?;

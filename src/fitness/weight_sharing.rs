@@ -2,7 +2,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::gram::{HeadRows, squared_distances};
 use super::{FitnessFn, SeparableFitness};
-use crate::{Error, LayerHeads, Partition, Projection, Result};
+use crate::{Error, Heads, Partition, Projection, Result};
 
 /// The weight-sharing error of the paper (arXiv 2406.10247):
 /// `WSE(P) = Σ_g Σ_{i∈g} ‖K_i − K̄_g‖² + ‖V_i − V̄_g‖²`, with `K̄_g`, `V̄_g` the group means.
@@ -23,7 +23,7 @@ pub struct WeightSharingError {
 const TABLED: usize = 64;
 
 impl WeightSharingError {
-    /// The WSE of a layer, from its [`LayerHeads`] or any other rows.
+    /// The WSE of a layer, from its [`Heads`] or any other rows.
     ///
     /// # Errors
     /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32; [`Error::HeadCount`].
@@ -41,7 +41,7 @@ impl WeightSharingError {
     /// # Errors
     /// [`Error::NoMoment`] when the layer carries none; [`Error::Moment`] when that is no second moment: some squared
     /// distance would be negative.
-    pub fn calibrated(heads: &LayerHeads) -> Result<Self> {
+    pub fn calibrated(heads: &Heads) -> Result<Self> {
         let moment = heads.moment().ok_or(Error::NoMoment)?;
         let n = heads.n_heads();
         let mut gram = Array2::<f64>::zeros((n, n));

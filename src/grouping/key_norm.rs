@@ -1,5 +1,5 @@
 use crate::grouping::Grouping;
-use crate::{Error, LayerHeads, Partition, Result};
+use crate::{Error, Heads, Partition, Result};
 
 /// Neighbouring heads in groups whose sizes follow the norms of their key heads: the static form of key-driven
 /// grouping (Khan et al. 2024, arXiv 2408.08454), which gives a KV head as many query heads as the norm of its key
@@ -43,7 +43,7 @@ impl KeyNorm {
 }
 
 impl Grouping for KeyNorm {
-    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>> {
+    fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         let (weight, bias) = (heads.key().weight(), heads.key().bias());
         let squares = |head: usize| {
             let row = weight.index_axis(ndarray::Axis(0), head);

@@ -5,7 +5,7 @@ mod uniform;
 
 use std::fmt::Debug;
 
-use crate::{LayerHeads, Partition, Result};
+use crate::{Heads, Partition, Result};
 
 pub use key_norm::KeyNorm;
 pub use uniform::UniformGqa;
@@ -16,5 +16,5 @@ pub trait Grouping: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`Error::GroupCount`](crate::Error::GroupCount) for k outside `1..=H`.
-    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>>;
+    fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>>;
 }

@@ -1,5 +1,5 @@
 use crate::grouping::Grouping;
-use crate::{Error, LayerHeads, Partition, Result};
+use crate::{Error, Heads, Partition, Result};
 
 /// Neighbouring heads in k equal groups: GQA (Ainslie et al. 2023, arXiv 2305.13245). k = 1 is MQA (Shazeer
 /// 2019, arXiv 1911.02150), k = H is MHA. It has no partition for a k that does not divide H.
@@ -24,7 +24,7 @@ impl UniformGqa {
 }
 
 impl Grouping for UniformGqa {
-    fn group(&self, heads: &LayerHeads, k: usize) -> Result<Option<Partition>> {
+    fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         Self::partition(heads.n_heads(), k)
     }
 }

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use faer::{Mat, Side};
 
-use crate::{Error, LayerHeads, Projection, Result};
+use crate::{Error, Heads, Projection, Result};
 
 /// How far from symmetric, from ending with 1 and from having no negative eigenvalue a moment may be, as a share of
 /// `√(C_ii C_jj)`, of 1 and of the trace.
@@ -21,7 +21,7 @@ impl Metric {
     ///
     /// # Errors
     /// [`Error::Moment`] for what is no moment: not symmetric, with negative eigenvalues, or not 1 at the constant.
-    pub(crate) fn new(heads: &LayerHeads, ridge: f64) -> Result<Self> {
+    pub(crate) fn new(heads: &Heads, ridge: f64) -> Result<Self> {
         let second = heads.moment().map(|moment| {
             let d = moment.nrows() - 1;
             let added = ridge * moment.diag().iter().take(d).sum::<f64>() / d as f64;

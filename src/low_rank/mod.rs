@@ -15,7 +15,7 @@ mod turn;
 use faer::Mat;
 use ndarray::{ArrayView3, s};
 
-use crate::{Error, LayerHeads, Projection, Result};
+use crate::{Error, Heads, Projection, Result};
 
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
@@ -29,7 +29,7 @@ pub(crate) use turn::{SharedGroup, pool_groups};
 ///
 /// # Errors
 /// [`Error::NoQueries`] for a layer without queries and outputs; [`Error::NotFinite`].
-pub(crate) fn values(heads: &LayerHeads, metric: &Metric) -> Result<Stack> {
+pub(crate) fn values(heads: &Heads, metric: &Metric) -> Result<Stack> {
     let (_, output) = query_side(heads)?;
     let (n, r, h) = (heads.n_heads(), heads.queries_per_head(), heads.value().head_dim());
     let rows = projection_rows(heads.value(), 0..h);
@@ -62,7 +62,7 @@ pub(crate) struct Keys {
 ///
 /// # Errors
 /// As [`values`].
-pub(crate) fn keys(heads: &LayerHeads, metric: &Metric) -> Result<Keys> {
+pub(crate) fn keys(heads: &Heads, metric: &Metric) -> Result<Keys> {
     let (query, _) = query_side(heads)?;
     let (n, r, h) = (heads.n_heads(), heads.queries_per_head(), heads.key().head_dim());
     let dims = heads.rotation().dims();
@@ -91,6 +91,6 @@ pub(crate) fn keys(heads: &LayerHeads, metric: &Metric) -> Result<Keys> {
 }
 
 /// Queries and outputs, which low-rank sharing turns.
-pub(crate) fn query_side(heads: &LayerHeads) -> Result<(&Projection, ArrayView3<'_, f32>)> {
+pub(crate) fn query_side(heads: &Heads) -> Result<(&Projection, ArrayView3<'_, f32>)> {
     heads.query().zip(heads.output()).ok_or(Error::NoQueries)
 }

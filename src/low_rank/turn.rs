@@ -2,7 +2,7 @@ use faer::{Mat, MatRef, c64};
 use ndarray::{Array1, Array2, Array3, s};
 
 use super::{Fit, Metric, PhasesFit, projection_rows, query_side};
-use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
+use crate::{Error, Heads, Partition, Pooled, Projection, Result};
 
 /// A shared head, and what its members must turn to read it.
 #[derive(Debug)]
@@ -53,11 +53,11 @@ impl SharedGroup {
 /// Pools a layer group by group; groups of one head are copied bit for bit. `metric` gives the means that an output
 /// bias makes up for.
 pub(crate) fn pool_groups(
-    heads: &LayerHeads,
+    heads: &Heads,
     partition: &Partition,
     metric: &Metric,
     share: impl Fn(&[usize]) -> Result<SharedGroup>,
-) -> Result<PooledLayer> {
+) -> Result<Pooled> {
     if partition.n_heads() != heads.n_heads() {
         return Err(Error::PartitionSize { expected: heads.n_heads(), found: partition.n_heads() });
     }
@@ -68,8 +68,8 @@ pub(crate) fn pool_groups(
     let mut output_bias = heads.output_bias().map(|bias| bias.mapv(f64::from));
     let h = heads.value().head_dim();
     let values = output_bias.as_ref().map(|_| projection_rows(heads.value(), 0..h));
-    let mut key = Pooled::new(heads.key(), groups.len());
-    let mut value = Pooled::new(heads.value(), groups.len());
+    let mut key = Filled::new(heads.key(), groups.len());
+    let mut value = Filled::new(heads.value(), groups.len());
     for (g, members) in groups.iter().enumerate() {
         if let [alone] = members[..] {
             key.copy(g, heads.key(), alone);
@@ -97,7 +97,7 @@ pub(crate) fn pool_groups(
         }
     }
     let output_bias = output_bias.map(|bias| bias.mapv(|v| v as f32));
-    Ok(PooledLayer {
+    Ok(Pooled {
         key: key.finish()?,
         value: value.finish()?,
         query: Some(Projection::new(queries, query_bias)?),
@@ -108,7 +108,7 @@ pub(crate) fn pool_groups(
 
 impl Turn {
     /// Turns the rows (h, n) of one query head: n inputs, or its bias.
-    fn query(&self, heads: &LayerHeads, rows: &mut ndarray::ArrayViewMut2<'_, f32>) {
+    fn query(&self, heads: &Heads, rows: &mut ndarray::ArrayViewMut2<'_, f32>) {
         let dims = heads.rotation().dims();
         let old = rows.mapv(f64::from);
         for ((a, b), c) in heads.rotation().pairs().zip(&self.phases) {
@@ -140,12 +140,12 @@ impl Turn {
 }
 
 /// A projection that fills up group by group.
-struct Pooled {
+struct Filled {
     weight: Array3<f32>,
     bias: Option<Array2<f32>>,
 }
 
-impl Pooled {
+impl Filled {
     fn new(source: &Projection, groups: usize) -> Self {
         let (_, h, d) = source.weight().dim();
         let bias = source.bias().map(|_| Array2::zeros((groups, h)));

@@ -1,12 +1,12 @@
 use super::{KvPooler, pool_rows};
-use crate::{LayerHeads, Partition, PooledLayer, Result};
+use crate::{Heads, Partition, Pooled, Result};
 
 /// The lowest head of each group, unchanged: what is lost without any merging (ablation).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FirstHead;
 
 impl KvPooler for FirstHead {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         pool_rows(heads, partition, |rows, out| out.copy_from_slice(rows[0]))
     }
 }

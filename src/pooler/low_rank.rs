@@ -1,6 +1,6 @@
 use super::KvPooler;
 use crate::low_rank::{self, Metric, SharedGroup, pool_groups};
-use crate::{LayerHeads, Partition, PooledLayer, Result};
+use crate::{Heads, Partition, Pooled, Result};
 
 /// The best low-rank fit of each group's heads under the layer's inputs; queries and outputs turn to match.
 ///
@@ -29,7 +29,7 @@ impl Default for LowRankPooler {
 }
 
 impl KvPooler for LowRankPooler {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let metric = Metric::new(heads, self.ridge)?;
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
         pool_groups(heads, partition, &metric, |members| {

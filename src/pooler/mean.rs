@@ -1,5 +1,5 @@
 use super::{KvPooler, pool_rows};
-use crate::{LayerHeads, Partition, PooledLayer, Result};
+use crate::{Heads, Partition, Pooled, Result};
 
 /// The mean of a group's keys and of its values: what GQA (arXiv 2305.13245) and QCQA (arXiv 2406.10247) do.
 ///
@@ -8,7 +8,7 @@ use crate::{LayerHeads, Partition, PooledLayer, Result};
 pub struct MeanPooler;
 
 impl KvPooler for MeanPooler {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         pool_rows(heads, partition, |rows, out| match rows {
             [alone] => out.copy_from_slice(alone),
             _ => {

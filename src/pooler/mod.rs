@@ -11,7 +11,7 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, Array3};
 
-use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
+use crate::{Error, Heads, Partition, Pooled, Projection, Result};
 
 pub use first::FirstHead;
 #[cfg(feature = "linalg")]
@@ -29,21 +29,17 @@ pub trait KvPooler: Debug + Send + Sync {
     /// # Errors
     /// [`Error::PartitionSize`] when the partition is of another number of heads, and whatever the rule itself
     /// can fail with.
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer>;
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled>;
 }
 
 /// What makes the shared heads of layer i from its heads, where a [`KvPooler`] alone does not know enough: it adds the
 /// moments of the layer's inputs, or hands out what was refitted.
-pub type PoolLayer<'a> = dyn Fn(usize, &LayerHeads) -> Result<PooledLayer> + 'a;
+pub type PoolLayer<'a> = dyn Fn(usize, &Heads) -> Result<Pooled> + 'a;
 
 /// Pools keys and values head by head with one linear rule; the query side stays.
 ///
 /// `merge(rows, out)` writes the shared row of a group, given the same row of all its members.
-fn pool_rows(
-    heads: &LayerHeads,
-    partition: &Partition,
-    merge: impl Fn(&[&[f32]], &mut [f32]),
-) -> Result<PooledLayer> {
+fn pool_rows(heads: &Heads, partition: &Partition, merge: impl Fn(&[&[f32]], &mut [f32])) -> Result<Pooled> {
     if partition.n_heads() != heads.n_heads() {
         return Err(Error::PartitionSize { expected: heads.n_heads(), found: partition.n_heads() });
     }
@@ -58,7 +54,7 @@ fn pool_rows(
             bias.map(|b| Array2::from_shape_vec((groups.len(), h), b)).transpose().map_err(shaped)?,
         )
     };
-    Ok(PooledLayer {
+    Ok(Pooled {
         key: pool(heads.key())?,
         value: pool(heads.value())?,
         query: None,

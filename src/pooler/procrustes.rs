@@ -1,6 +1,6 @@
 use super::KvPooler;
 use crate::low_rank::{self, Metric, SharedGroup, pool_groups};
-use crate::{LayerHeads, Partition, PooledLayer, Result};
+use crate::{Heads, Partition, Pooled, Result};
 
 /// The mean of a group's heads after turning them towards one another: orthogonal alignment (Schönemann 1966,
 /// doi:10.1007/BF02289451; of several at once, Gower 1975, doi:10.1007/BF02291478), as published for merging attention
@@ -28,7 +28,7 @@ impl Default for ProcrustesPooler {
 }
 
 impl KvPooler for ProcrustesPooler {
-    fn pool(&self, heads: &LayerHeads, partition: &Partition) -> Result<PooledLayer> {
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let metric = Metric::new(heads, self.ridge)?;
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
         pool_groups(heads, partition, &metric, |members| {

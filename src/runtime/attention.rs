@@ -6,7 +6,7 @@ use ndarray::Array3;
 
 use super::kernels::CausalSoftmax;
 use super::rope::Rope;
-use crate::{LayerHeads, Partition, PooledLayer, Projection};
+use crate::{Heads, Partition, Pooled, Projection};
 
 /// Groups of equally many query heads, side by side: one batched product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +65,7 @@ pub(super) struct Pass {
 
 impl Attention {
     /// The attention of a layer, as it is or with shared heads.
-    pub(super) fn new(heads: &LayerHeads, shared: Option<(&PooledLayer, &Partition)>) -> crate::Result<Self> {
+    pub(super) fn new(heads: &Heads, shared: Option<(&Pooled, &Partition)>) -> crate::Result<Self> {
         let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
         let mut groups: Vec<(usize, Vec<usize>)> = match shared {
             Some((_, partition)) => partition.groups().into_iter().enumerate().collect(),

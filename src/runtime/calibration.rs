@@ -4,7 +4,7 @@ use std::path::Path;
 use super::text::utf8;
 use super::{Model, Moments, RuntimeError, Vocabulary, Windows};
 use crate::checkpoint::Checkpoint;
-use crate::{Error, KvPooler, LayerHeads, Plan, PoolLayer, Run};
+use crate::{Error, Heads, KvPooler, Plan, PoolLayer, Run};
 
 /// The longest header of a safetensors file.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -113,7 +113,7 @@ pub fn pool_layers<'a>(
     pooler: &'a dyn KvPooler,
     moments: Option<&'a Moments>,
 ) -> Box<PoolLayer<'a>> {
-    Box::new(move |i: usize, heads: &LayerHeads| {
+    Box::new(move |i: usize, heads: &Heads| {
         let (expected, found) = (i + 1, plan.layers.len());
         let missing = Error::LayerCount { what: "layers of the plan", expected, found };
         let groups = &plan.layers.get(i).ok_or(missing)?.groups;

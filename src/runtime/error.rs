@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::FileError;
 
 /// What can go wrong when a model is run: one variant for each rule.
 #[derive(Debug, thiserror::Error)]
@@ -142,7 +142,7 @@ pub enum RuntimeError {
     },
     /// A rule of the checkpoint was broken.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    Checkpoint(#[from] FileError),
     /// The tensor library failed.
     #[error("while running the model: {0}")]
     Tensor(#[from] candle_core::Error),

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::RuntimeError;
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, FileError};
 
 /// Model types whose forward pass this is.
 const MODEL_TYPES: &[&str] = &["llama", "mistral", "qwen2"];
@@ -30,7 +30,7 @@ impl Settings {
         let model_type = config.model_type.as_str();
         let unsupported = |what: String, hint: &str| -> RuntimeError {
             let path = checkpoint.path().join("config.json");
-            CheckpointError::Unsupported { path, what, hint: hint.to_string() }.into()
+            FileError::Unsupported { path, what, hint: hint.to_string() }.into()
         };
         if !MODEL_TYPES.contains(&model_type) {
             let what = format!("running model_type {model_type:?}");
@@ -88,9 +88,9 @@ impl Settings {
     }
 }
 
-fn wrong(checkpoint: &Checkpoint, key: &'static str, expected: &str, found: &Value) -> CheckpointError {
+fn wrong(checkpoint: &Checkpoint, key: &'static str, expected: &str, found: &Value) -> FileError {
     let (path, expected) = (checkpoint.path().join("config.json"), expected.to_string());
-    CheckpointError::ConfigValue { path, key, expected, found: found.to_string() }
+    FileError::ConfigValue { path, key, expected, found: found.to_string() }
 }
 
 /// Size of the vocabulary: rows of the input embedding.
@@ -126,7 +126,7 @@ impl<'a> Weights<'a> {
         if array.shape() != shape {
             let (tensor, expected, found) = (name.to_string(), shape.to_vec(), array.shape().to_vec());
             let path = self.checkpoint.path().to_path_buf();
-            return Err(CheckpointError::TensorShape { path, tensor, expected, found }.into());
+            return Err(FileError::TensorShape { path, tensor, expected, found }.into());
         }
         self.seen(name);
         Ok(Tensor::from_vec(array.into_iter().collect::<Vec<f32>>(), shape, &Device::Cpu)?)
@@ -159,7 +159,7 @@ impl<'a> Weights<'a> {
                 let what = if name.contains("norm") { "the norm" } else { "the tensor" };
                 let (path, what) = (self.checkpoint.path().to_path_buf(), format!("{what} {name}"));
                 let hint = "the forward pass of the Llama family has no place for it".to_string();
-                Err(CheckpointError::Unsupported { path, what, hint }.into())
+                Err(FileError::Unsupported { path, what, hint }.into())
             }
         }
     }

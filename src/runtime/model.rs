@@ -11,7 +11,7 @@ use super::stored::rounded;
 use super::text::within;
 use super::{RuntimeError, Windows};
 use crate::checkpoint::{Checkpoint, Dtype, same_source};
-use crate::{KvPooler, LayerHeads, Partition, Plan, PoolLayer, PooledLayer, Rotation, Source};
+use crate::{Heads, KvPooler, Partition, Plan, PoolLayer, Pooled, Rotation, Source};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
@@ -87,7 +87,7 @@ impl Model {
         plan: &Plan,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
-        let pool = |i: usize, heads: &LayerHeads| pooler.pool(heads, &plan.layers[i].groups);
+        let pool = |i: usize, heads: &Heads| pooler.pool(heads, &plan.layers[i].groups);
         Self::planned_with(checkpoint, plan, &pool)
     }
 
@@ -128,14 +128,14 @@ impl Model {
     /// the source.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow) when a merged value does not fit the stored type; what the pooler reports.
+    /// [`FileError::Overflow`](crate::checkpoint::FileError::Overflow) when a merged value does not fit the stored type; what the pooler reports.
     ///
     /// # Panics
     /// When there is no such layer.
     pub fn regrouped(
         &self,
         layer: usize,
-        heads: &LayerHeads,
+        heads: &Heads,
         partition: &Partition,
         pooler: &dyn KvPooler,
     ) -> Result<Self, RuntimeError> {
@@ -146,16 +146,16 @@ impl Model {
     /// The same with shared heads that are already there.
     ///
     /// # Errors
-    /// [`CheckpointError::Overflow`](crate::checkpoint::CheckpointError::Overflow); as [`PooledLayer::check`].
+    /// [`FileError::Overflow`](crate::checkpoint::FileError::Overflow); as [`Pooled::check`].
     ///
     /// # Panics
     /// When there is no such layer.
     pub fn with_pooled(
         &self,
         layer: usize,
-        heads: &LayerHeads,
+        heads: &Heads,
         partition: &Partition,
-        pooled: PooledLayer,
+        pooled: Pooled,
     ) -> Result<Self, RuntimeError> {
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, layer)?;

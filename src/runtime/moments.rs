@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Model, RuntimeError, Windows};
 use crate::checkpoint::{WriteOptions, write_whole};
-use crate::{LayerHeads, Source};
+use crate::{Heads, Source};
 
 /// Tensor that holds the number of tokens.
 const TOKENS: &str = "tokens";
@@ -111,8 +111,8 @@ impl Moments {
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
-    /// [`CheckpointError::OutputExists`](crate::checkpoint::CheckpointError::OutputExists) unless `force`,
-    /// [`CheckpointError::Io`](crate::checkpoint::CheckpointError::Io).
+    /// [`FileError::OutputExists`](crate::checkpoint::FileError::OutputExists) unless `force`,
+    /// [`FileError::Io`](crate::checkpoint::FileError::Io).
     pub fn write(&self, path: &Path, options: WriteOptions) -> Result<(), RuntimeError> {
         let data: Vec<_> = self.layers.iter().map(encoded).collect();
         let tokens = self.tokens.to_le_bytes();
@@ -166,7 +166,7 @@ impl Moments {
     /// [`Error::LayerCount`](crate::Error::LayerCount) when there is no such layer,
     /// [`Error::Moment`](crate::Error::Moment) where every input of it was 0: any shared head would seem to lose
     /// nothing; [`Error::Shape`](crate::Error::Shape).
-    pub fn attach(&self, i: usize, heads: LayerHeads) -> crate::Result<LayerHeads> {
+    pub fn attach(&self, i: usize, heads: Heads) -> crate::Result<Heads> {
         let missing = crate::Error::LayerCount { what: "moments", expected: i + 1, found: self.layers.len() };
         let moment = self.layers.get(i).ok_or(missing)?;
         if is_unseen(moment) {

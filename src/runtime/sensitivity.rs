@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::moments::digest;
 use super::trial::Reading;
 use super::{Moments, RuntimeError, Trial};
-use crate::checkpoint::{CheckpointError, WriteOptions, write_whole};
+use crate::checkpoint::{FileError, WriteOptions, write_whole};
 use crate::{Front, FrontPoint, LayerCosts, Limits, Run};
 
 /// Numbers of groups that are measured; those between are interpolated.
@@ -62,7 +62,7 @@ impl Sensitivity {
     /// written there otherwise.
     ///
     /// # Errors
-    /// As [`Sensitivity::measure`]; [`RuntimeError::Io`], [`CheckpointError::Json`] for a file that is no
+    /// As [`Sensitivity::measure`]; [`RuntimeError::Io`], [`FileError::Json`] for a file that is no
     /// sensitivity: it is not replaced.
     pub fn cached(
         cache: &Path,
@@ -71,7 +71,7 @@ impl Sensitivity {
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
         let key = Self::key(trial, fronts)?;
-        let json = |source| CheckpointError::Json { path: cache.to_path_buf(), source };
+        let json = |source| FileError::Json { path: cache.to_path_buf(), source };
         if cache.exists() {
             let text = fs::read(cache).map_err(|e| RuntimeError::io("read", cache, e))?;
             let held: Self = serde_json::from_slice(&text).map_err(json)?;

@@ -1,11 +1,11 @@
 use half::{bf16, f16};
 
 use super::RuntimeError;
-use crate::checkpoint::{CheckpointError, Dtype};
-use crate::{PooledLayer, Projection};
+use crate::checkpoint::{Dtype, FileError};
+use crate::{Pooled, Projection};
 
 /// What a pooler made, as it would be stored.
-pub(super) fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result<PooledLayer, RuntimeError> {
+pub(super) fn rounded(pooled: Pooled, dtype: Dtype, layer: usize) -> Result<Pooled, RuntimeError> {
     let round = |what: &str, value: &mut f32| -> Result<(), RuntimeError> {
         let stored = match dtype {
             Dtype::Bf16 => bf16::from_f32(*value).to_f32(),
@@ -14,7 +14,7 @@ pub(super) fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result
         };
         if !stored.is_finite() {
             let (tensor, dtype) = (format!("{what} of layer {layer}"), dtype.name());
-            return Err(CheckpointError::Overflow { tensor, dtype, value: *value }.into());
+            return Err(FileError::Overflow { tensor, dtype, value: *value }.into());
         }
         *value = stored;
         Ok(())
@@ -24,10 +24,10 @@ pub(super) fn rounded(pooled: PooledLayer, dtype: Dtype, layer: usize) -> Result
         weight.iter_mut().chain(bias.iter_mut().flatten()).try_for_each(|value| round(what, value))?;
         Ok(Projection::new(weight, bias)?)
     };
-    let PooledLayer { key, value, query, mut output, mut output_bias } = pooled;
+    let Pooled { key, value, query, mut output, mut output_bias } = pooled;
     output.iter_mut().flatten().try_for_each(|value| round("output projection", value))?;
     output_bias.iter_mut().flatten().try_for_each(|value| round("output bias", value))?;
-    Ok(PooledLayer {
+    Ok(Pooled {
         key: projection("keys", key)?,
         value: projection("values", value)?,
         query: query.map(|query| projection("queries", query)).transpose()?,

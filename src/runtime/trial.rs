@@ -5,7 +5,7 @@ use super::attention::Pass;
 use super::evaluate::loss;
 use super::{Model, Moments, RuntimeError, Windows};
 use crate::checkpoint::Checkpoint;
-use crate::{KvPooler, LayerHeads, Partition, Run};
+use crate::{Heads, KvPooler, Partition, Run};
 
 /// What groups of heads are tried with: the model that they are of, how they merge, and the text that decides.
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ impl Trial<'_> {
     ///
     /// # Errors
     /// As [`Checkpoint::layer`] and [`Moments::attach`].
-    pub fn heads(&self, layer: usize) -> Result<LayerHeads, RuntimeError> {
+    pub fn heads(&self, layer: usize) -> Result<Heads, RuntimeError> {
         let heads = self.checkpoint.layer(layer)?;
         Ok(match self.moments {
             Some(moments) => moments.attach(layer, heads)?,

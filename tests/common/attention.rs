@@ -7,7 +7,7 @@ use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::StandardNormal;
 use proptest::prelude::*;
-use qcqa::{LayerHeads, Partition, PooledLayer, Projection, Residuals, Rotation};
+use qcqa::{Heads, Partition, Pooled, Projection, Residuals, Rotation};
 use rand_chacha::ChaCha8Rng;
 
 /// A layer to be made.
@@ -33,7 +33,7 @@ impl Shape {
     }
 
     /// Gaussian weights; d + 1 outputs.
-    pub fn layer(&self) -> LayerHeads {
+    pub fn layer(&self) -> Heads {
         let (h, d, rng) = (self.head_dim, self.inputs, &mut ChaCha8Rng::seed_from_u64(self.seed));
         let mut projection = |n, bias: bool| {
             let weight = Array3::random_using((n, h, d), StandardNormal, &mut *rng);
@@ -45,7 +45,7 @@ impl Shape {
         let (query, key, value) = (projection(n_q, q), projection(self.heads, k), projection(self.heads, v));
         let output = Array3::random_using((n_q, d + 1, h), StandardNormal, &mut *rng);
         let bias = Array1::random_using(d + 1, StandardNormal, &mut *rng);
-        let heads = LayerHeads::new(key, value).unwrap().with_queries(query, output).unwrap();
+        let heads = Heads::new(key, value).unwrap().with_queries(query, output).unwrap();
         let heads = if o { heads.with_output_bias(bias).unwrap() } else { heads };
         let heads = heads.with_rotation(self.rotation).unwrap();
         match self.tokens {
@@ -97,7 +97,7 @@ pub fn moment(inputs: &Array2<f64>) -> Array2<f64> {
 }
 
 /// The moment of a layer, or that of white inputs, with a ridge.
-pub fn second(heads: &LayerHeads, ridge: f64) -> Array2<f64> {
+pub fn second(heads: &Heads, ridge: f64) -> Array2<f64> {
     let d = heads.key().inputs();
     let mut c = heads.moment().map_or_else(|| Array2::eye(d + 1), |c| c.as_ref().clone());
     if heads.moment().is_some() {
@@ -125,7 +125,7 @@ pub fn rows(projection: &Projection, head: usize) -> Array2<f64> {
 }
 
 /// The tensors that attention reads after pooling: as pooled, or where unchanged those of the source.
-pub fn read_side<'a>(heads: &'a LayerHeads, pooled: &'a PooledLayer) -> (&'a Projection, Array3<f64>) {
+pub fn read_side<'a>(heads: &'a Heads, pooled: &'a Pooled) -> (&'a Projection, Array3<f64>) {
     let output = pooled.output.as_ref().map(|o| o.view()).or(heads.output()).unwrap();
     (pooled.query.as_ref().or(heads.query()).unwrap(), output.mapv(f64::from))
 }
@@ -138,19 +138,14 @@ fn energy(c1: &Array2<f64>, a: &Array2<f64>, c2: &Array2<f64>) -> f64 {
 /// What each head loses in a merged layer, in squared outputs and scores. Scores are those of independent inputs at
 /// uniformly distributed distances: `‖C^½ (q^H κ − q'^H κ') C^½‖² / 2` at each frequency, `‖C^½ (Qᵀ K − Q'ᵀ K') C'^½‖²` in
 /// the rest, with C' the covariance. Values count under C, under C' where an output bias can make up for constants.
-pub fn losses(
-    heads: &LayerHeads,
-    partition: &Partition,
-    pooled: &PooledLayer,
-    c: &Array2<f64>,
-) -> Vec<Residuals> {
+pub fn losses(heads: &Heads, partition: &Partition, pooled: &Pooled, c: &Array2<f64>) -> Vec<Residuals> {
     losses_between(heads, partition, pooled, c, &covariance(c))
 }
 
 fn losses_between(
-    heads: &LayerHeads,
+    heads: &Heads,
     partition: &Partition,
-    pooled: &PooledLayer,
+    pooled: &Pooled,
     c: &Array2<f64>,
     centred: &Array2<f64>,
 ) -> Vec<Residuals> {
@@ -197,16 +192,16 @@ pub fn sum(losses: &[Residuals], members: &[usize]) -> Residuals {
 }
 
 /// All that a layer has: what it would lose if its shared heads were 0.
-pub fn whole(heads: &LayerHeads, c: &Array2<f64>) -> Residuals {
+pub fn whole(heads: &Heads, c: &Array2<f64>) -> Residuals {
     whole_between(heads, c, &covariance(c))
 }
 
-fn whole_between(heads: &LayerHeads, c: &Array2<f64>, centred: &Array2<f64>) -> Residuals {
+fn whole_between(heads: &Heads, c: &Array2<f64>, centred: &Array2<f64>) -> Residuals {
     let zero = || {
         let (_, h, d) = heads.key().weight().dim();
         Projection::new(Array3::zeros((1, h, d)), None).unwrap()
     };
-    let nothing = PooledLayer { key: zero(), value: zero(), query: None, output: None, output_bias: None };
+    let nothing = Pooled { key: zero(), value: zero(), query: None, output: None, output_bias: None };
     let n = heads.n_heads();
     let all: Vec<_> = (0..n).collect();
     sum(&losses_between(heads, &Partition::one_group(n).unwrap(), &nothing, c, centred), &all)
@@ -214,7 +209,7 @@ fn whole_between(heads: &LayerHeads, c: &Array2<f64>, centred: &Array2<f64>) -> 
 
 /// How far rounding the shared tensors to f32 may move a loss: relative to the size of the operators themselves, which
 /// inputs may not see.
-pub fn rounding(heads: &LayerHeads, c: &Array2<f64>, loss: Residuals) -> Residuals {
+pub fn rounding(heads: &Heads, c: &Array2<f64>, loss: Residuals) -> Residuals {
     let wide = Array2::eye(c.nrows()) * c.diag().sum();
     let size = whole_between(heads, &wide, &wide);
     let bound = |loss: f64, size: f64| 2.0 * (loss.max(0.0) * 1e-12 * size).sqrt() + 1e-12 * size;
@@ -231,13 +226,13 @@ pub fn same_loss(found: Residuals, expected: Residuals, rounding: Residuals) {
 
 /// The layer with other keys, values, queries and outputs, and all else as it is.
 pub fn with_parts(
-    heads: &LayerHeads,
+    heads: &Heads,
     change: impl FnOnce(&mut Projection, &mut Projection, &mut Projection, &mut Array3<f32>),
-) -> LayerHeads {
+) -> Heads {
     let (mut key, mut value) = (heads.key().clone(), heads.value().clone());
     let (mut query, mut output) = (heads.query().unwrap().clone(), heads.output().unwrap().to_owned());
     change(&mut key, &mut value, &mut query, &mut output);
-    let new = LayerHeads::new(key, value).unwrap().with_queries(query, output).unwrap();
+    let new = Heads::new(key, value).unwrap().with_queries(query, output).unwrap();
     let new = new.with_rotation(heads.rotation()).unwrap();
     let new = match heads.output_bias() {
         Some(bias) => new.with_output_bias(bias.to_owned()).unwrap(),

@@ -8,22 +8,22 @@ use ndarray::{Array2, Array3, Axis};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::{Distribution, StandardNormal, Uniform};
-use qcqa::{LayerHeads, Partition, Projection, Source};
+use qcqa::{Heads, Partition, Projection, Source};
 use rand_chacha::ChaCha8Rng;
 
 /// A layer of Gaussian heads, with biases if asked for.
-pub fn layer(seed: u64, heads: usize, head_dim: usize, inputs: usize, bias: bool) -> LayerHeads {
+pub fn layer(seed: u64, heads: usize, head_dim: usize, inputs: usize, bias: bool) -> Heads {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut projection = || {
         let weight = Array3::random_using((heads, head_dim, inputs), StandardNormal, &mut rng);
         let bias = bias.then(|| Array2::random_using((heads, head_dim), StandardNormal, &mut rng));
         Projection::new(weight, bias).unwrap()
     };
-    LayerHeads::new(projection(), projection()).unwrap()
+    Heads::new(projection(), projection()).unwrap()
 }
 
 /// A layer of small whole numbers: every sum and product of them is exact, on any machine.
-pub fn integer_layer(seed: u64, heads: usize, head_dim: usize, inputs: usize) -> LayerHeads {
+pub fn integer_layer(seed: u64, heads: usize, head_dim: usize, inputs: usize) -> Heads {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let digits = Uniform::new_inclusive(-4i32, 4).unwrap();
     let mut projection = || {
@@ -31,11 +31,11 @@ pub fn integer_layer(seed: u64, heads: usize, head_dim: usize, inputs: usize) ->
             Array3::from_shape_simple_fn((heads, head_dim, inputs), || digits.sample(&mut rng) as f32);
         Projection::new(weight, None).unwrap()
     };
-    LayerHeads::new(projection(), projection()).unwrap()
+    Heads::new(projection(), projection()).unwrap()
 }
 
 /// The weight-sharing error by its definition, f64, from the weights themselves.
-pub fn plain_wse(heads: &LayerHeads, partition: &Partition) -> f64 {
+pub fn plain_wse(heads: &Heads, partition: &Partition) -> f64 {
     let mut error = 0.0;
     for projection in [heads.key(), heads.value()] {
         let (n, h, d) = projection.weight().dim();

@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
 use super::{Layout, Target};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::FileError;
 use crate::{Limits, Partition, Plan};
 
 /// The shape of the source, with each group's shared head copied to all its members: loads wherever the source
@@ -22,7 +22,7 @@ impl Target for Expanded {
         false
     }
 
-    fn check(&self, _: &Plan) -> Result<(), CheckpointError> {
+    fn check(&self, _: &Plan) -> Result<(), FileError> {
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::fmt::Debug;
 
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::FileError;
 use crate::{Limits, Partition, Plan};
 
 pub use expanded::Expanded;
@@ -41,8 +41,8 @@ pub trait Target: Debug + Send + Sync {
     /// Whether the target can hold the plan.
     ///
     /// # Errors
-    /// [`CheckpointError::TargetPlan`] naming the first layer at fault.
-    fn check(&self, plan: &Plan) -> Result<(), CheckpointError>;
+    /// [`FileError::TargetPlan`] naming the first layer at fault.
+    fn check(&self, plan: &Plan) -> Result<(), FileError>;
 
     /// How the heads of a layer lie in the output, where each KV head of the source has `queries_per_head`
     /// query heads.

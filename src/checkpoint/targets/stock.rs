@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
 use super::{Layout, Target};
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::FileError;
 use crate::{Limits, Partition, Plan, SearchSpace};
 
 /// An ordinary grouped-query model, for every runtime: equal groups, as many in every layer. Query heads are
@@ -22,8 +22,8 @@ impl Target for Stock {
         true
     }
 
-    fn check(&self, plan: &Plan) -> Result<(), CheckpointError> {
-        let unfit = |layer, found: String, expected: String| CheckpointError::TargetPlan {
+    fn check(&self, plan: &Plan) -> Result<(), FileError> {
+        let unfit = |layer, found: String, expected: String| FileError::TargetPlan {
             target: "stock",
             layer,
             found,

@@ -5,7 +5,7 @@ use crate::fitness::{FitnessFn, SeparableFitness};
 use crate::{Partition, Result};
 
 /// A set of heads, one bit each.
-type Heads = Box<[u64]>;
+type Members = Box<[u64]>;
 
 /// A partition scored by asking the fitness: for groups, remembered by their heads, where it is a sum over groups,
 /// else for whole partitions, remembered too.
@@ -13,7 +13,7 @@ type Heads = Box<[u64]>;
 pub(super) struct Asked<'a> {
     fitness: &'a dyn FitnessFn,
     separable: Option<&'a dyn SeparableFitness>,
-    group_errors: HashMap<Heads, f64>,
+    group_errors: HashMap<Members, f64>,
     partition_errors: HashMap<Partition, f64>,
     /// What the fitness may still be asked for the change of moves, and how much of it now.
     left: u64,
@@ -21,7 +21,7 @@ pub(super) struct Asked<'a> {
     /// Whether a partition is being taken over.
     loading: bool,
     groups: Groups,
-    members: Vec<Heads>,
+    members: Vec<Members>,
     /// Error of each group; all in the first place where only their sum is known.
     errors: Vec<f64>,
 }
@@ -63,16 +63,16 @@ impl<'a> Asked<'a> {
         Ok(distances)
     }
 
-    fn nobody(&self) -> Heads {
+    fn nobody(&self) -> Members {
         vec![0; self.groups.n_heads().div_ceil(64)].into()
     }
 
-    fn with_both(&self, a: usize, b: usize) -> Heads {
+    fn with_both(&self, a: usize, b: usize) -> Members {
         self.members[a].iter().zip(&self.members[b]).map(|(x, y)| x | y).collect()
     }
 
     /// `group` with and without these heads toggled.
-    fn toggled(&self, group: usize, heads: &[usize]) -> Heads {
+    fn toggled(&self, group: usize, heads: &[usize]) -> Members {
         let mut members = self.members[group].clone();
         heads.iter().for_each(|&head| members[head / 64] ^= 1 << (head % 64));
         members
@@ -89,7 +89,7 @@ impl<'a> Asked<'a> {
         may
     }
 
-    fn group_error(&mut self, members: &Heads, needed: bool) -> Result<f64> {
+    fn group_error(&mut self, members: &Members, needed: bool) -> Result<f64> {
         let heads = listed(members);
         let Some(separable) = self.separable.filter(|_| heads.len() > 1) else { return Ok(0.0) };
         if let Some(&known) = self.group_errors.get(members) {
@@ -104,7 +104,7 @@ impl<'a> Asked<'a> {
     }
 
     /// The error of the whole with some groups replaced.
-    fn partition_error(&mut self, replaced: &[(usize, Heads)], needed: bool) -> Result<f64> {
+    fn partition_error(&mut self, replaced: &[(usize, Members)], needed: bool) -> Result<f64> {
         let mut labels = vec![0; self.groups.n_heads()];
         for group in 0..self.members.len().max(replaced.iter().map(|r| r.0 + 1).max().unwrap_or(0)) {
             let new = replaced.iter().find(|r| r.0 == group).map(|r| &r.1);
@@ -125,7 +125,7 @@ impl<'a> Asked<'a> {
     }
 
     /// The change when two groups become these.
-    fn change(&mut self, a: usize, new_a: Heads, b: usize, new_b: Heads) -> Result<f64> {
+    fn change(&mut self, a: usize, new_a: Members, b: usize, new_b: Members) -> Result<f64> {
         if self.separable.is_none() {
             return Ok(self.partition_error(&[(a, new_a), (b, new_b)], false)? - self.error());
         }
@@ -148,7 +148,7 @@ impl<'a> Asked<'a> {
     }
 }
 
-fn listed(members: &Heads) -> Vec<usize> {
+fn listed(members: &Members) -> Vec<usize> {
     let heads = |(word, &bits): (usize, &u64)| {
         (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| 64 * word + bit).collect::<Vec<_>>()
     };

@@ -17,7 +17,7 @@ use self::outputs::Outputs;
 use self::scores::{Source, refit_scores};
 use self::state::{State, rows};
 use super::{Model, RuntimeError, Windows};
-use crate::{LayerHeads, Partition, PoolLayer, PooledLayer, Run};
+use crate::{Heads, Partition, PoolLayer, Pooled, Run};
 
 /// How strongly a refit holds on to what it starts from, as a share of the mean diagonal of its normal equations.
 const RIDGE: f64 = 1e-3;
@@ -66,7 +66,7 @@ impl FromStr for Refit {
 #[non_exhaustive]
 pub struct Refitted {
     /// The layers, as [`convert_with`](crate::checkpoint::convert_with) takes them.
-    pub layers: Vec<PooledLayer>,
+    pub layers: Vec<Pooled>,
     /// The error of each layer's attention output on the calibration text, before and after, as a share of the energy of what
     /// it should add; 0 below the first layer that shares.
     pub errors: Vec<[f64; 2]>,
@@ -100,7 +100,7 @@ struct Text {
 pub fn refit(
     source: &Model,
     groups: &[&Partition],
-    heads: &dyn Fn(usize) -> crate::Result<LayerHeads>,
+    heads: &dyn Fn(usize) -> crate::Result<Heads>,
     pool: &PoolLayer<'_>,
     windows: &Windows,
     level: Refit,
@@ -149,13 +149,13 @@ pub fn refit(
 }
 
 fn refit_layer(
-    heads: &LayerHeads,
+    heads: &Heads,
     partition: &Partition,
-    pooled: PooledLayer,
+    pooled: Pooled,
     texts: &[Text],
     positions: &Positions,
     level: Refit,
-) -> crate::Result<(PooledLayer, [f64; 2])> {
+) -> crate::Result<(Pooled, [f64; 2])> {
     let full = level == Refit::Full;
     let source = source_of(heads)?;
     let start = State::new(heads, partition, &pooled)?;
@@ -187,7 +187,7 @@ fn refit_layer(
     Ok((best.finish(&pooled, heads)?, [before, after]))
 }
 
-fn source_of(heads: &LayerHeads) -> crate::Result<Source> {
+fn source_of(heads: &Heads) -> crate::Result<Source> {
     let (query, output) = heads.query().zip(heads.output()).ok_or(crate::Error::NoQueries)?;
     let readers = output.outer_iter().map(|o| o.t().dot(&o)).collect();
     Ok(Source { query: rows(query), key: rows(heads.key()), value: rows(heads.value()), readers })

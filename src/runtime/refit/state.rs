@@ -2,7 +2,7 @@ use faer::Mat;
 use ndarray::{Array2, Array3, ArrayView2, s};
 
 use crate::low_rank::eigen;
-use crate::{Error, LayerHeads, Partition, PooledLayer, Projection, Result};
+use crate::{Error, Heads, Partition, Pooled, Projection, Result};
 
 /// One layer while it is refitted: rows over d+1 inputs, of which the last is the constant that biases multiply.
 #[derive(Debug, Clone)]
@@ -27,7 +27,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(heads: &LayerHeads, partition: &Partition, pooled: &PooledLayer) -> Result<Self> {
+    pub(super) fn new(heads: &Heads, partition: &Partition, pooled: &Pooled) -> Result<Self> {
         let (source_query, source_output) = heads.query().zip(heads.output()).ok_or(Error::NoQueries)?;
         let query = pooled.query.as_ref().unwrap_or(source_query);
         let output = pooled.output.as_ref().map_or(source_output, |o| o.view());
@@ -64,11 +64,11 @@ impl State {
         self.groups[group].len() > 1
     }
 
-    pub(super) fn finish(self, pooled: &PooledLayer, heads: &LayerHeads) -> Result<PooledLayer> {
+    pub(super) fn finish(self, pooled: &Pooled, heads: &Heads) -> Result<Pooled> {
         let source_query = heads.query().ok_or(Error::NoQueries)?;
         let (n_q, d) = (self.n_queries(), self.output.nrows());
         let (h, output) = (self.h, &self.output);
-        Ok(PooledLayer {
+        Ok(Pooled {
             key: projection(&self.key, &pooled.key)?,
             value: projection(&self.value, &pooled.value)?,
             query: Some(projection(&self.query, source_query)?),
