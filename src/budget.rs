@@ -2,9 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Error, Result, SearchSpace};
+use crate::error::{Error, Result};
+use crate::partition::{Cardinality, Partition, SearchSpace};
 
 /// The size that the KV cache of the whole model may have: an upper bound, a plan may use less.
+///
+/// ```
+/// use qcqa::budget::Budget;
+///
+/// // Half of two layers of 8 heads and one of 4.
+/// assert_eq!(Budget::Fraction(0.5).kv_heads(&[8, 8, 4])?, 10);
+/// assert!(Budget::Fraction(0.1).kv_heads(&[8, 8, 4]).is_err(), "less than one head a layer");
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
     /// A fraction of the source model's KV heads, in (0, 1].
@@ -14,13 +24,14 @@ pub enum Budget {
 }
 
 impl Budget {
-    /// The most KV heads in all layers together: `floor(fraction · layers · heads)`, at least one a layer.
+    /// The most KV heads in all layers together: `floor(fraction · Σ H)`, at least one a layer. `heads` holds the H of
+    /// every layer.
     ///
     /// # Errors
-    /// [`Error::BudgetRange`] for a fraction that is NaN or outside (0, 1], or heads outside
-    /// `1..=layers · heads`; [`Error::BudgetUnreachable`] when that is less than one head a layer.
-    pub fn kv_heads(&self, layers: usize, heads: usize) -> Result<usize> {
-        let all = layers * heads;
+    /// [`Error::BudgetRange`] for a fraction that is NaN or outside (0, 1], or heads outside `1..=Σ H`;
+    /// [`Error::BudgetUnreachable`] when that is less than one head a layer.
+    pub fn kv_heads(&self, heads: &[usize]) -> Result<usize> {
+        let (layers, all) = (heads.len(), heads.iter().sum::<usize>());
         let most = match *self {
             Self::Fraction(f) => {
                 if !(f > 0.0 && f <= 1.0) {
@@ -33,10 +44,22 @@ impl Budget {
             Self::Heads(n) => return Err(Error::BudgetRange(n as f64)),
         };
         if most < layers {
-            let reachable = (1..=heads).map(|k| k * layers).collect();
-            return Err(Error::BudgetUnreachable { asked: most, reachable });
+            let largest = heads.iter().copied().max().unwrap_or(0);
+            let uniform = |k| heads.iter().map(|&h| h.min(k)).sum();
+            return Err(Error::BudgetUnreachable {
+                asked: most,
+                reachable: (1..=largest).map(uniform).collect(),
+            });
         }
         Ok(most)
+    }
+
+    /// The fraction of these heads that is asked for.
+    pub fn fraction(&self, heads: &[usize]) -> f64 {
+        match *self {
+            Self::Fraction(fraction) => fraction,
+            Self::Heads(n) => n as f64 / heads.iter().sum::<usize>() as f64,
+        }
     }
 }
 
@@ -51,8 +74,34 @@ pub struct Limits {
     pub fixed: BTreeMap<usize, usize>,
 }
 
-/// Bytes that one token takes in a KV cache of `kv_heads` heads in all layers together:
-/// `2 · kv_heads · head_dim · bytes_per_element` (keys and values).
-pub fn kv_bytes_per_token(kv_heads: usize, head_dim: usize, bytes_per_element: usize) -> usize {
-    2 * kv_heads * head_dim * bytes_per_element
+impl Limits {
+    /// Checks that partitions, one for each layer, keep to the limits.
+    ///
+    /// # Errors
+    /// [`Error::Limits`] naming the first layer at fault.
+    pub fn check<'a>(&self, layers: impl IntoIterator<Item = &'a Partition>) -> Result<()> {
+        let mut first = None;
+        for (layer, groups) in layers.into_iter().enumerate() {
+            let (k, sizes) = (groups.n_groups(), groups.sizes());
+            let unfit = |found: String, expected: String| Err(Error::Limits { layer, found, expected });
+            if !self.space.admits(groups) {
+                let expected = match self.space.cardinality {
+                    Cardinality::Equal if !groups.is_equal() => "all groups must have one size".to_string(),
+                    _ => format!("the limits are {}", self.space),
+                };
+                return unfit(format!("has groups of {sizes:?} heads"), expected);
+            }
+            let of_first = *first.get_or_insert(k);
+            if self.same_k && k != of_first {
+                return unfit(
+                    format!("has {k} groups"),
+                    format!("all layers must have the {of_first} of layer 0"),
+                );
+            }
+            if let Some(&fixed) = self.fixed.get(&layer).filter(|&&fixed| fixed != k) {
+                return unfit(format!("has {k} groups"), format!("{fixed} were fixed"));
+            }
+        }
+        Ok(())
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display};
 
 /// The result of everything in this crate that can fail.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A rule of the library that was broken, with what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +111,26 @@ pub enum Error {
         /// What came back.
         value: f64,
     },
+    /// There is no plugin of that name.
+    #[error("there is no {kind} \"{name}\"; known are {known}")]
+    UnknownPlugin {
+        /// What it should be: pooler, optimizer, ….
+        kind: &'static str,
+        /// The name given.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+    /// A plugin has no such setting.
+    #[error("{plugin} has no setting \"{setting}\"; it has {known:?}")]
+    UnknownSetting {
+        /// The plugin.
+        plugin: String,
+        /// The setting given.
+        setting: String,
+        /// Its settings.
+        known: &'static [&'static str],
+    },
     /// A setting of an algorithm is outside its range.
     #[error("{name} is {value}, but must be {expected}")]
     Setting {
@@ -123,7 +143,7 @@ pub enum Error {
     },
     /// An exact search of a layer with more heads than it accepts.
     #[error(
-        "exact search takes up to {max} heads, the layer has {n_heads}; use Ward, or raise the limit (each head triples the time)"
+        "exact search takes up to {max} heads, the layer has {n_heads}; use local search, or raise the limit (each head triples the time)"
     )]
     TooManyHeads {
         /// Heads of the layer.
@@ -132,7 +152,7 @@ pub enum Error {
         max: usize,
     },
     /// An optimizer that builds on groups was given a fitness that is not a sum over groups.
-    #[error("{optimizer} needs a fitness that is a sum over groups; use Ward or Nsga2")]
+    #[error("{optimizer} needs a fitness that is a sum over groups; use LocalSearch or Nsga2")]
     NotSeparable {
         /// The optimizer.
         optimizer: &'static str,
@@ -149,7 +169,7 @@ pub enum Error {
     #[error("the layer carries no input moment; calibrate the model, or use the uncalibrated form")]
     NoMoment,
     /// An input moment that is none.
-    #[error("the input moment{} {rule}; make it again with `qcqa calibrate`", OfLayer(*layer))]
+    #[error("the input moment{} {rule}; measure it again", OfLayer(*layer))]
     Moment {
         /// Index of the layer, where it is known.
         layer: Option<usize>,
@@ -174,6 +194,14 @@ pub enum Error {
         /// The totals that can be reached, ascending.
         reachable: Vec<usize>,
     },
+    /// A layer that the model does not have.
+    #[error("layer {layer} does not exist in a model of {layers} layers")]
+    NoLayer {
+        /// The layer asked for.
+        layer: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
     /// Things that belong together one for each layer came in different numbers.
     #[error("{what}: expected one for each of {expected} layers, found {found}")]
     LayerCount {
@@ -195,6 +223,44 @@ pub enum Error {
     /// A plan whose parts contradict one another.
     #[error("the plan is inconsistent: {0}")]
     PlanInconsistent(String),
+    /// A plan was made for another model.
+    #[error(
+        "the plan is for another model: its {field} is {expected}, this model's is {found}; search this model again"
+    )]
+    PlanSource {
+        /// What differs.
+        field: &'static str,
+        /// The plan's value.
+        expected: String,
+        /// The model's value.
+        found: String,
+    },
+    /// A plan and the calibration given with it do not belong together.
+    #[error("the plan was made {}; {}", made_from(expected, found), way_out(expected, found))]
+    PlanCalibration {
+        /// Fingerprint of the calibration that the plan's pooler works under; `None` for weights alone.
+        expected: Option<String>,
+        /// Fingerprint of the calibration given.
+        found: Option<String>,
+    },
+    /// A plan asks for a refit, which needs a model that runs and the text that the plan was calibrated on.
+    #[error(
+        "the plan asks for the {refit} refit, which runs the model on the text that it was calibrated on: give that text (moments do not suffice)"
+    )]
+    PlanRefit {
+        /// The refit.
+        refit: &'static str,
+    },
+    /// A plan that the limits of a target or a user forbid.
+    #[error("layer {layer} {found}, but {expected}")]
+    Limits {
+        /// The first layer at fault.
+        layer: usize,
+        /// What the layer has.
+        found: String,
+        /// What it needs.
+        expected: String,
+    },
     /// The observer asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -204,13 +270,17 @@ pub enum Error {
 }
 
 impl Error {
+    /// An [`Error::Setting`] for the setting called `name`.
+    pub fn setting(name: &'static str, value: impl Display, expected: &'static str) -> Self {
+        Self::Setting { name, value: value.to_string(), expected }
+    }
+
     /// Wraps the error of a plugin.
     pub fn plugin(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self::Plugin(source.into())
     }
 
-    /// The same error, told of this layer where that was not known.
-    #[cfg(feature = "runtime")]
+    /// This error, told of a layer where that was not known.
     pub(crate) fn of_layer(self, layer: usize) -> Self {
         match self {
             Self::Moment { layer: None, rule } => Self::Moment { layer: Some(layer), rule },
@@ -237,6 +307,26 @@ struct OfLayer(Option<usize>);
 impl Display for OfLayer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.map_or(Ok(()), |layer| write!(f, " of layer {layer}"))
+    }
+}
+
+fn made_from(expected: &Option<String>, found: &Option<String>) -> String {
+    match (expected, found) {
+        (Some(expected), Some(found)) => {
+            format!("with the calibration {}, but {} was given", shown(expected), shown(found))
+        }
+        (Some(expected), None) => format!("with the calibration {}, but none was given", shown(expected)),
+        (None, _) => "from weights alone, but a calibration was given".to_string(),
+    }
+}
+
+fn way_out(expected: &Option<String>, found: &Option<String>) -> &'static str {
+    match (expected, found) {
+        (Some(_), Some(_)) => {
+            "give the text that it was made with, read to as many windows, or its moments, or search again with this one"
+        }
+        (Some(_), None) => "give that text or its moments",
+        (None, _) => "leave the calibration out, or search again with it",
     }
 }
 

@@ -1,7 +1,8 @@
 //! The Pareto front of one layer: the least error found for every number of groups.
 
+use crate::error::{Error, Result};
 use crate::fitness::FitnessFn;
-use crate::{Error, Partition, Result};
+use crate::partition::Partition;
 
 /// A partition and what it costs.
 #[derive(Debug, Clone, PartialEq)]

@@ -82,58 +82,37 @@
 //! * Tested on Linux, x86-64. Big-endian machines, Windows and 32-bit machines are not.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod allocator;
-mod budget;
+pub mod allocator;
+pub mod budget;
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod checkpoint;
-#[cfg(feature = "cli")]
-#[doc(hidden)]
-pub mod cli;
 mod error;
-mod fitness;
-mod front;
-mod grouping;
-mod heads;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod families;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod files;
+pub mod fitness;
+pub mod front;
+pub mod grouping;
+pub mod heads;
 #[cfg(feature = "linalg")]
 mod low_rank;
-mod optimizer;
-mod partition;
-mod pipeline;
-mod plan;
-mod pooler;
+pub mod model;
+pub mod optimizer;
+pub mod partition;
+pub mod plan;
+pub mod pooler;
 mod run;
-#[cfg(feature = "runtime")]
-#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
-pub mod runtime;
+pub mod spec;
 
 pub use ndarray;
 
-pub use allocator::{
-    AllBudgets, Allocator, CostScale, ExactAllocation, LayerCosts, LayerSelection, UniformAllocation,
-};
-pub use budget::{Budget, Limits, kv_bytes_per_token};
 pub use error::{Error, Result};
-pub use fitness::{FitnessFn, HeadRows, SeparableFitness, WeightSharingError, squared_distances};
-#[cfg(feature = "linalg")]
-#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
-pub use fitness::{LowRankError, Residuals};
-pub use front::{Front, FrontPoint, dominates};
-pub use grouping::{Grouping, KeyNorm, UniformGqa};
-pub use heads::{Heads, Pooled, Projection, Rotation};
-#[cfg(feature = "linalg")]
-#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
-pub use optimizer::spectral_bounds;
-pub use optimizer::{Exact, Nsga2, Optimizer, Ward, attach_bounds, nearest_bounds};
-pub use partition::{Cardinality, Partition, SearchSpace};
-pub use pipeline::{MakeFitness, Qcqa, Search, optimize_layers};
-pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};
-pub use pooler::{FirstHead, KvPooler, MeanPooler, PoolLayer};
-#[cfg(feature = "linalg")]
-#[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
-pub use pooler::{LowRankPooler, ProcrustesPooler};
+pub use fitness::FitnessFn;
+pub use grouping::Grouping;
+pub use optimizer::Optimizer;
+pub use pooler::KvPooler;
 pub use run::{Observer, Progress, Run};
-
-#[doc = include_str!("../README.md")]
-#[cfg(doctest)]
-struct Readme;

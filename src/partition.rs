@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// An assignment of every KV head of a layer to one group; illegal ones cannot be built.
 ///
@@ -272,5 +272,18 @@ impl SearchSpace {
     /// The most heads of a group.
     pub(crate) fn size_at_most(&self, n_heads: usize) -> usize {
         self.max_group_size.map_or(n_heads, |m| m.min(n_heads))
+    }
+}
+
+impl fmt::Display for SearchSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (groups, sizes) = (self.max_groups, self.max_group_size);
+        write!(
+            f,
+            "{}",
+            if self.cardinality == Cardinality::Equal { "equal groups" } else { "groups of any size" }
+        )?;
+        groups.map_or(Ok(()), |most| write!(f, ", at most {most}"))?;
+        sizes.map_or(Ok(()), |most| write!(f, ", of at most {most} heads"))
     }
 }

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How far a stage of a computation has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,13 +20,13 @@ pub struct Progress<'a> {
 }
 
 /// Watches a computation and may stop it. Closures `Fn(&Progress) -> ControlFlow<()>` are observers.
-pub trait Observer {
-    /// Called between steps, always from the thread that started the computation.
-    /// `ControlFlow::Break` ends it with [`Error::Cancelled`].
+pub trait Observer: Sync {
+    /// Called between steps, from whichever thread took them, one call at a time or several at once.
+    /// `ControlFlow::Break` ends the computation with [`Error::Cancelled`].
     fn observe(&self, progress: &Progress<'_>) -> ControlFlow<()>;
 }
 
-impl<F: Fn(&Progress<'_>) -> ControlFlow<()>> Observer for F {
+impl<F: Fn(&Progress<'_>) -> ControlFlow<()> + Sync> Observer for F {
     fn observe(&self, progress: &Progress<'_>) -> ControlFlow<()> {
         self(progress)
     }
@@ -45,7 +45,7 @@ impl<'a> Run<'a> {
         Self { seed, observer: None }
     }
 
-    /// The same run, watched.
+    /// This run, watched.
     pub fn with_observer(self, observer: &'a dyn Observer) -> Self {
         Self { observer: Some(observer), ..self }
     }

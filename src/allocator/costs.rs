@@ -2,7 +2,9 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Front, FrontPoint, Limits, Result};
+use crate::budget::Limits;
+use crate::error::{Error, Result};
+use crate::front::{Front, FrontPoint};
 
 /// How the errors of different layers are made comparable before they are added up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -14,8 +16,7 @@ pub enum CostScale {
     /// The error as a share of the layer's own energy.
     #[default]
     EnergyShare,
-    /// Not the error but what the model was measured to lose, for each layer and k: costs that come as a table
-    /// ([`Qcqa::plan_with_costs`](crate::Qcqa::plan_with_costs)).
+    /// Not the error but what the model was measured to lose, for each layer and k: costs that come as a table.
     Measured,
 }
 
@@ -44,7 +45,7 @@ impl LayerCosts {
     /// forbid; `None` where that k is not to be had.
     ///
     /// # Errors
-    /// [`Error::LayerCount`] when `limits` fixes a layer that does not exist, [`Error::GroupCount`] when it fixes a k
+    /// [`Error::NoLayer`] when `limits` fixes a layer that does not exist, [`Error::GroupCount`] when it fixes a k
     /// that the layer's front has no point for; what `price` reports; as [`LayerCosts::from_table`].
     pub fn priced(
         fronts: &[Front],
@@ -52,7 +53,7 @@ impl LayerCosts {
         price: impl Fn(usize, &FrontPoint) -> Result<Option<f64>>,
     ) -> Result<Self> {
         if let Some((&layer, _)) = limits.fixed.last_key_value().filter(|(l, _)| **l >= fronts.len()) {
-            return Err(Error::LayerCount { what: "fixed layers", expected: fronts.len(), found: layer + 1 });
+            return Err(Error::NoLayer { layer, layers: fronts.len() });
         }
         let layer_costs = |(layer, front): (usize, &Front)| -> Result<Vec<Option<f64>>> {
             let fixed = limits.fixed.get(&layer).copied();
@@ -75,11 +76,11 @@ impl LayerCosts {
     /// Costs from anywhere: `costs[layer][k − 1]`, `None` where that k is not to be had.
     ///
     /// # Errors
-    /// [`Error::LayerCount`] without layers, [`Error::InvalidFitness`] for a cost that is not finite and at
+    /// [`Error::NoLayer`] without layers, [`Error::InvalidFitness`] for a cost that is not finite and at
     /// least 0, [`Error::EmptySpace`] for a layer without any choice.
     pub fn from_table(costs: Vec<Vec<Option<f64>>>, same_k: bool) -> Result<Self> {
         if costs.is_empty() {
-            return Err(Error::LayerCount { what: "layer costs", expected: 1, found: 0 });
+            return Err(Error::NoLayer { layer: 0, layers: 0 });
         }
         for layer in &costs {
             for (i, &value) in layer.iter().enumerate() {
@@ -94,7 +95,7 @@ impl LayerCosts {
         Ok(Self { costs, same_k })
     }
 
-    /// The same with every layer's costs multiplied by its weight: how much more it matters than others.
+    /// These costs with every layer's multiplied by its weight: how much more it matters than others.
     ///
     /// # Errors
     /// [`Error::LayerCount`] unless there is a weight for every layer, [`Error::Setting`] for a weight that is not

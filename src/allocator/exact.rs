@@ -1,5 +1,7 @@
 use super::{Allocator, LayerCosts};
-use crate::{Result, Run};
+use crate::error::Result;
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// The choice of the least summed cost, exact for every total of KV heads at once.
 ///
@@ -52,6 +54,10 @@ impl ExactAllocation {
 }
 
 impl Allocator for ExactAllocation {
+    fn spec(&self) -> Spec {
+        Spec::new("exact")
+    }
+
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, run: Run<'_>) -> Result<Vec<usize>> {
         self.all_budgets(costs, run)?.within(kv_heads).ok_or_else(|| costs.unreachable(kv_heads))
     }

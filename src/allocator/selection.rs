@@ -2,8 +2,10 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Allocator, LayerCosts};
+use crate::error::Result;
 use crate::optimizer::engine::{Problem, Settings, evolve};
-use crate::{Result, Run};
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// The paper's stage 2 (arXiv 2406.10247, Algorithm 2): every layer either has k groups or stays MHA.
 ///
@@ -29,7 +31,27 @@ impl Default for LayerSelection {
     }
 }
 
+impl LayerSelection {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&["population", "generations", "crossover"])?;
+        let own = Self::default();
+        Ok(Self {
+            population: spec.count("population")?.unwrap_or(own.population),
+            generations: spec.count("generations")?.unwrap_or(own.generations),
+            crossover: spec.number("crossover")?.unwrap_or(own.crossover),
+        })
+    }
+}
+
 impl Allocator for LayerSelection {
+    fn spec(&self) -> Spec {
+        let Self { population, generations, crossover } = *self;
+        Spec::new("selection")
+            .with("population", population)
+            .with("generations", generations)
+            .with("crossover", crossover)
+    }
+
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, run: Run<'_>) -> Result<Vec<usize>> {
         let settings = Settings {
             population: self.population,

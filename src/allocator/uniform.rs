@@ -1,11 +1,17 @@
 use super::{Allocator, LayerCosts};
-use crate::{Result, Run};
+use crate::error::Result;
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// The largest one k that fits the budget, in all layers; a layer whose k is fixed keeps its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct UniformAllocation;
 
 impl Allocator for UniformAllocation {
+    fn spec(&self) -> Spec {
+        Spec::new("uniform")
+    }
+
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, _run: Run<'_>) -> Result<Vec<usize>> {
         let layers = 0..costs.n_layers();
         let largest = layers.clone().map(|l| costs.n_heads(l)).max().unwrap_or(0);

@@ -34,7 +34,7 @@ impl Dtype {
     }
 
     /// The type by its safetensors tag; `None` for what this crate does not read.
-    pub(super) fn from_stored(dtype: safetensors::Dtype) -> Option<Self> {
+    pub(crate) fn from_stored(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::BF16 => Some(Self::Bf16),
             safetensors::Dtype::F16 => Some(Self::F16),
@@ -43,8 +43,17 @@ impl Dtype {
         }
     }
 
+    /// A number as it would be stored; infinite where it does not fit.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::F32 => value,
+        }
+    }
+
     /// Decodes little-endian numbers; `bytes` holds exactly `out.len()` of them, aligned or not.
-    pub(super) fn decode(self, bytes: &[u8], out: &mut [f32]) {
+    pub(crate) fn decode(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(bytes.len(), out.len() * self.bytes(), "as many numbers as places");
         match self {
             Self::Bf16 => {
@@ -75,7 +84,7 @@ impl Dtype {
     ///
     /// # Errors
     /// The first finite value that becomes an infinity.
-    pub(super) fn encode(self, values: impl IntoIterator<Item = f32>, out: &mut Vec<u8>) -> Result<(), f32> {
+    pub(crate) fn encode(self, values: impl IntoIterator<Item = f32>, out: &mut Vec<u8>) -> Result<(), f32> {
         for value in values {
             let fits = match self {
                 Self::Bf16 => {

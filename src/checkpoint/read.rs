@@ -1,82 +1,109 @@
 use std::path::{Path, PathBuf};
 
-use ndarray::{Array2, Array3, ArrayD, IxDyn};
+use ndarray::{ArrayD, IxDyn};
 
-use super::families::{Family, Part};
+use super::layout::{bias_of, heads_of};
 use super::rows::{LayerRows, RowPart};
-use super::shards::{Entry, Shards, read_bounded};
-use super::{Config, Dtype, FileError, fingerprint};
-use crate::{Heads, Projection, Rotation, Source};
+use super::{CONFIG, Config, Dtype, Entry, Family, Shards, TensorIndex};
+use crate::error::{Error, Result, shown};
+use crate::files::{FileError, fingerprint, read_bounded, sha256};
+use crate::heads::{HeadRows, HeadSource, Heads, Projection};
+use crate::model::{Architecture, AttentionSpec, ModelId, Part, Stored, StoredHeads};
 
-pub(super) const CONFIG: &str = "config.json";
 const CONFIG_LIMIT: u64 = 16 << 20;
+/// Bytes of a tensor that its fingerprint sees at the start, in the middle and at the end.
+const SAMPLE: usize = 4096;
 
 /// A model directory, mapped and checked; nothing is decoded before it is asked for.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Config,
-    family: &'static Family,
+    architecture: Architecture,
     dtype: Dtype,
-    /// Whether query, key, value and output have biases, in every layer alike.
-    biases: [bool; 4],
     shards: Shards,
 }
 
 impl Checkpoint {
-    /// Opens a directory with config.json and model.safetensors, or shards and their index.
+    /// Opens a directory with config.json and model.safetensors, or shards and their index, by the first of these families
+    /// that knows its `model_type`.
     ///
     /// The files must not be shortened or rewritten while the checkpoint is open.
     ///
     /// # Errors
-    /// One [`FileError`] for each thing that can be wrong: the configuration, the index, a file's header
-    /// or length, and the presence, shape and type of every attention tensor of every layer.
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, FileError> {
+    /// One [`FileError`] for each thing that can be wrong: the configuration, the index, a file's header or length, and the
+    /// presence, shape and type of every attention tensor of every layer.
+    pub fn open_as(path: impl AsRef<Path>, families: &[&dyn Family]) -> Result<Self, FileError> {
         let path = path.as_ref().to_path_buf();
         if !path.is_dir() {
             return Err(FileError::NotADirectory { path });
         }
-        let config_path = path.join(CONFIG);
-        let (config, family) = Config::parse(&config_path, &read_bounded(&config_path, CONFIG_LIMIT)?)?;
+        let file = path.join(CONFIG);
+        let text = read_bounded(&file, CONFIG_LIMIT)?;
+        let config = Config::parse(file, &text)?;
+        let family = family_of(&config, families)?;
         let shards = Shards::open(&path)?;
-        let normalised = |name: &&String| name.contains(".q_norm.") || name.contains(".k_norm.");
-        if let Some(name) = shards.tensors.keys().find(normalised) {
-            let what = format!("normalised queries or keys (tensor {name})");
-            let hint = "merging keys is not exact under their norm".to_string();
-            return Err(FileError::Unsupported { path, what, hint });
-        }
-        let mut checkpoint = Self { path, config, family, dtype: Dtype::F32, biases: [false; 4], shards };
-        checkpoint.biases =
-            Part::ALL.map(|part| checkpoint.shards.tensors.contains_key(&family.bias(0, part)));
-        checkpoint.dtype =
-            checkpoint.attention(&family.weight(0, Part::Key), &checkpoint.shape(Part::Key))?.1;
+        Self::described(path, config, family, shards)
+    }
+
+    /// A model that is held in memory: the text of its config.json, and one file of safetensors.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open_as`].
+    pub fn from_bytes(config: &[u8], weights: Vec<u8>, families: &[&dyn Family]) -> Result<Self, FileError> {
+        let path = PathBuf::from("memory");
+        let config = Config::parse(path.join(CONFIG), config)?;
+        let family = family_of(&config, families)?;
+        let shards = Shards::held(&path, weights)?;
+        Self::described(path, config, family, shards)
+    }
+
+    fn described(
+        path: PathBuf,
+        config: Config,
+        family: &dyn Family,
+        shards: Shards,
+    ) -> Result<Self, FileError> {
+        let architecture = family.describe(&config, &shards)?;
+        let mut checkpoint = Self { path, config, architecture, dtype: Dtype::F32, shards };
+        let (stored, width) = (checkpoint.stored(0)?, checkpoint.architecture.hidden);
+        checkpoint.dtype = checkpoint.checked(&stored.key.tensor, &stored.key.shape(width))?.1;
         // Ends at the first missing layer, however many config.json claims.
-        (0..checkpoint.config.n_layers).try_for_each(|layer| checkpoint.check_layer(layer))?;
+        (0..checkpoint.architecture.n_layers()).try_for_each(|layer| checkpoint.check_layer(layer))?;
         Ok(checkpoint)
     }
 
     fn check_layer(&self, layer: usize) -> Result<(), FileError> {
+        let (stored, width) = (self.stored(layer)?, self.architecture.hidden);
         for part in Part::ALL {
-            let shape = self.shape(part);
-            let weight = self.family.weight(layer, part);
-            let (entry, dtype) = self.attention(&weight, &shape)?;
+            let of = stored.part(part);
+            let (entry, dtype) = self.checked(&of.tensor, &of.shape(width))?;
             if matches!(part, Part::Key | Part::Value) && dtype != self.dtype {
                 let expected = format!("{}, as the keys of layer 0", self.dtype.name().to_uppercase());
-                return Err(self.wrong_dtype(&weight, entry, expected));
+                return Err(self.wrong_dtype(&of.tensor, entry, expected));
             }
-            let bias = self.family.bias(layer, part);
-            if self.shards.tensors.contains_key(&bias) != self.has(part) {
-                return Err(FileError::UnevenBias { path: self.path.clone(), tensor: bias });
-            }
-            if self.has(part) {
-                self.attention(&bias, &shape[..1])?;
+            if let Some(bias) = &of.bias {
+                self.checked(bias, &[if part == Part::Output { width } else { of.extent }])?;
             }
         }
         Ok(())
     }
 
-    /// An attention tensor, of the shape that it must have and a type that can be read.
-    fn attention(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Dtype), FileError> {
+    /// Where the heads of a layer lie.
+    pub(crate) fn stored(&self, layer: usize) -> Result<&StoredHeads, FileError> {
+        let stored = self.attention(layer)?.stored.as_ref();
+        stored.ok_or_else(|| {
+            self.config.unsupported("a layer whose tensors are not named", "name them in its family")
+        })
+    }
+
+    fn attention(&self, layer: usize) -> Result<&AttentionSpec, FileError> {
+        let missing = Error::NoLayer { layer, layers: self.architecture.n_layers() };
+        Ok(self.architecture.layers.get(layer).ok_or(missing)?)
+    }
+
+    /// A tensor of the shape that it must have and a type that can be read.
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Dtype), FileError> {
         let Some(entry) = self.shards.tensors.get(name) else {
             let (path, tensor) = (self.path.clone(), name.to_string());
             return Err(FileError::TensorMissing { path, tensor, expected: shape.to_vec() });
@@ -92,7 +119,7 @@ impl Checkpoint {
         Ok((entry, self.float(name, entry)?))
     }
 
-    pub(super) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, FileError> {
+    pub(crate) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, FileError> {
         Dtype::from_stored(entry.dtype)
             .ok_or_else(|| self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string()))
     }
@@ -100,16 +127,6 @@ impl Checkpoint {
     fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> FileError {
         let (path, tensor) = (self.file_of(entry).to_path_buf(), name.to_string());
         FileError::TensorDtype { path, tensor, expected, found: entry.dtype.to_string() }
-    }
-
-    /// Shape of a projection's weight; of its bias, the first dimension.
-    fn shape(&self, part: Part) -> [usize; 2] {
-        let Config { query_heads, kv_heads, head_dim, hidden, .. } = self.config;
-        match part {
-            Part::Query => [query_heads * head_dim, hidden],
-            Part::Key | Part::Value => [kv_heads * head_dim, hidden],
-            Part::Output => [hidden, query_heads * head_dim],
-        }
     }
 
     /// The directory.
@@ -137,82 +154,9 @@ impl Checkpoint {
         self.shards.files.len()
     }
 
-    /// Whether queries, keys or values have biases.
-    pub fn has_bias(&self) -> bool {
-        [Part::Query, Part::Key, Part::Value].iter().any(|&part| self.has(part))
-    }
-
-    /// The model as plans name it. Reads 12 KiB of each key and value weight for the fingerprint.
-    ///
-    /// The fingerprint is the SHA-256 of name, shape, type and the first, middle and last 4 KiB of every key and
-    /// value weight, in the order of layers. It misses changes elsewhere in these tensors, and in all others.
-    ///
-    /// # Errors
-    /// None at present.
-    pub fn source(&self) -> Result<Source, FileError> {
-        let Config { model_type, n_layers, hidden, query_heads, kv_heads, head_dim, .. } = &self.config;
-        let names = (0..*n_layers).flat_map(|i| [Part::Key, Part::Value].map(|p| self.family.weight(i, p)));
-        let tensors = names.filter_map(|name| {
-            let entry = self.shards.tensors.get(&name)?;
-            Some((name, &entry.shape[..], entry.dtype, self.shards.bytes(entry)))
-        });
-        Ok(Source {
-            model_type: model_type.clone(),
-            layers: *n_layers,
-            query_heads: *query_heads,
-            kv_heads: *kv_heads,
-            head_dim: *head_dim,
-            hidden: *hidden,
-            dtype: self.dtype.name().to_string(),
-            fingerprint: Some(fingerprint::of(tensors)),
-        })
-    }
-
-    /// The heads of layer `i`, queries and output included, with their rotation.
-    ///
-    /// # Errors
-    /// [`FileError::LayerOutOfRange`], [`FileError::NotFinite`] naming file and tensor.
-    pub fn layer(&self, i: usize) -> Result<Heads, FileError> {
-        let heads = self.key_value(i)?;
-        let query = self.projection(i, Part::Query)?;
-        let Config { hidden, query_heads, head_dim, .. } = self.config;
-        let output = self.numbers(&self.family.weight(i, Part::Output))?;
-        // Stored (d, H·r·h): the columns of one query head after the other.
-        let output = Array3::from_shape_vec((hidden, query_heads, head_dim), output)
-            .map_err(crate::Error::plugin)?
-            .permuted_axes([1, 0, 2]);
-        let heads = heads.with_queries(query, output.as_standard_layout().into_owned())?;
-        if !self.has(Part::Output) {
-            return Ok(heads);
-        }
-        Ok(heads.with_output_bias(self.numbers(&self.family.bias(i, Part::Output))?.into())?)
-    }
-
-    /// The keys and values of layer `i` alone, with their rotation.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::layer`].
-    pub fn key_value(&self, i: usize) -> Result<Heads, FileError> {
-        self.check_index(i)?;
-        let heads = Heads::new(self.projection(i, Part::Key)?, self.projection(i, Part::Value)?)?;
-        Ok(heads.with_rotation(Rotation::HalfSplit { dims: self.config.head_dim })?)
-    }
-
-    /// The keys and values of layer `i` as rows, decoded from the files piece by piece.
-    ///
-    /// # Errors
-    /// [`FileError::LayerOutOfRange`].
-    pub fn rows(&self, i: usize) -> Result<LayerRows<'_>, FileError> {
-        self.check_index(i)?;
-        let weights = [Part::Key, Part::Value].map(|part| self.family.weight(i, part));
-        let biases = [Part::Key, Part::Value].map(|part| self.has(part).then(|| self.family.bias(i, part)));
-        let mut parts = Vec::with_capacity(4);
-        for name in weights.into_iter().chain(biases.into_iter().flatten()) {
-            let (entry, dtype) = self.entry(&name)?;
-            let (bytes, file) = (self.shards.bytes(entry), self.file_of(entry));
-            parts.push(RowPart { tensor: name, file, bytes, dtype });
-        }
-        Ok(LayerRows::new(self.config.kv_heads, parts))
+    /// Bytes of keys and values that one token takes in the cache, at the type of the weights.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        self.architecture.kv_bytes_per_token(self.dtype.bytes())
     }
 
     /// Any BF16, F16 or F32 tensor, decoded.
@@ -221,23 +165,74 @@ impl Checkpoint {
     /// [`FileError::TensorMissing`], [`FileError::TensorDtype`], [`FileError::NotFinite`].
     pub fn tensor(&self, name: &str) -> Result<ArrayD<f32>, FileError> {
         let shape = IxDyn(&self.entry(name)?.0.shape);
-        Ok(ArrayD::from_shape_vec(shape, self.numbers(name)?).map_err(crate::Error::plugin)?)
+        Ok(ArrayD::from_shape_vec(shape, self.numbers(name)?).map_err(Error::plugin)?)
     }
 
-    /// Names of all tensors, sorted.
-    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
-        self.shards.tensors.keys().map(String::as_str)
+    /// Any BF16, F16 or F32 tensor of this shape, decoded.
+    ///
+    /// # Errors
+    /// [`FileError::TensorShape`]; as [`Checkpoint::tensor`].
+    pub fn tensor_of(&self, name: &str, shape: &[usize]) -> Result<ArrayD<f32>, FileError> {
+        self.checked(name, shape)?;
+        self.tensor(name)
     }
 
-    fn projection(&self, layer: usize, part: Part) -> Result<Projection, FileError> {
-        let (h, d) = (self.config.head_dim, self.config.hidden);
-        let weight = self.numbers(&self.family.weight(layer, part))?;
-        let n = weight.len() / (h * d);
-        let weight = Array3::from_shape_vec((n, h, d), weight).map_err(crate::Error::plugin)?;
-        let bias = self.has(part).then(|| self.numbers(&self.family.bias(layer, part))).transpose()?;
+    /// The stored bytes of the keys and values of a layer: key weights, value weights, key bias, value bias.
+    ///
+    /// # Errors
+    /// [`Error::NoLayer`].
+    pub fn stored_bytes(&self, layer: usize) -> Result<Vec<&[u8]>, FileError> {
+        let (key, value) = (&self.stored(layer)?.key, &self.stored(layer)?.value);
+        let names = [Some(&key.tensor), Some(&value.tensor), key.bias.as_ref(), value.bias.as_ref()];
+        names.into_iter().flatten().map(|name| Ok(self.shards.bytes(self.entry(name)?.0))).collect()
+    }
+
+    /// The tensors by name.
+    pub fn tensors(&self) -> &dyn TensorIndex {
+        &self.shards
+    }
+
+    fn projection(
+        &self,
+        attention: &AttentionSpec,
+        stored: &Stored,
+        part: Part,
+    ) -> Result<Projection, FileError> {
+        let (n, h) = (attention.heads(part), attention.head_dim);
+        let weight = heads_of(self.numbers(&stored.tensor)?, stored, n, h)?;
         let bias =
-            bias.map(|b| Array2::from_shape_vec((n, h), b)).transpose().map_err(crate::Error::plugin)?;
-        Ok(Projection::new(weight, bias)?)
+            stored.bias.as_ref().map(|bias| Ok::<_, FileError>(bias_of(&self.numbers(bias)?, stored, n, h)));
+        Ok(Projection::new(weight, bias.transpose()?)?)
+    }
+
+    fn read_heads(&self, layer: usize) -> Result<Heads, FileError> {
+        let (attention, stored) = (self.attention(layer)?, self.stored(layer)?);
+        let read = |part| self.projection(attention, stored.part(part), part);
+        let heads = Heads::new(read(Part::Key)?, read(Part::Value)?)?;
+        let heads = heads.with_rotation(attention.rotation())?.with_layer(layer);
+        let (n, h, of) = (attention.query_heads, attention.head_dim, &stored.output);
+        // (n_q, h, d) → (n_q, d, h).
+        let output = heads_of(self.numbers(&of.tensor)?, of, n, h)?.permuted_axes([0, 2, 1]);
+        let heads = heads.with_queries(read(Part::Query)?, output.as_standard_layout().into_owned())?;
+        match &of.bias {
+            Some(bias) => Ok(heads.with_output_bias(self.numbers(bias)?.into())?),
+            None => Ok(heads),
+        }
+    }
+
+    fn read_rows(&self, layer: usize) -> Result<LayerRows<'_>, FileError> {
+        let (attention, stored) = (self.attention(layer)?, self.stored(layer)?);
+        let both = [&stored.key, &stored.value];
+        let weights = both.map(|stored| (stored, Some(&stored.tensor), self.architecture.hidden));
+        let biases = both.map(|stored| (stored, stored.bias.as_ref(), 1));
+        let mut parts = Vec::with_capacity(4);
+        for (stored, tensor, width) in weights.into_iter().chain(biases) {
+            let Some(tensor) = tensor else { continue };
+            let (entry, dtype) = self.entry(tensor)?;
+            let (bytes, file) = (self.shards.bytes(entry), self.file_of(entry));
+            parts.push(RowPart { stored, tensor, file, bytes, dtype, width });
+        }
+        Ok(LayerRows { n_heads: attention.kv_heads, head_dim: attention.head_dim, parts })
     }
 
     /// All numbers of a tensor, which must be finite.
@@ -262,31 +257,56 @@ impl Checkpoint {
         }
     }
 
-    fn check_index(&self, layer: usize) -> Result<(), FileError> {
-        let layers = self.config.n_layers;
-        if layer < layers {
-            return Ok(());
-        }
-        Err(FileError::LayerOutOfRange { path: self.path.clone(), layer, layers })
-    }
-
-    fn has(&self, part: Part) -> bool {
-        self.biases[part as usize]
-    }
-
     fn file_of(&self, entry: &Entry) -> &Path {
         &self.shards.files[entry.shard].path
     }
 
-    pub(super) fn files(&self) -> &Shards {
+    pub(crate) fn files(&self) -> &Shards {
         &self.shards
     }
+}
 
-    /// The attention tensors of a layer: name, projection, whether a bias.
-    pub(super) fn head_tensors(&self, layer: usize) -> impl Iterator<Item = (String, Part, bool)> {
-        Part::ALL.into_iter().flat_map(move |part| {
-            let bias = self.has(part).then(|| (self.family.bias(layer, part), part, true));
-            [Some((self.family.weight(layer, part), part, false)), bias].into_iter().flatten()
-        })
+fn family_of<'a>(config: &Config, families: &[&'a dyn Family]) -> Result<&'a dyn Family, FileError> {
+    let model_type = config.model_type()?;
+    families.iter().copied().find(|family| family.model_types().contains(&model_type)).ok_or_else(|| {
+        let known: Vec<_> = families.iter().flat_map(|family| family.model_types()).copied().collect();
+        config.unsupported(
+            format!("model_type \"{}\"", shown(model_type)),
+            format!("supported are {}", known.join(", ")),
+        )
+    })
+}
+
+impl HeadSource for Checkpoint {
+    fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// Reads 12 KiB of each key and value weight for the fingerprint: the SHA-256 of name, shape, type and the first, middle
+    /// and last 4 KiB of every key and value weight, in the order of layers. It misses changes elsewhere in these tensors,
+    /// and in all others.
+    fn id(&self) -> Result<ModelId> {
+        let mut fields: Vec<Vec<u8>> = Vec::new();
+        for layer in 0..self.architecture.n_layers() {
+            let stored = self.stored(layer)?;
+            for name in [&stored.key.tensor, &stored.value.tensor] {
+                let (entry, _) = self.entry(name)?;
+                let bytes = self.shards.bytes(entry);
+                let sample = SAMPLE.min(bytes.len());
+                let samples = [0, (bytes.len() - sample) / 2, bytes.len() - sample];
+                fields.push(name.clone().into_bytes());
+                fields.push(format!("{} {:?}", entry.dtype, entry.shape).into_bytes());
+                fields.extend(samples.map(|start| bytes[start..start + sample].to_vec()));
+            }
+        }
+        Ok(ModelId::new(&self.architecture, self.dtype.name(), Some(fingerprint(sha256(fields)))))
+    }
+
+    fn heads(&self, layer: usize) -> Result<Heads> {
+        Ok(self.read_heads(layer)?)
+    }
+
+    fn rows(&self, layer: usize) -> Result<Box<dyn HeadRows + '_>> {
+        Ok(Box::new(self.read_rows(layer)?))
     }
 }

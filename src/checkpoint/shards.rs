@@ -1,54 +1,70 @@
 //! The weight files of a directory: which there are, what their headers say.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Read;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Component, Path, PathBuf};
 
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
-use super::FileError;
-use super::mapped::Mapped;
+use super::TensorIndex;
+use crate::files::{FileError, Mapped, read_bounded};
 
 pub(super) const SINGLE: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// The most that is read of an index; one of a million tensors is a tenth of it.
 const INDEX_LIMIT: u64 = 1 << 30;
 /// Bytes before the header: its length.
 const LENGTH_BYTES: usize = 8;
 
-/// One mapped file of weights.
+/// One file of weights.
 #[derive(Debug)]
-pub(super) struct Shard {
+pub(crate) struct Shard {
     /// Its name in the directory.
-    pub(super) file: String,
-    pub(super) path: PathBuf,
-    pub(super) bytes: Mapped,
+    pub(crate) file: String,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: Bytes,
     /// `__metadata__` of its header.
-    pub(super) metadata: Option<HashMap<String, String>>,
+    pub(crate) metadata: Option<HashMap<String, String>>,
     /// Bytes before its data.
-    pub(super) header: usize,
+    pub(crate) header: usize,
+}
+
+/// The bytes of a file.
+#[derive(Debug)]
+pub(crate) enum Bytes {
+    Mapped(Mapped),
+    Held(Vec<u8>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(bytes) => bytes,
+            Self::Held(bytes) => bytes,
+        }
+    }
 }
 
 /// Where a tensor lies, and what it is.
 #[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) shard: usize,
-    pub(super) dtype: safetensors::Dtype,
-    pub(super) shape: Vec<usize>,
-    pub(super) range: Range<usize>,
+pub(crate) struct Entry {
+    pub(crate) shard: usize,
+    pub(crate) dtype: safetensors::Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) range: Range<usize>,
 }
 
 /// All weight files of a directory.
 #[derive(Debug)]
-pub(super) struct Shards {
-    pub(super) files: Vec<Shard>,
-    pub(super) tensors: BTreeMap<String, Entry>,
+pub(crate) struct Shards {
+    pub(crate) files: Vec<Shard>,
+    pub(crate) tensors: BTreeMap<String, Entry>,
     /// The index, for a directory of several files.
-    pub(super) index: Option<Map<String, Value>>,
+    pub(crate) index: Option<Map<String, Value>>,
 }
 
 impl Shards {
@@ -93,9 +109,20 @@ impl Shards {
         Ok(shards)
     }
 
+    /// One file that is held in memory.
+    pub(super) fn held(directory: &Path, bytes: Vec<u8>) -> Result<Self, FileError> {
+        let mut shards = Self { files: Vec::new(), tensors: BTreeMap::new(), index: None };
+        shards.take(directory.join(SINGLE), SINGLE, Bytes::Held(bytes))?;
+        Ok(shards)
+    }
+
     fn add(&mut self, directory: &Path, file: &str) -> Result<(), FileError> {
         let path = directory.join(file);
-        let bytes = Mapped::open(&path)?;
+        let bytes = Bytes::Mapped(Mapped::open(&path)?);
+        self.take(path, file, bytes)
+    }
+
+    fn take(&mut self, path: PathBuf, file: &str, bytes: Bytes) -> Result<(), FileError> {
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|source| FileError::Header {
             path: path.clone(),
             len: bytes.len(),
@@ -117,8 +144,18 @@ impl Shards {
     }
 
     /// The stored bytes of a tensor.
-    pub(super) fn bytes(&self, entry: &Entry) -> &[u8] {
+    pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.files[entry.shard].bytes[entry.range.clone()]
+    }
+}
+
+impl TensorIndex for Shards {
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|entry| &entry.shape[..])
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.tensors.keys().map(String::as_str))
     }
 }
 
@@ -152,18 +189,4 @@ fn weights_in(directory: &Path) -> String {
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).filter(weights).take(SHOWN).collect();
     names.sort();
     if names.is_empty() { "no weights".to_string() } else { names.join(", ") }
-}
-
-/// The bytes of a regular file of at most `limit` bytes.
-pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
-    let failed = |source| FileError::io("read", path, source);
-    if !path.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::other("not a regular file")));
-    }
-    let mut bytes = Vec::new();
-    File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > limit {
-        return Err(FileError::FileTooLarge { path: path.to_path_buf(), limit });
-    }
-    Ok(bytes)
 }

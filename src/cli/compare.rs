@@ -13,7 +13,9 @@ use super::resolved::{Found, Resolved};
 use super::{CliError, Done, fraction};
 use crate::checkpoint::Checkpoint;
 use crate::runtime::{Calibration, Evaluation, Model, Refit, Windows, evaluate_against};
-use crate::{FitnessFn, LayerPlan, Plan, Run, WeightSharingError};
+use crate::fitness::{FitnessFn, WeightSharingError};
+use crate::plan::{LayerPlan, Plan};
+use crate::run::Run;
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {

@@ -7,7 +7,7 @@ use super::output::{bytes, evaluation_json, gap, group_counts, is_wse, kv_bytes,
 use super::plot::Curve;
 use crate::checkpoint::Checkpoint;
 use crate::runtime::Evaluation;
-use crate::{LayerPlan, Plan};
+use crate::plan::{LayerPlan, Plan};
 
 /// A line of the comparison.
 pub(super) struct Line {

@@ -8,7 +8,7 @@ use super::calibrated::{CalibrationArgs, pooling};
 use super::methods::plan_for;
 use super::output::{Output, bytes, evaluation_json, merge, percent, table};
 use super::{CliError, Done, Writing, about};
-use crate::Run;
+use crate::run::Run;
 use crate::checkpoint::{Checkpoint, WriteOptions, write_whole};
 use crate::runtime::{
     Choices, Evaluation, IdWidth, Model, Moments, Vocabulary, Windows, evaluate, evaluate_against, read_ids,

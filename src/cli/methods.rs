@@ -8,7 +8,8 @@ use super::{CliError, about};
 use crate::checkpoint::{self, Checkpoint, read_plan};
 use crate::error::shown;
 use crate::runtime::Refit;
-use crate::{FirstHead, KvPooler, LowRankPooler, MeanPooler, Plan, ProcrustesPooler};
+use crate::plan::Plan;
+use crate::pooler::{FirstHead, KvPooler, LowRankPooler, MeanPooler, ProcrustesPooler};
 
 /// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
 #[derive(Debug, Clone, Args)]

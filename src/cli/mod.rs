@@ -23,7 +23,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::checkpoint::FileError;
 use crate::runtime::RuntimeError;
-use crate::{Error, Run};
+use crate::error::Error;
+use crate::run::Run;
 
 use calibrated::CalibrationArgs;
 use methods::{MethodArgs, MethodName};

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::{Observer, Progress};
+use crate::run::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
 const BARS: [(&str, &str); 8] = [

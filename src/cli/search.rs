@@ -10,7 +10,9 @@ use super::resolved::Resolved;
 use super::{Asked, CliError, Done, Writing};
 use crate::checkpoint::{Checkpoint, WriteOptions, targets, write_plan, write_whole};
 use crate::runtime::Calibration;
-use crate::{Front, Plan, Run};
+use crate::front::Front;
+use crate::plan::Plan;
+use crate::run::Run;
 
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {

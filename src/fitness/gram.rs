@@ -3,68 +3,9 @@
 use ndarray::{Array2, s};
 
 use super::product::{TILE, add_gram, padded};
+use crate::error::{Error, Result};
+use crate::heads::HeadRows;
 use crate::run::map_ordered;
-use crate::{Error, Heads, Result};
-
-/// The heads of a layer as H long rows: whatever can be read in pieces can be compared.
-///
-/// [`Heads`] is one; a checkpoint's mapped tensors are another, decoded piece by piece.
-pub trait HeadRows: Sync {
-    /// Number of rows, H.
-    fn n_heads(&self) -> usize;
-
-    /// Length of a row.
-    fn row_len(&self) -> usize;
-
-    /// Writes the elements of row `head` from `start` on into `out`.
-    ///
-    /// # Panics
-    /// When there is no such head or `start + out.len()` exceeds the row.
-    fn read(&self, head: usize, start: usize, out: &mut [f32]);
-}
-
-/// Key weights, value weights, key bias and value bias of a head, one after the other.
-impl HeadRows for Heads {
-    fn n_heads(&self) -> usize {
-        self.key().n_heads()
-    }
-
-    fn row_len(&self) -> usize {
-        parts(self).map(|part| part.len() / self.n_heads()).sum()
-    }
-
-    fn read(&self, head: usize, start: usize, out: &mut [f32]) {
-        let parts = parts(self).map(|part| (part, part.len() / self.n_heads()));
-        read_across(parts, start, out, |part, len, start, out| {
-            out.copy_from_slice(&part[head * len + start..][..out.len()]);
-        });
-    }
-}
-
-/// Reads a row that lies in several parts, each with its length: `copy(part, length, start, out)` for every piece.
-pub(crate) fn read_across<P>(
-    parts: impl Iterator<Item = (P, usize)>,
-    mut start: usize,
-    mut out: &mut [f32],
-    copy: impl Fn(P, usize, usize, &mut [f32]),
-) {
-    for (part, len) in parts {
-        if start < len && !out.is_empty() {
-            let (now, rest) = out.split_at_mut(out.len().min(len - start));
-            copy(part, len, start, now);
-            out = rest;
-            start = len;
-        }
-        start -= len.min(start);
-    }
-    assert!(out.is_empty(), "read past the end of a head");
-}
-
-/// The contiguous arrays that make up the rows, each (H, something).
-fn parts(heads: &Heads) -> impl Iterator<Item = &[f32]> {
-    let (k, v) = (heads.key(), heads.value());
-    [Some(k.weight_slice()), Some(v.weight_slice()), k.bias_slice(), v.bias_slice()].into_iter().flatten()
-}
 
 /// Tiles summed by one task. Fixed, so that the order of the sum does not depend on the number of threads.
 const TILES_PER_TASK: usize = 32;
@@ -83,6 +24,7 @@ pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
     let n = rows.n_heads();
     let gram = gram(rows);
     if !gram.iter().all(|v| v.is_finite()) {
+        rows.check_finite()?;
         return Err(Error::NotFinite { what: "keys and values of a layer".to_string() });
     }
     let mut distances = Array2::zeros((n, n));

@@ -5,12 +5,15 @@ use faer::traits::ComplexField;
 use faer::{Mat, MatRef, c64};
 use ndarray::{Array2, ArrayView2};
 
-use super::{FitnessFn, SeparableFitness};
+use super::{FitnessFn, FitnessKind, SeparableFitness};
+use crate::error::{Error, Result};
+use crate::heads::{HeadSource, Heads, Needs};
 use crate::low_rank::{self, Metric, eigenvalues, no_moment};
+use crate::partition::Partition;
 use crate::run::map_ordered;
-use crate::{Error, Heads, LowRankPooler, Partition, Result};
+use crate::spec::Spec;
 
-/// The error of [`LowRankPooler`]: what the best shared heads of rank h leave of a group's keys and values, as attention
+/// The error of [`LowRankPooler`](crate::pooler::LowRankPooler): what the best shared heads of rank h leave of a group's keys and values, as attention
 /// sees them under the layer's inputs.
 ///
 /// Values: `Σ_{i∈g} ‖(O_i V_i − O_i' V_g) C^½‖²`, the eigenvalues beyond the first h of the group's Gram matrix. Keys:
@@ -53,22 +56,22 @@ pub struct Residuals {
 }
 
 impl LowRankError {
-    /// The error of a layer with its queries and outputs, under [`LowRankPooler::default`]'s ridge.
+    /// The error of a layer with its queries and outputs, under the pooler's own ridge.
     ///
     /// # Errors
     /// [`Error::NoQueries`] for a layer without queries and outputs, [`Error::Moment`] for a moment that is none.
     pub fn new(heads: &Heads) -> Result<Self> {
-        Self::of(heads, LowRankPooler::default())
+        Self::with_ridge(heads, low_rank::RIDGE)
     }
 
-    /// The error of a pooler with other settings.
+    /// The error of a pooler with another [`ridge`](crate::pooler::LowRankPooler::ridge).
     ///
     /// # Errors
     /// As [`LowRankError::new`].
-    pub fn of(heads: &Heads, pooler: LowRankPooler) -> Result<Self> {
+    pub fn with_ridge(heads: &Heads, ridge: f64) -> Result<Self> {
         let n_heads = heads.n_heads();
         let all: Vec<usize> = (0..n_heads).collect();
-        let metric = Metric::new(heads, pooler.ridge)?;
+        let metric = Metric::new(heads, ridge)?;
         let h = heads.value().head_dim();
         let values = Gram { block: h, gram: low_rank::values(heads, &metric)?.gram(&all) };
         let keys = low_rank::keys(heads, &metric)?;
@@ -247,5 +250,40 @@ impl SeparableFitness for LowRankError {
     fn group_cost(&self, size: usize) -> u64 {
         let rows = (size * self.values.block) as u64;
         (rows / CHEAP_ROWS).pow(3).max(1)
+    }
+}
+
+/// [`LowRankError`] of every layer, under the moments that its heads carry.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRankSharing {
+    /// As [`LowRankPooler::ridge`](crate::pooler::LowRankPooler::ridge).
+    pub ridge: f64,
+}
+
+impl Default for LowRankSharing {
+    fn default() -> Self {
+        Self { ridge: low_rank::RIDGE }
+    }
+}
+
+impl LowRankSharing {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&["ridge"])?;
+        Ok(Self { ridge: spec.number("ridge")?.unwrap_or(low_rank::RIDGE) })
+    }
+}
+
+impl FitnessKind for LowRankSharing {
+    fn spec(&self) -> Spec {
+        Spec::new("low-rank").with("ridge", self.ridge)
+    }
+
+    fn of(&self, source: &dyn HeadSource, layer: usize) -> Result<Box<dyn FitnessFn>> {
+        let error = LowRankError::with_ridge(&source.heads(layer)?, self.ridge);
+        Ok(Box::new(error.map_err(|e| e.of_layer(layer))?))
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::QUERIES_AND_MOMENT
     }
 }

@@ -10,14 +10,25 @@ use std::fmt::Debug;
 
 use ndarray::ArrayView2;
 
-use crate::{Partition, Result};
+use crate::error::Result;
+use crate::heads::{HeadSource, Needs};
+use crate::partition::Partition;
+use crate::spec::{Registry, Spec};
 
-#[cfg(feature = "checkpoint")]
-pub(crate) use gram::read_across;
-pub use gram::{HeadRows, squared_distances};
+pub use gram::squared_distances;
 #[cfg(feature = "linalg")]
-pub use low_rank::{LowRankError, Residuals};
-pub use weight_sharing::WeightSharingError;
+pub use low_rank::{LowRankError, LowRankSharing, Residuals};
+pub use weight_sharing::{WeightSharing, WeightSharingError};
+
+/// The fitness functions of this crate by name.
+pub static FITNESS: Registry<dyn FitnessKind> = Registry::new(
+    "fitness",
+    &[
+        ("wse", |spec| Ok(Box::new(WeightSharing::from_spec(spec)?))),
+        #[cfg(feature = "linalg")]
+        ("low-rank", |spec| Ok(Box::new(LowRankSharing::from_spec(spec)?))),
+    ],
+);
 
 /// The quality lost by a partition of one layer; bound to that layer when it is made.
 ///
@@ -70,8 +81,23 @@ pub trait SeparableFitness: FitnessFn {
         1.0 / size as f64
     }
 
-    /// What a group of `size` heads costs of the questions that [`Ward`](crate::Ward) may ask: 1 where all are cheap.
+    /// What a group of `size` heads costs of the questions that a search may ask: 1 where all are cheap.
     fn group_cost(&self, _size: usize) -> u64 {
         1
     }
+}
+
+/// A kind of fitness: makes the [`FitnessFn`] of each layer.
+pub trait FitnessKind: Debug + Send + Sync {
+    /// Its name and settings, as plans record them.
+    fn spec(&self) -> Spec;
+
+    /// The fitness function of a layer.
+    ///
+    /// # Errors
+    /// What reading the layer and the fitness itself can fail with.
+    fn of(&self, source: &dyn HeadSource, layer: usize) -> Result<Box<dyn FitnessFn>>;
+
+    /// What it makes use of besides keys and values.
+    fn needs(&self) -> Needs;
 }

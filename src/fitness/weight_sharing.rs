@@ -1,8 +1,11 @@
 use ndarray::{Array2, ArrayView2};
 
-use super::gram::{HeadRows, squared_distances};
-use super::{FitnessFn, SeparableFitness};
-use crate::{Error, Heads, Partition, Projection, Result};
+use super::gram::squared_distances;
+use super::{FitnessFn, FitnessKind, SeparableFitness};
+use crate::error::{Error, Result};
+use crate::heads::{HeadRows, HeadSource, Heads, Needs};
+use crate::partition::Partition;
+use crate::spec::Spec;
 
 /// The weight-sharing error of the paper (arXiv 2406.10247):
 /// `WSE(P) = Σ_g Σ_{i∈g} ‖K_i − K̄_g‖² + ‖V_i − V̄_g‖²`, with `K̄_g`, `V̄_g` the group means.
@@ -46,8 +49,8 @@ impl WeightSharingError {
         let n = heads.n_heads();
         let mut gram = Array2::<f64>::zeros((n, n));
         for projection in [heads.key(), heads.value()] {
-            let rows = with_bias_column(projection);
-            let weighted = rows.dot(&**moment);
+            let rows = projection.augmented(0..projection.head_dim(), f64::from);
+            let weighted = rows.dot(moment.matrix());
             let of_heads = |rows: &Array2<f64>| rows.to_shape((n, rows.len() / n)).map(|r| r.into_owned());
             let (rows, weighted) = (of_heads(&rows), of_heads(&weighted));
             gram += &weighted.map_err(Error::plugin)?.dot(&rows.map_err(Error::plugin)?.t());
@@ -149,20 +152,6 @@ fn tables(distances: &Array2<f64>) -> Vec<[[f64; 16]; 4]> {
     pairs.map(|(a, b)| [0, 1, 2, 3].map(|at| sums(a + at, b))).collect()
 }
 
-/// The rows of all heads, (n·h, d+1), the bias as last column: 0 where there is none.
-fn with_bias_column(projection: &Projection) -> Array2<f64> {
-    let (h, d) = (projection.head_dim(), projection.inputs());
-    let (weight, bias) = (projection.weight(), projection.bias());
-    Array2::from_shape_fn((projection.n_heads() * h, d + 1), |(row, column)| {
-        let (head, row) = (row / h, row % h);
-        f64::from(match &bias {
-            _ if column < d => weight[[head, row, column]],
-            Some(bias) => bias[[head, row]],
-            None => 0.0,
-        })
-    })
-}
-
 impl FitnessFn for WeightSharingError {
     fn n_heads(&self) -> usize {
         self.distances.nrows()
@@ -198,5 +187,29 @@ impl SeparableFitness for WeightSharingError {
 
     fn pairwise(&self) -> Option<ArrayView2<'_, f64>> {
         Some(self.distances.view())
+    }
+}
+
+/// [`WeightSharingError`] of every layer, from its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WeightSharing;
+
+impl WeightSharing {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&[]).map(|()| Self)
+    }
+}
+
+impl FitnessKind for WeightSharing {
+    fn spec(&self) -> Spec {
+        Spec::new("wse")
+    }
+
+    fn of(&self, source: &dyn HeadSource, layer: usize) -> Result<Box<dyn FitnessFn>> {
+        Ok(Box::new(WeightSharingError::new(source.rows(layer)?.as_ref())?))
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
     }
 }

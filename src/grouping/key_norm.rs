@@ -1,12 +1,15 @@
+use crate::error::{Error, Result};
 use crate::grouping::Grouping;
-use crate::{Error, Heads, Partition, Result};
+use crate::heads::Heads;
+use crate::partition::Partition;
+use crate::spec::Spec;
 
 /// Neighbouring heads in groups whose sizes follow the norms of their key heads: the static form of key-driven
 /// grouping (Khan et al. 2024, arXiv 2408.08454), which gives a KV head as many query heads as the norm of its key
 /// deserves.
 ///
 /// The heads are cut into k nearly equal runs of neighbours, from head `⌊g·H/k⌋` on (those of
-/// [`UniformGqa`](crate::UniformGqa) where k divides H). Run g weighs the sum of the Frobenius norms of its key
+/// [`UniformGqa`](super::UniformGqa) where k divides H). Run g weighs the sum of the Frobenius norms of its key
 /// heads (bias included); the H heads are shared out in proportion to those weights by largest remainder, ties to the
 /// earlier run; a run that would get none takes one from the largest. The groups are runs of neighbours of those
 /// sizes. Keys of norm 0
@@ -43,6 +46,10 @@ impl KeyNorm {
 }
 
 impl Grouping for KeyNorm {
+    fn spec(&self) -> Spec {
+        Spec::new("key-norm")
+    }
+
     fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         let (weight, bias) = (heads.key().weight(), heads.key().bias());
         let squares = |head: usize| {

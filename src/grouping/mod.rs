@@ -5,13 +5,28 @@ mod uniform;
 
 use std::fmt::Debug;
 
-use crate::{Heads, Partition, Result};
+use crate::error::Result;
+use crate::heads::Heads;
+use crate::partition::Partition;
+use crate::spec::{Registry, Spec};
 
 pub use key_norm::KeyNorm;
 pub use uniform::UniformGqa;
 
+/// The rules of this crate by name.
+pub static GROUPINGS: Registry<dyn Grouping> = Registry::new(
+    "grouping",
+    &[
+        ("uniform", |spec| spec.only(&[]).map(|()| Box::new(UniformGqa) as _)),
+        ("key-norm", |spec| spec.only(&[]).map(|()| Box::new(KeyNorm) as _)),
+    ],
+);
+
 /// A rule that puts the KV heads of one layer into k groups.
 pub trait Grouping: Debug + Send + Sync {
+    /// Its name and settings, as plans record them.
+    fn spec(&self) -> Spec;
+
     /// The partition into k groups; `None` where the rule has no such partition.
     ///
     /// # Errors

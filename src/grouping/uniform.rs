@@ -1,5 +1,8 @@
+use crate::error::{Error, Result};
 use crate::grouping::Grouping;
-use crate::{Error, Heads, Partition, Result};
+use crate::heads::Heads;
+use crate::partition::Partition;
+use crate::spec::Spec;
 
 /// Neighbouring heads in k equal groups: GQA (Ainslie et al. 2023, arXiv 2305.13245). k = 1 is MQA (Shazeer
 /// 2019, arXiv 1911.02150), k = H is MHA. It has no partition for a k that does not divide H.
@@ -24,6 +27,10 @@ impl UniformGqa {
 }
 
 impl Grouping for UniformGqa {
+    fn spec(&self) -> Spec {
+        Spec::new("uniform")
+    }
+
     fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         Self::partition(heads.n_heads(), k)
     }

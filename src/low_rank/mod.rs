@@ -15,7 +15,8 @@ mod turn;
 use faer::Mat;
 use ndarray::{ArrayView3, s};
 
-use crate::{Error, Heads, Projection, Result};
+use crate::error::{Error, Result};
+use crate::heads::{Heads, Projection};
 
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
@@ -24,6 +25,9 @@ pub(crate) use spectra::eigen;
 pub(crate) use spectra::eigenvalues;
 pub(crate) use stack::{Fit, Stack};
 pub(crate) use turn::{SharedGroup, pool_groups};
+
+/// The ridge of low-rank sharing unless another is asked for: the share of the inputs' mean square that every input has added to it.
+pub(crate) const RIDGE: f64 = 1e-2;
 
 /// The values of a layer, weighed by what the outputs `Σ_q O_qᵀ O_q` make of them.
 ///

@@ -2,7 +2,8 @@ use faer::{Mat, MatRef, c64};
 
 use super::no_moment;
 use super::spectra::eigen;
-use crate::{Result, Rotation};
+use crate::error::Result;
+use crate::model::Rotation;
 
 /// Keys under rotation: only one complex factor for each frequency commutes with the turning of positions, so that each
 /// frequency is a head of one complex row of its own, `κ = K[a] + j K[b]`, weighed by what its queries see.

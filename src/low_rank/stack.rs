@@ -3,7 +3,7 @@ use faer::{Mat, MatRef};
 use super::no_moment;
 use super::phases::root_mean_square;
 use super::spectra::{eigen, nearest_turn};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Rows of heads of which any invertible map may be taken, because those who read them undo it: values, and keys
 /// without rotation.

@@ -2,7 +2,9 @@ use faer::{Mat, MatRef, c64};
 use ndarray::{Array1, Array2, Array3, s};
 
 use super::{Fit, Metric, PhasesFit, projection_rows, query_side};
-use crate::{Error, Heads, Partition, Pooled, Projection, Result};
+use crate::error::{Error, Result};
+use crate::heads::{Heads, Pooled, Projection};
+use crate::partition::Partition;
 
 /// A shared head, and what its members must turn to read it.
 #[derive(Debug)]

@@ -2,10 +2,12 @@
 
 use ndarray::ArrayView2;
 
+use crate::error::{Error, Result};
 use crate::fitness::FitnessFn;
+use crate::front::Front;
 #[cfg(feature = "linalg")]
 use crate::low_rank::eigenvalues;
-use crate::{Cardinality, Error, Front, Result, SearchSpace};
+use crate::partition::{Cardinality, SearchSpace};
 
 /// Attaches certified lower bounds to every point of a front of a pairwise fitness; other fronts stay as they are.
 ///

@@ -3,8 +3,12 @@ use std::ops::RangeInclusive;
 use ndarray::ArrayView2;
 
 use super::Optimizer;
+use crate::error::{Error, Result};
 use crate::fitness::{FitnessFn, SeparableFitness};
-use crate::{Cardinality, Error, Front, Partition, Result, Run, SearchSpace};
+use crate::front::Front;
+use crate::partition::{Cardinality, Partition, SearchSpace};
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// The optimum for every number of groups, by dynamic programming over subsets of heads.
 ///
@@ -32,7 +36,18 @@ impl Exact {
     pub const MOST: usize = 22;
 }
 
+impl Exact {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&["max_heads"])?;
+        Ok(Self { max_heads: spec.count("max_heads")?.unwrap_or(Self::default().max_heads) })
+    }
+}
+
 impl Optimizer for Exact {
+    fn spec(&self) -> Spec {
+        Spec::new("exact").with("max_heads", self.max_heads)
+    }
+
     /// # Errors
     /// [`Error::TooManyHeads`] above the limit, [`Error::NotSeparable`] for a fitness that is not a sum over groups,
     /// [`Error::Setting`] for a limit above [`Exact::MOST`].

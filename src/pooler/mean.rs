@@ -1,5 +1,8 @@
 use super::{KvPooler, pool_rows};
-use crate::{Heads, Partition, Pooled, Result};
+use crate::error::Result;
+use crate::heads::{Heads, Pooled};
+use crate::partition::Partition;
+use crate::spec::Spec;
 
 /// The mean of a group's keys and of its values: what GQA (arXiv 2305.13245) and QCQA (arXiv 2406.10247) do.
 ///
@@ -8,6 +11,10 @@ use crate::{Heads, Partition, Pooled, Result};
 pub struct MeanPooler;
 
 impl KvPooler for MeanPooler {
+    fn spec(&self) -> Spec {
+        Spec::new("mean")
+    }
+
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         pool_rows(heads, partition, |rows, out| match rows {
             [alone] => out.copy_from_slice(alone),

@@ -11,7 +11,10 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, Array3};
 
-use crate::{Error, Heads, Partition, Pooled, Projection, Result};
+use crate::error::{Error, Result};
+use crate::heads::{Heads, Needs, Pooled, Projection};
+use crate::partition::Partition;
+use crate::spec::{Registry, Spec};
 
 pub use first::FirstHead;
 #[cfg(feature = "linalg")]
@@ -20,10 +23,31 @@ pub use mean::MeanPooler;
 #[cfg(feature = "linalg")]
 pub use procrustes::ProcrustesPooler;
 
+/// The poolers of this crate by name: those that a plan can ask for.
+pub static POOLERS: Registry<dyn KvPooler> = Registry::new(
+    "pooler",
+    &[
+        ("mean", |spec| spec.only(&[]).map(|()| Box::new(MeanPooler) as _)),
+        ("first", |spec| spec.only(&[]).map(|()| Box::new(FirstHead) as _)),
+        #[cfg(feature = "linalg")]
+        ("procrustes", |spec| Ok(Box::new(ProcrustesPooler::from_spec(spec)?))),
+        #[cfg(feature = "linalg")]
+        ("low-rank", |spec| Ok(Box::new(LowRankPooler::from_spec(spec)?))),
+    ],
+);
+
 /// A rule that merges the KV heads of one layer, group by group.
 ///
 /// Pooling is per layer, so that what a layer needs once is computed once.
 pub trait KvPooler: Debug + Send + Sync {
+    /// Its name and settings, as plans record them and [`POOLERS`] makes it again.
+    fn spec(&self) -> Spec;
+
+    /// What it makes use of besides keys and values.
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+
     /// The shared heads: row g of key and value belongs to group g.
     ///
     /// # Errors
@@ -31,10 +55,6 @@ pub trait KvPooler: Debug + Send + Sync {
     /// can fail with.
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled>;
 }
-
-/// What makes the shared heads of layer i from its heads, where a [`KvPooler`] alone does not know enough: it adds the
-/// moments of the layer's inputs, or hands out what was refitted.
-pub type PoolLayer<'a> = dyn Fn(usize, &Heads) -> Result<Pooled> + 'a;
 
 /// Pools keys and values head by head with one linear rule; the query side stays.
 ///
@@ -54,13 +74,7 @@ fn pool_rows(heads: &Heads, partition: &Partition, merge: impl Fn(&[&[f32]], &mu
             bias.map(|b| Array2::from_shape_vec((groups.len(), h), b)).transpose().map_err(shaped)?,
         )
     };
-    Ok(Pooled {
-        key: pool(heads.key())?,
-        value: pool(heads.value())?,
-        query: None,
-        output: None,
-        output_bias: None,
-    })
+    Ok(Pooled::new(pool(heads.key())?, pool(heads.value())?))
 }
 
 fn pool_flat(

@@ -6,7 +6,8 @@ use ndarray::Array3;
 
 use super::kernels::CausalSoftmax;
 use super::rope::Rope;
-use crate::{Heads, Partition, Pooled, Projection};
+use crate::heads::{Heads, Pooled, Projection};
+use crate::partition::Partition;
 
 /// Groups of equally many query heads, side by side: one batched product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

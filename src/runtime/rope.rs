@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Tensor};
 use candle_nn::rotary_emb;
 
-use crate::Rotation;
+use crate::model::Rotation;
 
 /// Cosines and sines of a row of positions, (T, dims/2) each; `None` without rotation.
 #[derive(Debug)]

@@ -2,7 +2,7 @@ use half::{bf16, f16};
 
 use super::RuntimeError;
 use crate::checkpoint::{Dtype, FileError};
-use crate::{Pooled, Projection};
+use crate::heads::{Pooled, Projection};
 
 /// What a pooler made, as it would be stored.
 pub(super) fn rounded(pooled: Pooled, dtype: Dtype, layer: usize) -> Result<Pooled, RuntimeError> {

@@ -8,7 +8,8 @@ use rand_chacha::ChaCha8Rng;
 use rustc_hash::FxBuildHasher;
 
 use super::sort::{Standing, standings};
-use crate::{Error, Result, Run};
+use crate::error::{Error, Result};
+use crate::run::Run;
 
 /// What evolves: a genome with its operators, and two objectives to minimise.
 pub(crate) trait Problem {

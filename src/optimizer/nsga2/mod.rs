@@ -9,9 +9,13 @@ use rand_chacha::ChaCha8Rng;
 use self::engine::{Problem, Settings, evolve};
 use self::variation::Variation;
 use super::Optimizer;
+use crate::error::Result;
 use crate::fitness::FitnessFn;
+use crate::front::Front;
 use crate::grouping::UniformGqa;
-use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
+use crate::partition::{Cardinality, Partition, SearchSpace};
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// NSGA-II over the partitions of one layer, objectives (k/H, error): stage 1 of QCQA (arXiv 2406.10247,
 /// Algorithm 1; NSGA-II: Deb et al. 2002, doi:10.1109/4235.996017).
@@ -38,7 +42,27 @@ impl Default for Nsga2 {
     }
 }
 
+impl Nsga2 {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&["population", "generations", "crossover"])?;
+        let own = Self::default();
+        Ok(Self {
+            population: spec.count("population")?.unwrap_or(own.population),
+            generations: spec.count("generations")?.unwrap_or(own.generations),
+            crossover: spec.number("crossover")?.unwrap_or(own.crossover),
+        })
+    }
+}
+
 impl Optimizer for Nsga2 {
+    fn spec(&self) -> Spec {
+        let Self { population, generations, crossover } = *self;
+        Spec::new("nsga2")
+            .with("population", population)
+            .with("generations", generations)
+            .with("crossover", crossover)
+    }
+
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         let mut front = Front::new(fitness)?;
         match space.cardinality {

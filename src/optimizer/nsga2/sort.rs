@@ -88,7 +88,7 @@ fn key(point: [f64; 2]) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dominates;
+    use crate::front::dominates;
     use proptest::prelude::*;
 
     /// Ranks from the definition: peel off the points that nothing left dominates.

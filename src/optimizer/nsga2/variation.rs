@@ -4,8 +4,9 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
+use crate::error::Result;
 use crate::partition::Scratch;
-use crate::{Cardinality, Partition, Result, SearchSpace};
+use crate::partition::{Cardinality, Partition, SearchSpace};
 
 /// A search space of one layer, with what its operators need.
 #[derive(Debug)]

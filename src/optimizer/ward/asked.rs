@@ -1,8 +1,9 @@
 use std::collections::HashMap;
 
 use super::moves::{Groups, Moves};
+use crate::error::Result;
 use crate::fitness::{FitnessFn, SeparableFitness};
-use crate::{Partition, Result};
+use crate::partition::Partition;
 
 /// A set of heads, one bit each.
 type Members = Box<[u64]>;

@@ -12,8 +12,12 @@ use self::asked::Asked;
 use self::moves::{Moves, descend, fuse, split};
 use self::pairs::Pairs;
 use super::Optimizer;
+use crate::error::Result;
 use crate::fitness::{FitnessFn, SeparableFitness};
-use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
+use crate::front::Front;
+use crate::partition::{Cardinality, Partition, SearchSpace};
+use crate::run::Run;
+use crate::spec::Spec;
 
 /// Agglomeration and local search, for all numbers of groups in one go.
 ///
@@ -53,7 +57,22 @@ impl Ward {
     }
 }
 
+impl Ward {
+    pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
+        spec.only(&["rounds", "evaluations"])?;
+        let own = Self::default();
+        Ok(Self {
+            rounds: spec.count("rounds")?.unwrap_or(own.rounds),
+            evaluations: spec.count("evaluations")?.map_or(own.evaluations, |n| n as u64),
+        })
+    }
+}
+
 impl Optimizer for Ward {
+    fn spec(&self) -> Spec {
+        Spec::new("local").with("rounds", self.rounds).with("evaluations", self.evaluations)
+    }
+
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         let front = Front::new(fitness)?;
         let counts = space.group_counts(fitness.n_heads())?;

@@ -1,4 +1,4 @@
-use crate::Result;
+use crate::error::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
 ///

@@ -3,7 +3,7 @@ mod together;
 use ndarray::ArrayView2;
 
 use super::moves::{Groups, Moves};
-use crate::Result;
+use crate::error::Result;
 
 /// A partition scored by squared distances D: every change in O(1) from maintained sums.
 ///

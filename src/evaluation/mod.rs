@@ -1,0 +1,191 @@
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+
+use super::{Model, RuntimeError, Windows};
+use crate::run::Run;
+
+/// How well a model predicts a text.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Evaluation {
+    /// Mean negative log-likelihood of tokens 2… of each window, in nats.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub tokens: u64,
+    /// Windows read.
+    pub windows: u64,
+    /// Tokens read in a second of this model's forward pass.
+    pub tokens_per_second: f64,
+    /// Bytes of keys and values kept for each token, at four bytes a number.
+    pub kv_bytes_per_token: usize,
+    /// How far its predictions are from the source's; `None` where it was not compared.
+    pub divergence: Option<Divergence>,
+}
+
+/// How far a model's predictions are from those of its source, over the tokens predicted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Divergence {
+    /// Mean Kullback–Leibler divergence KL(source ‖ model), in nats.
+    pub kl: f64,
+    /// Share of tokens for which both hold the same token the most likely.
+    pub same_top: f64,
+}
+
+impl Evaluation {
+    /// `exp(loss)`.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+}
+
+/// Reads a text: mean negative log-likelihood of tokens 2… of each window. Progress is stage `"evaluate"`.
+///
+/// # Errors
+/// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`];
+/// [`Error::Cancelled`](crate::Error::Cancelled).
+pub fn evaluate(model: &Model, windows: &Windows, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
+    Ok(evaluate_against(model, &[], windows, run)?.0)
+}
+
+/// The same for a source and models made of it, with how far they are from it; the source runs once.
+///
+/// # Errors
+/// As [`evaluate`]; [`Error::Shape`](crate::Error::Shape) when a model has another vocabulary.
+pub fn evaluate_against(
+    source: &Model,
+    models: &[&Model],
+    windows: &Windows,
+    run: Run<'_>,
+) -> Result<(Evaluation, Vec<Evaluation>), RuntimeError> {
+    if let Some(other) = models.iter().find(|m| m.vocabulary() != source.vocabulary()) {
+        let (expected, found) = (source.vocabulary(), other.vocabulary());
+        return Err(crate::Error::shape("logits", &[expected], &[found]).into());
+    }
+    let total = windows.count() as u64 * (models.len() as u64 + 1);
+    let mut tallies = vec![Tally::default(); models.len() + 1];
+    let mut done = 0;
+    run.step("evaluate", done, total)?;
+    for tokens in windows.batches(source.batch(windows)) {
+        let rows = tokens.len() / windows.length();
+        let mut step = || {
+            done += rows as u64;
+            run.step("evaluate", done, total)
+        };
+        let reference = tallies[0].logits(source, tokens, rows)?;
+        tallies[0].add(tokens, &reference, None, windows.length());
+        step()?;
+        for (model, tally) in models.iter().zip(&mut tallies[1..]) {
+            let logits = tally.logits(model, tokens, rows)?;
+            tally.add(tokens, &logits, Some(&reference), windows.length());
+            step()?;
+        }
+    }
+    let all = [source].into_iter().chain(models.iter().copied()).zip(tallies);
+    let mut evaluations = all.map(|(model, tally)| tally.finish(model)).collect::<Result<Vec<_>, _>>()?;
+    Ok((evaluations.remove(0), evaluations))
+}
+
+/// Sums over the tokens predicted so far.
+#[derive(Debug, Clone, Default)]
+struct Tally {
+    loss: f64,
+    kl: f64,
+    same: u64,
+    tokens: u64,
+    windows: u64,
+    read: u64,
+    compared: bool,
+    time: Duration,
+}
+
+impl Tally {
+    /// The logits of a batch, row after row; the clock runs.
+    fn logits(&mut self, model: &Model, tokens: &[u32], rows: usize) -> Result<Vec<f32>, RuntimeError> {
+        let start = Instant::now();
+        let logits = model.rows(tokens, rows)?.concat();
+        self.time += start.elapsed();
+        self.read += tokens.len() as u64;
+        self.windows += rows as u64;
+        Ok(logits)
+    }
+
+    fn add(&mut self, tokens: &[u32], logits: &[f32], source: Option<&[f32]>, window: usize) {
+        let vocabulary = logits.len() / tokens.len();
+        let row = |of: &'_ [f32], t: usize| -> Scored { Scored::of(&of[t * vocabulary..][..vocabulary]) };
+        let predicting: Vec<usize> = (0..tokens.len()).filter(|t| (t + 1) % window != 0).collect();
+        let scores: Vec<_> = predicting
+            .par_iter()
+            .map(|&t| {
+                let own = row(logits, t);
+                let target = logits[t * vocabulary + tokens[t + 1] as usize];
+                let against = source.map(|source| {
+                    let theirs = row(source, t);
+                    let at = t * vocabulary;
+                    let pairs = source[at..][..vocabulary].iter().zip(&logits[at..][..vocabulary]);
+                    let shift = theirs.log_sum - own.log_sum;
+                    let kl: f64 = pairs
+                        .map(|(&p, &q)| {
+                            let (p, q) = (f64::from(p), f64::from(q));
+                            (p - theirs.log_sum).exp() * (p - q - shift)
+                        })
+                        .sum();
+                    (kl, theirs.top == own.top)
+                });
+                (own.log_sum - f64::from(target), against)
+            })
+            .collect();
+        // In the order of the text, on however many threads.
+        for (loss, against) in scores {
+            self.loss += loss;
+            if let Some((kl, same)) = against {
+                self.kl += kl;
+                self.same += u64::from(same);
+                self.compared = true;
+            }
+        }
+        self.tokens += predicting.len() as u64;
+    }
+
+    fn finish(self, model: &Model) -> Result<Evaluation, RuntimeError> {
+        let n = self.tokens as f64;
+        let divergence = Divergence { kl: (self.kl / n).max(0.0), same_top: self.same as f64 / n };
+        if !(self.loss.is_finite() && self.kl.is_finite()) {
+            return Err(RuntimeError::NotFinite { what: "the loss of the model".to_string() });
+        }
+        Ok(Evaluation {
+            loss: self.loss / n,
+            tokens: self.tokens,
+            windows: self.windows,
+            tokens_per_second: self.read as f64 / self.time.as_secs_f64().max(f64::MIN_POSITIVE),
+            kv_bytes_per_token: model.kv_bytes_per_token(),
+            divergence: self.compared.then_some(divergence),
+        })
+    }
+}
+
+/// What is needed of the logits of one place.
+pub(super) struct Scored {
+    /// `ln Σ exp(logit)`, summed in f64.
+    pub(super) log_sum: f64,
+    /// The likeliest token; the first of equals.
+    pub(super) top: usize,
+}
+
+impl Scored {
+    pub(super) fn of(logits: &[f32]) -> Self {
+        let first = (0, f32::NEG_INFINITY);
+        let (top, most) =
+            logits.iter().enumerate().fold(first, |best, (i, &l)| if l > best.1 { (i, l) } else { best });
+        let most = f64::from(most);
+        let sum: f64 = logits.iter().map(|&l| (f64::from(l) - most).exp()).sum();
+        Self { log_sum: most + sum.ln(), top }
+    }
+}
+
+/// Sum and number of the negative log-likelihoods of tokens 2… of each window.
+pub(super) fn loss(logits: &[f32], tokens: &[u32], window: usize) -> (f64, u64) {
+    let mut tally = Tally::default();
+    tally.add(tokens, logits, None, window);
+    (tally.loss, tally.tokens)
+}

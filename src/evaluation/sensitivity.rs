@@ -1,0 +1,170 @@
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::moments::digest;
+use super::trial::Reading;
+use super::{Moments, RuntimeError, Trial};
+use crate::checkpoint::{FileError, WriteOptions, write_whole};
+use crate::allocator::LayerCosts;
+use crate::budget::Limits;
+use crate::front::{Front, FrontPoint};
+use crate::run::Run;
+
+/// Numbers of groups that are measured; those between are interpolated.
+const MEASURED: &[usize] = &[1, 2, 3, 4, 6, 8, 12, 16];
+
+/// How much each layer pays for being grouped: the rise of the mean loss when that layer alone is, in nats per
+/// token of the calibration text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sensitivity {
+    /// What it was measured with: see [`Sensitivity::key`].
+    key: String,
+    /// KV heads of a layer, H.
+    heads: usize,
+    /// For each layer the numbers of groups, ascending, with the rise.
+    layers: Vec<Vec<(usize, f64)>>,
+}
+
+impl Sensitivity {
+    /// Measures each layer at k ∈ {1, 2, 3, 4, 6, 8, 12, 16}, k < H, as far as its front has a partition into k
+    /// groups. Progress is stage `"sensitivity"`.
+    ///
+    /// The layers below the one that is grouped run once, not once for each k.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`](crate::Error::LayerCount) unless there is a front for each layer; as
+    /// [`Trial::grouped`] and [`evaluate`](super::evaluate()).
+    pub fn measure(trial: &Trial<'_>, fronts: &[Front], run: Run<'_>) -> Result<Self, RuntimeError> {
+        let (key, source) = (Self::key(trial, fronts)?, trial.source);
+        let total = 1 + fronts.iter().map(|front| measured(front).count() as u64).sum::<u64>();
+        run.step("sensitivity", 0, total)?;
+        let mut reading = Reading::new(source, trial.windows)?;
+        let before = reading.loss(source)?;
+        let mut done = 1;
+        run.step("sensitivity", done, total)?;
+        let mut layers = Vec::with_capacity(fronts.len());
+        for (i, front) in fronts.iter().enumerate() {
+            let heads = trial.heads(i)?;
+            let mut rises = Vec::new();
+            for point in measured(front) {
+                let model = source.regrouped(i, &heads, &point.partition, trial.pooler)?;
+                rises.push((point.partition.n_groups(), reading.loss(&model)? - before));
+                done += 1;
+                run.step("sensitivity", done, total)?;
+            }
+            layers.push(rises);
+            reading.pass_layer(source)?;
+        }
+        Ok(Self { key, heads: source.source().kv_heads, layers })
+    }
+
+    /// The same, from the file `cache` where that was measured with the same [`Sensitivity::key`]; measured and
+    /// written there otherwise.
+    ///
+    /// # Errors
+    /// As [`Sensitivity::measure`]; [`RuntimeError::Io`], [`FileError::Json`] for a file that is no
+    /// sensitivity: it is not replaced.
+    pub fn cached(
+        cache: &Path,
+        trial: &Trial<'_>,
+        fronts: &[Front],
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
+        let key = Self::key(trial, fronts)?;
+        let json = |source| FileError::Json { path: cache.to_path_buf(), source };
+        if cache.exists() {
+            let text = fs::read(cache).map_err(|e| RuntimeError::io("read", cache, e))?;
+            let held: Self = serde_json::from_slice(&text).map_err(json)?;
+            if held.key == key && held.fits(fronts) {
+                return Ok(held);
+            }
+        }
+        let measured = Self::measure(trial, fronts, run)?;
+        let mut text = serde_json::to_vec_pretty(&measured).map_err(json)?;
+        text.push(b'\n');
+        write_whole(cache, &text, WriteOptions { force: true, dry_run: false })?;
+        Ok(measured)
+    }
+
+    /// SHA-256 over all that a measurement depends on: fingerprints of the model and of the moments, calibration
+    /// windows, pooler with its settings, and the partitions measured.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`](crate::Error::LayerCount), [`Error::PartitionSize`](crate::Error::PartitionSize)
+    /// unless there is a front of as many heads for each layer.
+    pub fn key(trial: &Trial<'_>, fronts: &[Front]) -> Result<String, RuntimeError> {
+        let Trial { source, pooler, windows, .. } = trial;
+        let (expected, found) = (source.n_layers(), fronts.len());
+        if expected != found {
+            return Err(crate::Error::LayerCount { what: "fronts", expected, found }.into());
+        }
+        let expected = source.source().kv_heads;
+        if let Some(front) = fronts.iter().find(|f| f.n_heads() != expected) {
+            return Err(crate::Error::PartitionSize { expected, found: front.n_heads() }.into());
+        }
+        let text = Moments::fingerprint_of(source.source(), windows);
+        let moments = trial.moments.map(Moments::fingerprint).unwrap_or_default();
+        let head = format!("{text} {moments} {:?} {pooler:?}", source.kv_heads());
+        let partitions = |front: &Front| {
+            let labels: Vec<_> = measured(front).map(|p| p.partition.labels()).collect();
+            format!("{labels:?}").into_bytes()
+        };
+        Ok(digest([head.into_bytes()].into_iter().chain(fronts.iter().map(partitions))))
+    }
+
+    /// The rises that were measured: for each layer, pairs of k and nats per token, k ascending. Negative where
+    /// grouping helped.
+    pub fn measured(&self) -> &[Vec<(usize, f64)>] {
+        &self.layers
+    }
+
+    /// The rise of a layer at k groups: linear between what was measured, 0 at k = H and where grouping helped;
+    /// below the least k measured, `None`.
+    ///
+    /// # Panics
+    /// When there is no such layer.
+    pub fn rise(&self, layer: usize, k: usize) -> Option<f64> {
+        let points = self.layers[layer].iter().copied().chain([(self.heads, 0.0)]);
+        let (below, above): (Vec<_>, Vec<_>) = points.partition(|&(at, _)| at < k);
+        let &(right, high) = above.first()?;
+        if right == k {
+            return Some(high.max(0.0));
+        }
+        let &(left, low) = below.last()?;
+        let share = (k - left) as f64 / (right - left) as f64;
+        Some((low + share * (high - low)).max(0.0))
+    }
+
+    /// The rises as costs of the points of `fronts`, for an [`Allocator`](crate::Allocator), without what the limits
+    /// forbid; `None` where a front has no point.
+    ///
+    /// # Errors
+    /// [`Error::LayerCount`](crate::Error::LayerCount) unless there is a front for each layer; as
+    /// [`LayerCosts::priced`].
+    pub fn costs(&self, fronts: &[Front], limits: &Limits) -> crate::Result<LayerCosts> {
+        let (expected, found) = (self.layers.len(), fronts.len());
+        if expected != found {
+            return Err(crate::Error::LayerCount { what: "fronts", expected, found });
+        }
+        LayerCosts::priced(fronts, limits, |i, point| Ok(self.rise(i, point.partition.n_groups())))
+    }
+
+    /// Whether a file's contents are what a measurement of these fronts gives.
+    fn fits(&self, fronts: &[Front]) -> bool {
+        let same = |(layer, front): (&Vec<(usize, f64)>, &Front)| {
+            let ks = layer.iter().map(|&(k, _)| k);
+            layer.iter().all(|(_, rise)| rise.is_finite())
+                && ks.eq(measured(front).map(|p| p.partition.n_groups()))
+                && self.heads == front.n_heads()
+        };
+        self.layers.len() == fronts.len() && self.layers.iter().zip(fronts).all(same)
+    }
+}
+
+/// The points of a front that are measured.
+fn measured(front: &Front) -> impl Iterator<Item = &FrontPoint> {
+    MEASURED.iter().filter(|&&k| k < front.n_heads()).filter_map(|&k| front.get(k))
+}

@@ -1,0 +1,243 @@
+use crate::checkpoint::{Config, Family, TensorIndex};
+use crate::files::FileError;
+use crate::model::{
+    Architecture, AttentionSpec, Axis, Block, Forward, Linear, Mask, Mlp, Norm, Rotary, Rotation, Stored,
+    StoredHeads, Unsupported,
+};
+use crate::partition::Partition;
+
+/// Llama, CodeLlama, SmolLM, and what follows them: split projections, RoPE half-split over the whole head, RMS norms, gated
+/// MLPs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Llama;
+
+impl Family for Llama {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["llama"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        describe(config, tensors, Defaults { kv_heads: None, positions: 2048 }, Ok(Mask::Causal))
+    }
+}
+
+/// What a config.json of the kind need not say.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Defaults {
+    /// KV heads; `None`: as many as query heads.
+    pub(super) kv_heads: Option<usize>,
+    /// Tokens that the model has positions for.
+    pub(super) positions: usize,
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// A model with Llama's tensors, of which families differ in defaults and in the mask; one whose mask is not supported cannot
+/// be run.
+pub(super) fn describe(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    defaults: Defaults,
+    mask: Result<Mask, Unsupported>,
+) -> Result<Architecture, FileError> {
+    refuse(config, tensors)?;
+    let (n_layers, hidden) = (config.required("num_hidden_layers")?, config.required("hidden_size")?);
+    let (query_heads, kv_heads) = heads(config, defaults)?;
+    let head_dim = head_dim(config, hidden, query_heads)?;
+    let theta = theta(config)?;
+    let rotary = Rotary::from_theta(Rotation::HalfSplit { dims: head_dim }, theta);
+    let attention = |layer: usize, present: bool| {
+        let part = |module: &str, axis, heads| {
+            let name = format!("model.layers.{layer}.self_attn.{module}_proj");
+            let bias = match present {
+                true => uniform(config, tensors, layer, format!(".self_attn.{module}_proj.bias"))?,
+                false => None,
+            };
+            Ok::<_, FileError>(Stored::split(format!("{name}.weight"), axis, heads, head_dim).with_bias(bias))
+        };
+        let (query, key) = (part("q", Axis::Rows, query_heads)?, part("k", Axis::Rows, kv_heads)?);
+        let (value, output) = (part("v", Axis::Rows, kv_heads)?, part("o", Axis::Columns, query_heads)?);
+        let spec = AttentionSpec::new(query_heads, kv_heads, head_dim);
+        let spec = spec.with_mask(*mask.as_ref().unwrap_or(&Mask::Causal)).with_rotary(rotary.clone());
+        Ok::<_, FileError>(spec.with_stored(StoredHeads::new(query, key, value, output)))
+    };
+    let mut layers = Vec::new();
+    for layer in 0..n_layers {
+        // Ends with the first missing layer, which the reader will name, however many config.json claims.
+        let present = tensors.shape(&format!("model.layers.{layer}.self_attn.k_proj.weight")).is_some();
+        layers.push(attention(layer, present)?);
+        if !present {
+            break;
+        }
+    }
+    let tied = config.flag("tie_word_embeddings")?;
+    let model =
+        Architecture { tied_embeddings: tied, ..Architecture::new(config.model_type()?, hidden, layers) };
+    let forward = match mask {
+        Ok(_) => forward(config, tensors, &model, defaults)?,
+        Err(unsupported) => Err(unsupported),
+    };
+    Ok(model.with_forward(forward))
+}
+
+/// What cannot be converted.
+fn refuse(config: &Config, tensors: &dyn TensorIndex) -> Result<(), FileError> {
+    if config.get("quantization_config").is_some() {
+        return Err(config.unsupported(
+            "a quantised model (`quantization_config`)",
+            "convert the model before it is quantised",
+        ));
+    }
+    if let Some(factor) = rope(config, "partial_rotary_factor").filter(|f| f.as_f64() != Some(1.0)) {
+        let what = format!("a partial rotation (`partial_rotary_factor` {factor})");
+        return Err(config.unsupported(what, "all dimensions of a head must turn"));
+    }
+    match tensors.names().find(|name| name.contains(".q_norm.") || name.contains(".k_norm.")) {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!("normalised queries or keys (tensor {name})");
+            Err(config.unsupported(what, "merging keys is not exact under their norm"))
+        }
+    }
+}
+
+/// Query heads and KV heads of a layer. As transformers has it: an absent key takes the family's default, an explicit null the
+/// query heads.
+fn heads(config: &Config, defaults: Defaults) -> Result<(usize, usize), FileError> {
+    const KEY: &str = "num_key_value_heads";
+    let query_heads = config.required("num_attention_heads")?;
+    let kv_heads = match config.raw().get(KEY) {
+        None => defaults.kv_heads.unwrap_or(query_heads),
+        Some(_) => config.count(KEY)?.unwrap_or(query_heads),
+    };
+    if query_heads % kv_heads != 0 {
+        let expected = format!("a divisor of the {query_heads} query heads (`num_attention_heads`)");
+        return Err(config.wrong(KEY, expected, kv_heads));
+    }
+    if kv_heads > Partition::MAX_HEADS {
+        return Err(config.wrong(KEY, format!("at most {}", Partition::MAX_HEADS), kv_heads));
+    }
+    Ok((query_heads, kv_heads))
+}
+
+fn head_dim(config: &Config, hidden: usize, query_heads: usize) -> Result<usize, FileError> {
+    let head_dim = match config.count("head_dim")? {
+        Some(head_dim) => head_dim,
+        None if hidden % query_heads == 0 => hidden / query_heads,
+        None => {
+            let expected =
+                format!("a multiple of the {query_heads} query heads where `head_dim` is not given");
+            return Err(config.wrong("hidden_size", expected, hidden));
+        }
+    };
+    let fits = head_dim % 2 == 0 && query_heads.checked_mul(head_dim).is_some();
+    if fits { Ok(head_dim) } else { Err(config.wrong("head_dim", "an even number of dimensions", head_dim)) }
+}
+
+/// A value at top level (transformers 4) or in `rope_parameters` (transformers 5).
+fn rope<'a>(config: &'a Config, key: &str) -> Option<&'a serde_json::Value> {
+    let nested = || config.get("rope_parameters")?.get(key).filter(|v| !v.is_null());
+    config.get(key).or_else(nested)
+}
+
+/// Base of the rotary frequencies.
+fn theta(config: &Config) -> Result<f64, FileError> {
+    let Some(theta) = rope(config, "rope_theta") else { return Ok(10_000.0) };
+    let number = theta.as_f64().filter(|&number| number > 0.0 && number.is_finite());
+    number.ok_or_else(|| config.wrong("rope_theta", "a number above 0", theta))
+}
+
+/// The name of a layer's bias, where layers have one: all of them, or none.
+fn uniform(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    layer: usize,
+    rest: String,
+) -> Result<Option<String>, FileError> {
+    let [first, own] = [0, layer].map(|i| format!("model.layers.{i}{rest}"));
+    let found = tensors.existing(own.clone());
+    if found.is_some() != tensors.shape(&first).is_some() {
+        let path = config.path().parent().unwrap_or(config.path()).to_path_buf();
+        return Err(FileError::UnevenBias { path, tensor: own });
+    }
+    Ok(found)
+}
+
+/// What the rest of the model does, or why it cannot be run.
+fn forward(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    model: &Architecture,
+    defaults: Defaults,
+) -> Result<Result<Forward, Unsupported>, FileError> {
+    if let Some(unsupported) = unsupported(config) {
+        return Ok(Err(unsupported));
+    }
+    let epsilon = match config.get("rms_norm_eps") {
+        None => 1e-6,
+        Some(value) => match value.as_f64().filter(|&e| e > 0.0 && e < 1.0) {
+            // As the norm computes: in f32.
+            Some(epsilon) => f64::from(epsilon as f32),
+            None => return Err(config.wrong("rms_norm_eps", "between 0 and 1", value)),
+        },
+    };
+    let block = |layer: usize| {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let linear = |part: &str| {
+            Linear::new(
+                name(&format!("mlp.{part}_proj.weight")),
+                tensors.existing(name(&format!("mlp.{part}_proj.bias"))),
+            )
+        };
+        let norm = |part: &str| Norm::new(name(&format!("{part}.weight")), epsilon);
+        let mlp = Mlp::new(linear("gate"), linear("up"), linear("down"));
+        Block::new(norm("input_layernorm"), norm("post_attention_layernorm"), mlp)
+    };
+    let rows = tensors.shape(EMBEDDING).and_then(|shape| shape.first().copied());
+    let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
+    let positions = config.count("max_position_embeddings")?.unwrap_or(defaults.positions);
+    let (blocks, norm) =
+        ((0..model.n_layers()).map(block).collect(), Norm::new("model.norm.weight", epsilon));
+    let head = if model.tied_embeddings { EMBEDDING } else { HEAD };
+    let forward = Forward::new(vocabulary, positions, EMBEDDING, blocks, norm, head);
+    // Frequencies follow from the configuration; a tied output embedding may be stored twice.
+    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == HEAD;
+    let read: std::collections::BTreeSet<&str> = forward
+        .tensors()
+        .chain(model.layers.iter().flat_map(|layer| layer.stored.iter().flat_map(StoredHeads::tensors)))
+        .collect();
+    let left = tensors.names().find(|name| !read.contains(name) && !harmless(name));
+    if let Some(name) = left {
+        let what = if name.contains("norm") { "the norm" } else { "the tensor" };
+        let hint = "the forward pass of the Llama family has no place for it";
+        return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
+    }
+    Ok(Ok(forward))
+}
+
+/// What the forward pass does not compute.
+fn unsupported(config: &Config) -> Option<Unsupported> {
+    let activation = config.get("hidden_act").map_or("silu", |v| v.as_str().unwrap_or("?"));
+    if !["silu", "swish"].contains(&activation) {
+        return Some(Unsupported::new(format!("the activation {activation:?} (`hidden_act`)"), "silu is"));
+    }
+    for key in ["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"] {
+        if config.get(key).is_some() && config.get("rms_norm_eps").is_none() {
+            return Some(Unsupported::new(
+                format!("a layer norm (`{key}`)"),
+                "RMS norms (`rms_norm_eps`) are",
+            ));
+        }
+    }
+    // Transformers 4 says `rope_scaling`, 5 `rope_parameters`; both name a type.
+    for key in ["rope_scaling", "rope_parameters"] {
+        let Some(serde_json::Value::Object(rope)) = config.get(key) else { continue };
+        let kind = rope.get("rope_type").or(rope.get("type")).and_then(serde_json::Value::as_str);
+        if kind.map_or(key == "rope_scaling", |kind| kind != "default") {
+            let what = format!("rope scaling {:?} (`{key}`)", kind.unwrap_or("of no type"));
+            return Some(Unsupported::new(what, "models without it are"));
+        }
+    }
+    None
+}

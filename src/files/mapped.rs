@@ -1,0 +1,43 @@
+//! Files mapped into memory: the only unsafe code of the crate.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use super::FileError;
+
+/// A regular file, mapped read-only; dereferences to its bytes.
+#[derive(Debug)]
+pub(crate) struct Mapped(Mmap);
+
+impl Mapped {
+    /// Maps the whole file.
+    ///
+    /// # Safety
+    /// Safe to call, on one condition that no program can check: nobody shortens or rewrites the file while it
+    /// is mapped. Shortening it would end the process (SIGBUS) at the next access; rewriting it could change
+    /// bytes behind a shared reference. Every value read from the mapping is decoded from plain bytes, for
+    /// which any bit pattern is valid, and lengths and offsets are copied out before they are checked, so that
+    /// a change can spoil numbers but not memory. This crate itself only writes new files and renames them.
+    pub(crate) fn open(path: &Path) -> Result<Self, FileError> {
+        let failed = |source| FileError::io("read", path, source);
+        // Opening a named pipe would wait for a writer for ever.
+        if !path.metadata().map_err(failed)?.is_file() {
+            return Err(failed(std::io::Error::other("not a regular file")));
+        }
+        let file = File::open(path).map_err(failed)?;
+        // SAFETY: a read-only mapping of an open regular file; see above for the one condition.
+        unsafe { Mmap::map(&file) }.map(Self).map_err(failed)
+    }
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}

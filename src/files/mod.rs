@@ -1,0 +1,102 @@
+//! Files: read within bounds, mapped, written whole or not at all; and what can be wrong with them.
+
+mod digest;
+mod error;
+mod mapped;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+pub(crate) use digest::{fingerprint, sha256};
+pub use error::FileError;
+pub(crate) use mapped::Mapped;
+
+/// How to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct WriteOptions {
+    /// Replace what is already there, once the new is whole.
+    pub force: bool,
+    /// Check everything and write nothing.
+    pub dry_run: bool,
+}
+
+impl WriteOptions {
+    /// Replaces what is already there, or refuses to.
+    pub fn force(self, force: bool) -> Self {
+        Self { force, ..self }
+    }
+
+    /// Checks everything and writes nothing, or writes.
+    pub fn dry_run(self, dry_run: bool) -> Self {
+        Self { dry_run, ..self }
+    }
+}
+
+/// The bytes of a regular file of at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
+    let failed = |source| FileError::io("read", path, source);
+    if !path.metadata().map_err(failed)?.is_file() {
+        return Err(failed(std::io::Error::other("not a regular file")));
+    }
+    let mut bytes = Vec::new();
+    File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(FileError::FileTooLarge { path: path.to_path_buf(), limit });
+    }
+    Ok(bytes)
+}
+
+/// The directory that a path lies in.
+pub(crate) fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes a directory's entries lasting.
+pub(crate) fn sync_directory(path: &Path) -> Result<(), FileError> {
+    // Elsewhere directories cannot be opened, and renames are lasting by themselves.
+    if cfg!(unix) {
+        File::open(path).and_then(|d| d.sync_all()).map_err(|e| FileError::io("sync", path, e))?;
+    }
+    Ok(())
+}
+
+/// Writes a file, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
+///
+/// # Errors
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::Io`].
+pub fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), FileError> {
+    if !options.force && path.symlink_metadata().is_ok() {
+        return Err(FileError::OutputExists { path: path.to_path_buf() });
+    }
+    let failed = |source| FileError::io("write", path, source);
+    let parent = parent_of(path);
+    if options.dry_run {
+        let directory = parent.metadata().map_err(failed)?;
+        return if directory.is_dir() { Ok(()) } else { Err(failed(io::ErrorKind::NotADirectory.into())) };
+    }
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qcqa.");
+    #[cfg(unix)]
+    {
+        // As any new file: the process's umask applies.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    let mut file = builder.tempfile_in(parent).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.as_file().sync_all().map_err(failed)?;
+    if options.force {
+        file.persist(path).map_err(|e| failed(e.error))?;
+    } else {
+        file.persist_noclobber(path).map_err(|e| match e.error.kind() {
+            io::ErrorKind::AlreadyExists => FileError::OutputExists { path: path.to_path_buf() },
+            _ => failed(e.error),
+        })?;
+    }
+    sync_directory(parent)
+}

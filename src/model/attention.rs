@@ -1,0 +1,201 @@
+use std::collections::BTreeSet;
+
+use super::{Rotary, Rotation};
+
+/// The attention of one layer: how many heads, where they lie, and how a score comes about.
+///
+/// Query head q reads KV head `q / (query_heads / kv_heads)`.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct AttentionSpec {
+    /// Query heads, H·r.
+    pub query_heads: usize,
+    /// KV heads, H; divides the query heads.
+    pub kv_heads: usize,
+    /// Dimensions of a head, h.
+    pub head_dim: usize,
+    /// Where the heads lie in the files; `None` for heads that come from elsewhere.
+    pub stored: Option<StoredHeads>,
+    /// How positions turn queries and keys; `None` where they do not.
+    pub rotary: Option<Rotary>,
+    /// Which keys a query may look at.
+    pub mask: Mask,
+    /// What products of queries and keys are multiplied by before the softmax.
+    pub scale: f64,
+}
+
+/// Which keys a query at position t may look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Mask {
+    /// Those at positions up to t.
+    #[default]
+    Causal,
+    /// The last `window` of these, the one at t included.
+    Sliding {
+        /// Positions that a query may look back at, its own included.
+        window: usize,
+    },
+}
+
+impl Mask {
+    /// Positions that a query may look back at, its own included; `usize::MAX` for all.
+    pub fn reach(self) -> usize {
+        match self {
+            Self::Causal => usize::MAX,
+            Self::Sliding { window } => window,
+        }
+    }
+}
+
+/// The four projections of an attention layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// (H·r heads of h, d).
+    Query,
+    /// (H heads of h, d).
+    Key,
+    /// (H heads of h, d).
+    Value,
+    /// (d, H·r heads of h).
+    Output,
+}
+
+impl Part {
+    /// All four, in this order.
+    pub const ALL: [Self; 4] = [Self::Query, Self::Key, Self::Value, Self::Output];
+}
+
+/// The dimension of a stored matrix along which heads follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Axis {
+    /// The first: rows, as `nn.Linear` stores queries, keys and values, (heads·h, d).
+    Rows,
+    /// The second: columns, as `nn.Linear` stores the output projection, (d, heads·h).
+    Columns,
+}
+
+/// Where the heads of one projection lie in a tensor: head i takes h places from `first + i·stride` on.
+///
+/// Split projections have `stride` h and `first` 0; in a fused [Q;K;V] keys begin after the queries; where each head's
+/// query, key and value lie side by side the stride is 3h.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stored {
+    /// Name of the matrix.
+    pub tensor: String,
+    /// Name of the bias. That of queries, keys and values is laid out as the matrix is; that of the output is one vector (d).
+    pub bias: Option<String>,
+    /// Along which dimension the heads follow one another.
+    pub axis: Axis,
+    /// Where head 0 begins along it.
+    pub first: usize,
+    /// From one head to the next.
+    pub stride: usize,
+    /// Length of that dimension, whatever else it holds.
+    pub extent: usize,
+}
+
+impl Stored {
+    /// `heads` heads of `head_dim` that have a tensor to themselves.
+    pub fn split(tensor: impl Into<String>, axis: Axis, heads: usize, head_dim: usize) -> Self {
+        let extent = heads * head_dim;
+        Self { tensor: tensor.into(), bias: None, axis, first: 0, stride: head_dim, extent }
+    }
+
+    /// Heads that lie among others: from `first` on, `stride` apart, in a dimension of `extent`.
+    pub fn among(self, first: usize, stride: usize, extent: usize) -> Self {
+        Self { first, stride, extent, ..self }
+    }
+
+    /// Adds the name of the bias, where there is one.
+    pub fn with_bias(self, bias: Option<String>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Shape of the matrix, where the other dimension is `width`.
+    pub fn shape(&self, width: usize) -> [usize; 2] {
+        match self.axis {
+            Axis::Rows => [self.extent, width],
+            Axis::Columns => [width, self.extent],
+        }
+    }
+}
+
+/// Where the heads of a layer lie in the files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoredHeads {
+    /// Queries.
+    pub query: Stored,
+    /// Keys.
+    pub key: Stored,
+    /// Values.
+    pub value: Stored,
+    /// The output projection.
+    pub output: Stored,
+}
+
+impl StoredHeads {
+    /// The four projections of a layer.
+    pub fn new(query: Stored, key: Stored, value: Stored, output: Stored) -> Self {
+        Self { query, key, value, output }
+    }
+
+    /// One of them.
+    pub fn part(&self, part: Part) -> &Stored {
+        match part {
+            Part::Query => &self.query,
+            Part::Key => &self.key,
+            Part::Value => &self.value,
+            Part::Output => &self.output,
+        }
+    }
+
+    /// Names of the tensors that hold heads or their biases, each once, sorted.
+    pub fn tensors(&self) -> BTreeSet<&str> {
+        let all = Part::ALL.into_iter().map(|part| self.part(part));
+        all.flat_map(|stored| [Some(stored.tensor.as_str()), stored.bias.as_deref()]).flatten().collect()
+    }
+}
+
+impl AttentionSpec {
+    /// Heads without positions, that look at all tokens before them, with scores divided by √h.
+    pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        let scale = (head_dim as f64).sqrt().recip();
+        Self { query_heads, kv_heads, head_dim, stored: None, rotary: None, mask: Mask::Causal, scale }
+    }
+
+    /// Says where the heads lie.
+    pub fn with_stored(self, stored: StoredHeads) -> Self {
+        Self { stored: Some(stored), ..self }
+    }
+
+    /// Says how positions turn queries and keys.
+    pub fn with_rotary(self, rotary: Rotary) -> Self {
+        Self { rotary: Some(rotary), ..self }
+    }
+
+    /// Says which keys a query may look at.
+    pub fn with_mask(self, mask: Mask) -> Self {
+        Self { mask, ..self }
+    }
+
+    /// Query heads of each KV head, r.
+    pub fn queries_per_head(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// Which dimensions turn together.
+    pub fn rotation(&self) -> Rotation {
+        self.rotary.as_ref().map_or(Rotation::None, |rotary| rotary.rotation)
+    }
+
+    /// Heads of a projection.
+    pub fn heads(&self, part: Part) -> usize {
+        match part {
+            Part::Query | Part::Output => self.query_heads,
+            Part::Key | Part::Value => self.kv_heads,
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! A plan: which heads share in every layer, how that was decided, and how their shared heads come about. Versioned JSON.
+
+#[cfg(feature = "checkpoint")]
+mod file;
+#[cfg(feature = "checkpoint")]
+mod migrate;
+mod shared;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::allocator::CostScale;
+use crate::budget::Limits;
+use crate::error::{Error, Result, shown};
+use crate::front::{self, FrontPoint};
+use crate::model::ModelId;
+use crate::partition::{Partition, SearchSpace};
+use crate::spec::Spec;
+
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub use file::{read_plan, write_plan};
+pub use shared::SharedHeads;
+
+/// A partition for every layer, with what made it and what makes shared heads of it.
+///
+/// Serialised as JSON (any serde format will do); unknown fields are refused, and [`Plan::check`] finds contradictions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Plan {
+    /// Version of this format, [`Plan::VERSION`].
+    pub version: u32,
+    /// Version of the crate that made the plan.
+    pub qcqa: String,
+    /// The model it is for.
+    pub source: ModelId,
+    /// How the groups were decided.
+    pub method: Method,
+    /// How the heads of a group become one: what conversion and runtime obey.
+    pub pooling: Pooling,
+    /// Seed of the search.
+    pub seed: u64,
+    /// Budget asked for and reached.
+    pub budget: PlanBudget,
+    /// One entry a layer.
+    pub layers: Vec<LayerPlan>,
+}
+
+/// How groups were decided, with every setting resolved. Nothing here is obeyed later: it is the record of a search.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Method {
+    /// Name of the method: that of a preset, or `custom`.
+    pub name: String,
+    /// What proposed groups: an optimizer or a rule, and the rules whose groups stood beside it.
+    pub search: Vec<Spec>,
+    /// Whether the loss on a calibration text chose between them; else the least error did.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub chosen_by_loss: bool,
+    /// The fitness function.
+    pub fitness: Spec,
+    /// Fingerprint of the calibration that had a part in the decision, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
+    /// The partitions that were searched.
+    pub space: SearchSpace,
+    /// Whether all layers had to have the same number of groups.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub same_k: bool,
+    /// Layers whose number of groups was given beforehand: index → k.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub fixed: BTreeMap<usize, usize>,
+    /// The allocator.
+    pub allocation: Spec,
+    /// How layers were made comparable.
+    pub cost: CostScale,
+    /// The target whose limits the search obeyed, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+impl Method {
+    /// A method of this name: `search` proposes, `fitness` judges, `allocation` divides the budget.
+    pub fn new(name: impl Into<String>, search: Spec, fitness: Spec, allocation: Spec) -> Self {
+        Self {
+            name: name.into(),
+            search: vec![search],
+            chosen_by_loss: false,
+            fitness,
+            calibration: None,
+            space: SearchSpace::default(),
+            same_k: false,
+            fixed: BTreeMap::new(),
+            allocation,
+            cost: CostScale::default(),
+            target: None,
+        }
+    }
+
+    /// Records the limits that the search obeyed.
+    pub fn with_limits(self, limits: &Limits) -> Self {
+        Self { space: limits.space, same_k: limits.same_k, fixed: limits.fixed.clone(), ..self }
+    }
+}
+
+/// What makes the shared heads of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Pooling {
+    /// The pooler.
+    pub pooler: Spec,
+    /// Fingerprint of the calibration under whose moments it works; `None` for weights alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<String>,
+    /// What is fitted again on the calibration text afterwards; `None` for nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refit: Option<Refit>,
+}
+
+impl Pooling {
+    /// Pooling by weights alone.
+    pub fn new(pooler: Spec) -> Self {
+        Self { pooler, calibration: None, refit: None }
+    }
+
+    /// Says under which calibration the pooler works.
+    pub fn with_calibration(self, fingerprint: Option<String>) -> Self {
+        Self { calibration: fingerprint, ..self }
+    }
+
+    /// Says what is fitted again.
+    pub fn with_refit(self, refit: Option<Refit>) -> Self {
+        Self { refit, ..self }
+    }
+}
+
+/// What is fitted again on a text after heads were merged (docs/method.md, "Refits").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Refit {
+    /// The output projection.
+    Output,
+    /// Queries and shared keys on attention scores, then shared values and the output projection.
+    Full,
+}
+
+impl Refit {
+    /// Its name in plans: `output`, `full`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Output => "output",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// Budget asked for and reached.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct PlanBudget {
+    /// Fraction of the source's KV cache that was allowed.
+    pub asked: f64,
+    /// Fraction that the plan needs.
+    pub reached: f64,
+    /// KV heads of the plan, over all layers.
+    pub kv_heads: usize,
+}
+
+/// The plan of one layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct LayerPlan {
+    /// The groups, ordered by smallest head.
+    pub groups: Partition,
+    /// Error of this partition by the method's fitness, unscaled.
+    pub error: f64,
+    /// Certified lower bound on the error of any partition into as many groups.
+    pub lower_bound: Option<f64>,
+}
+
+impl From<&FrontPoint> for LayerPlan {
+    fn from(point: &FrontPoint) -> Self {
+        Self { groups: point.partition.clone(), error: point.error, lower_bound: point.lower_bound }
+    }
+}
+
+impl LayerPlan {
+    /// Groups of this error, with no bound.
+    pub fn new(groups: Partition, error: f64) -> Self {
+        Self { groups, error, lower_bound: None }
+    }
+
+    /// How far the error may be above the optimum, as [`FrontPoint::gap`].
+    pub fn gap(&self) -> Option<f64> {
+        front::gap(self.error, self.lower_bound)
+    }
+}
+
+impl Plan {
+    /// The version of the format that this crate writes; version 1 is read, too.
+    pub const VERSION: u32 = 2;
+
+    /// A plan for this model, where `asked` is the fraction of its cache that was allowed.
+    ///
+    /// # Errors
+    /// As [`Plan::check`].
+    pub fn new(
+        source: ModelId,
+        method: Method,
+        pooling: Pooling,
+        layers: Vec<LayerPlan>,
+        asked: f64,
+        seed: u64,
+    ) -> Result<Self> {
+        let kv_heads: usize = layers.iter().map(|layer| layer.groups.n_groups()).sum();
+        let reached = kv_heads as f64 / source.kv_heads() as f64;
+        let budget = PlanBudget { asked, reached, kv_heads };
+        let (version, qcqa) = (Self::VERSION, env!("CARGO_PKG_VERSION").to_string());
+        let plan = Self { version, qcqa, source, method, pooling, seed, budget, layers };
+        plan.check()?;
+        Ok(plan)
+    }
+
+    /// Checks that the parts of the plan agree with one another.
+    ///
+    /// # Errors
+    /// [`Error::PlanVersion`] for another version, [`Error::PlanInconsistent`] naming the first contradiction.
+    pub fn check(&self) -> Result<()> {
+        if self.version != Self::VERSION {
+            return Err(Error::PlanVersion { found: self.version, supported: Self::VERSION });
+        }
+        let says = |rule: bool, what: String| if rule { Ok(()) } else { Err(Error::PlanInconsistent(what)) };
+        let layers = self.source.layers.len();
+        says(layers > 0, "its source has no layers".to_string())?;
+        says(
+            self.layers.len() == layers,
+            format!("it has groups for {} layers, its source has {layers}", self.layers.len()),
+        )?;
+        for (i, (layer, shape)) in self.layers.iter().zip(&self.source.layers).enumerate() {
+            let (query_heads, kv_heads) = (shape.query_heads, shape.kv_heads);
+            says(
+                kv_heads > 0 && query_heads % kv_heads == 0,
+                format!("{query_heads} query heads on {kv_heads} KV heads"),
+            )?;
+            let found = layer.groups.n_heads();
+            says(found == kv_heads, format!("layer {i} groups {found} heads, its source has {kv_heads}"))?;
+            says(
+                layer.error.is_finite() && layer.error >= 0.0,
+                format!("layer {i} has the error {}", layer.error),
+            )?;
+        }
+        for calibration in [&self.method.calibration, &self.pooling.calibration].into_iter().flatten() {
+            let found = shown(calibration);
+            says(
+                is_fingerprint(calibration),
+                format!("its calibration must be `sha256:` and 64 hex digits, found \"{found}\""),
+            )?;
+        }
+        if let Some(refit) = self.pooling.refit {
+            says(
+                self.pooling.calibration.is_some(),
+                format!(
+                    "its {} refit runs on a calibration text, but its pooling names no calibration",
+                    refit.name()
+                ),
+            )?;
+        }
+        let kv_heads = self.kv_heads();
+        says(
+            self.budget.kv_heads == kv_heads,
+            format!("its budget says {} KV heads, its groups are {kv_heads}", self.budget.kv_heads),
+        )
+    }
+
+    /// The groups of every layer.
+    pub fn groups(&self) -> impl ExactSizeIterator<Item = &Partition> {
+        self.layers.iter().map(|layer| &layer.groups)
+    }
+
+    /// KV heads over all layers, as the groups say.
+    pub fn kv_heads(&self) -> usize {
+        self.groups().map(Partition::n_groups).sum()
+    }
+
+    /// Number of groups of every layer.
+    pub fn group_counts(&self) -> Vec<usize> {
+        self.groups().map(Partition::n_groups).collect()
+    }
+
+    /// Sum of the layers' errors, unscaled.
+    pub fn error(&self) -> f64 {
+        self.layers.iter().map(|l| l.error).sum()
+    }
+}
+
+/// Whether this is a fingerprint, `sha256:` and 64 hex digits.
+fn is_fingerprint(text: &str) -> bool {
+    let digits = text.strip_prefix("sha256:").unwrap_or_default();
+    digits.len() == 64 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}

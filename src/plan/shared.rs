@@ -1,0 +1,131 @@
+use super::{Plan, Pooling};
+use crate::error::{Error, Result};
+use crate::heads::{HeadSource, Heads, Pooled};
+use crate::partition::Partition;
+use crate::pooler::{KvPooler, POOLERS};
+
+/// The shared heads of a plan: what conversion writes and the runtime runs, layer by layer.
+///
+/// They are made as the plan says, by its pooler and under its calibration, or it is an error; [`SharedHeads::done`] tells
+/// what was really done, and is what outputs record.
+///
+/// ```
+/// use qcqa::heads::{HeadSource, Heads, InMemory, Projection};
+/// use qcqa::ndarray::Array3;
+/// use qcqa::partition::Partition;
+/// use qcqa::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+/// use qcqa::pooler::{FirstHead, KvPooler};
+/// use qcqa::spec::Spec;
+///
+/// let tensor = Array3::from_shape_fn((4, 2, 3), |(i, r, c)| (i * 7 + r * 3 + c) as f32);
+/// let heads = Heads::new(Projection::new(tensor.clone(), None)?, Projection::new(tensor, None)?)?;
+/// let source = InMemory::new(vec![heads])?;
+///
+/// let by_hand = Method::new("by hand", Spec::new("none"), Spec::new("none"), Spec::new("none"));
+/// let layer = LayerPlan::new(Partition::from_groups(4, &[[0, 1], [2, 3]])?, 0.0);
+/// let plan = Plan::new(source.id()?, by_hand, Pooling::new(Spec::new("mean")), vec![layer], 0.5, 0)?;
+///
+/// let shared = SharedHeads::new(&plan, &source)?;
+/// let (_, pooled) = shared.layer(0)?;
+/// assert_eq!(pooled.key.n_heads(), 2);
+///
+/// // Another pooler than the plan's is possible, and is not hidden.
+/// let other = SharedHeads::with_pooler(&plan, &source, Box::new(FirstHead))?;
+/// assert_eq!(other.done().pooler, FirstHead.spec());
+/// # Ok::<(), qcqa::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct SharedHeads<'a> {
+    plan: Plan,
+    source: &'a dyn HeadSource,
+    pooler: Box<dyn KvPooler>,
+    /// Layers that were fitted again, all of them, in the place of what the pooler makes.
+    fitted: Option<Vec<Pooled>>,
+    done: Pooling,
+}
+
+impl<'a> SharedHeads<'a> {
+    /// The shared heads of a plan, made as it says.
+    ///
+    /// # Errors
+    /// As [`Plan::check`]; [`Error::PlanSource`] for a plan of another model; [`Error::UnknownPlugin`],
+    /// [`Error::UnknownSetting`] and [`Error::Setting`] for a pooler that this crate does not have;
+    /// [`Error::PlanCalibration`] unless the pooler uses the moments that the plan names; [`Error::PlanRefit`] for a plan
+    /// with a refit: that takes a text (feature `runtime`: [`refit`](crate::refit)).
+    pub fn new(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
+        match plan.pooling.refit {
+            Some(refit) => Err(Error::PlanRefit { refit: refit.name() }),
+            None => Self::unfitted(plan, source),
+        }
+    }
+
+    /// The shared heads before any refit.
+    pub(crate) fn unfitted(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
+        let shared = Self::with_pooler(plan, source, POOLERS.make(&plan.pooling.pooler)?)?;
+        let (expected, found) = (plan.pooling.calibration.clone(), shared.done.calibration.clone());
+        if expected != found { Err(Error::PlanCalibration { expected, found }) } else { Ok(shared) }
+    }
+
+    /// The plan's groups, pooled by another pooler than it names, or by one that this crate does not have; under whatever
+    /// moments the source has, without a refit.
+    ///
+    /// # Errors
+    /// As [`Plan::check`]; [`Error::PlanSource`].
+    pub fn with_pooler(plan: &Plan, source: &'a dyn HeadSource, pooler: Box<dyn KvPooler>) -> Result<Self> {
+        plan.check()?;
+        plan.source.check_same(&source.id()?)?;
+        let calibration = source.calibration().filter(|_| pooler.needs().moment);
+        let done = Pooling::new(pooler.spec()).with_calibration(calibration);
+        Ok(Self { plan: plan.clone(), source, pooler, fitted: None, done })
+    }
+
+    /// These layers in the place of what the pooler makes, with the refit that made them.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn refitted(self, layers: Vec<Pooled>, refit: super::Refit) -> Self {
+        Self { fitted: Some(layers), done: self.done.with_refit(Some(refit)), ..self }
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What makes the shared heads: the plan's pooling, unless another pooler was put in its place.
+    pub fn done(&self) -> &Pooling {
+        &self.done
+    }
+
+    /// The plan with what was done in the place of what it asked for: what outputs record.
+    pub fn record(&self) -> Plan {
+        Plan { pooling: self.done.clone(), ..self.plan.clone() }
+    }
+
+    /// Where the heads come from.
+    pub fn source(&self) -> &'a dyn HeadSource {
+        self.source
+    }
+
+    /// The groups of a layer.
+    ///
+    /// # Panics
+    /// When there is no such layer.
+    pub fn groups(&self, layer: usize) -> &Partition {
+        &self.plan.layers[layer].groups
+    }
+
+    /// A layer of the source, and its shared heads, checked against it.
+    ///
+    /// # Errors
+    /// [`Error::NoLayer`]; what the source and the pooler report; as [`Pooled::check`].
+    pub fn layer(&self, layer: usize) -> Result<(Heads, Pooled)> {
+        let planned = self.plan.layers.get(layer);
+        let groups = &planned.ok_or(Error::NoLayer { layer, layers: self.plan.layers.len() })?.groups;
+        let heads = self.source.heads(layer)?;
+        let pooled = match &self.fitted {
+            Some(layers) => layers[layer].clone(),
+            None => self.pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
+        };
+        pooled.check(&heads, groups)?;
+        Ok((heads, pooled))
+    }
+}
