@@ -251,6 +251,26 @@ pub enum Error {
         /// The refit.
         refit: &'static str,
     },
+    /// A target that cannot hold the groups that a method makes.
+    #[error("target {target} holds equal groups only, which {method} does not make")]
+    TargetMethod {
+        /// The target.
+        target: String,
+        /// The method.
+        method: String,
+    },
+    /// Something that needs a text to run the model on.
+    #[error("{what} runs the model on a text: give a calibration text (moments do not suffice)")]
+    NeedsText {
+        /// What needs it.
+        what: &'static str,
+    },
+    /// A refit of heads that were merged without regard to the inputs.
+    #[error("a refit starts from calibrated heads, which the pooler {pooler} does not make")]
+    RefitPooler {
+        /// The pooler.
+        pooler: String,
+    },
     /// A plan that the limits of a target or a user forbid.
     #[error("layer {layer} {found}, but {expected}")]
     Limits {

@@ -103,6 +103,7 @@ mod low_rank;
 pub mod model;
 pub mod optimizer;
 pub mod partition;
+pub mod pipeline;
 pub mod plan;
 pub mod pooler;
 mod run;

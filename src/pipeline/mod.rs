@@ -1,274 +1,423 @@
-//! The whole model, layer by layer: heads → fitness → front → allocation → plan.
+//! The whole road, from the heads of a model to a smaller one: heads → fitness → front → allocation → plan → shared heads →
+//! files.
 
-use std::fmt;
+#[cfg(feature = "checkpoint")]
+mod compressed;
+mod preset;
+mod search;
 
-use crate::allocator::{Allocator, CostScale, LayerCosts};
-use crate::fitness::{FitnessFn, WeightSharingError};
-use crate::grouping::Grouping;
-use crate::optimizer::{Optimizer, attach_bounds};
-use crate::run::map_ordered;
+use std::sync::Arc;
+
+use crate::allocator::{Allocator, CostScale, ExactAllocation, LayerCosts, UniformAllocation};
 use crate::budget::{Budget, Limits};
+#[cfg(feature = "runtime")]
+use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+#[cfg(feature = "runtime")]
+use crate::evaluation::{Sensitivity, Trial, choose_model};
+use crate::fitness::FitnessKind;
 use crate::front::Front;
-use crate::heads::Heads;
-use crate::model::Source;
-use crate::partition::SearchSpace;
-use crate::plan::{LayerPlan, Method, Plan, PlanBudget};
+use crate::grouping::{Grouping, UniformGqa};
+use crate::heads::HeadSource;
+use crate::optimizer::Optimizer;
+#[cfg(feature = "checkpoint")]
+use crate::output::Target;
+use crate::partition::{Cardinality, SearchSpace};
+use crate::plan::{LayerPlan, Method, Plan, Pooling, Refit};
+use crate::pooler::KvPooler;
 use crate::run::Run;
+use crate::spec::Spec;
 
-/// How the partitions of a layer come about.
-#[derive(Debug, Clone, Copy)]
-pub enum Search<'a> {
-    /// By searching for the least error.
-    Optimizer(&'a dyn Optimizer),
-    /// By a rule, for every k of the space for which it has a partition.
-    Grouping(&'a dyn Grouping),
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub use compressed::Compressed;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub use compressed::Effect;
+pub use preset::Preset;
+pub use search::Search;
+
+/// Windows that decide between groups: the order of two losses shows early.
+#[cfg(feature = "runtime")]
+const CHOOSING_WINDOWS: usize = 32;
+/// Windows that measure how much each layer pays: losses of one text differ by little but what is measured.
+#[cfg(feature = "runtime")]
+const MEASURING_WINDOWS: usize = 16;
+
+/// How the layers share the budget.
+#[derive(Debug, Clone)]
+enum Allocation {
+    /// As the method does of itself.
+    Own,
+    /// By this rule, from the errors.
+    By(Arc<dyn Allocator>),
+    /// The least of what the model was measured to lose on the calibration text.
+    Measured,
 }
 
-impl Search<'_> {
-    /// The best partitions of one layer, one for each k of the space that can be had.
-    ///
-    /// # Errors
-    /// What the optimizer, the grouping and the fitness report; [`Error::InvalidFitness`].
-    pub fn front(
-        &self,
-        heads: &Heads,
-        fitness: &dyn FitnessFn,
-        space: &SearchSpace,
-        run: Run<'_>,
-    ) -> Result<Front> {
-        let grouping = match self {
-            Self::Optimizer(optimizer) => return bounded(*optimizer, fitness, space, run),
-            Self::Grouping(grouping) => grouping,
-        };
-        let mut front = Front::new(fitness)?;
-        for k in space.group_counts(heads.n_heads())? {
-            if let Some(partition) = grouping.group(heads, k)?.filter(|p| space.admits(p)) {
-                front.offer(&partition, fitness.evaluate(&partition)?)?;
-            }
-        }
-        attach_bounds(&mut front, fitness, space)?;
-        Ok(front)
-    }
-}
-
-/// The optimizer's front, with lower bounds where the fitness has them.
-fn bounded(
-    optimizer: &dyn Optimizer,
-    fitness: &dyn FitnessFn,
-    space: &SearchSpace,
-    run: Run<'_>,
-) -> Result<Front> {
-    let mut front = optimizer.optimize(fitness, space, run)?;
-    attach_bounds(&mut front, fitness, space)?;
-    Ok(front)
-}
-
-/// The front of every layer whose fitness function is already there, layers side by side where the feature `rayon`
-/// allows. Layer i is searched with `run.fork(i)`: the same fronts as [`Qcqa::fronts`], on any number of threads.
+/// A compression, composed of plugins: which heads share, how the layers divide the budget, how a group merges.
 ///
-/// # Errors
-/// What the optimizer and the fitness report; [`Error::Cancelled`].
-pub fn optimize_layers(
-    optimizer: &dyn Optimizer,
-    fitness: &[&dyn FitnessFn],
-    space: &SearchSpace,
-    run: Run<'_>,
-) -> Result<Vec<Front>> {
-    // The observer is called from this thread alone: between batches, not within.
-    const BATCH: usize = 8;
-    let total = fitness.len() as u64;
-    let mut fronts = Vec::with_capacity(fitness.len());
-    for batch in fitness.chunks(BATCH) {
-        let done = fronts.len();
-        run.step("search", done as u64, total)?;
-        let seeds: Vec<u64> = (0..batch.len()).map(|i| run.fork((done + i) as u64).seed()).collect();
-        let search = |i: usize| bounded(optimizer, batch[i], space, Run::new(seeds[i]));
-        for front in map_ordered(batch.len(), search) {
-            fronts.push(front?);
-        }
-    }
-    run.step("search", total, total)?;
-    Ok(fronts)
-}
-
-/// Makes the fitness function of a layer.
-pub type MakeFitness<'a> = dyn Fn(&Heads) -> Result<Box<dyn FitnessFn>> + 'a;
-
-/// The pipeline over a whole model, composed of plugins: fronts from layers, plans from fronts.
+/// Starts from a [`Preset`]; every part can be replaced.
 ///
-/// Starts with the weight-sharing error, mean pooling, costs as shares of the layers' energies and no limits.
-#[derive(Clone)]
-pub struct Qcqa<'a> {
-    search: Search<'a>,
-    allocator: &'a dyn Allocator,
-    fitness: &'a MakeFitness<'a>,
+/// ```
+/// use qcqa::budget::Budget;
+/// use qcqa::heads::{Heads, InMemory, Projection};
+/// use qcqa::ndarray::Array3;
+/// use qcqa::pipeline::{Compress, Preset};
+/// use qcqa::Run;
+///
+/// // One layer of four heads; heads 0 and 2 are alike, and so are 1 and 3.
+/// let tensor = Array3::from_shape_fn((4, 2, 3), |(i, r, c)| (10 * (i % 2) + 3 * r + c) as f32 + 0.01 * i as f32);
+/// let heads = Heads::new(Projection::new(tensor.clone(), None)?, Projection::new(tensor, None)?)?;
+/// let source = InMemory::new(vec![heads])?;
+///
+/// let plan = Compress::new(Preset::QcqaEc).budget(Budget::Fraction(0.5)).plan(&source, Run::new(0))?;
+/// assert_eq!(plan.layers[0].groups.groups(), [[0, 2], [1, 3]]);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Compress<'a> {
+    name: String,
+    preset: Option<Preset>,
+    search: Search,
+    fitness: Arc<dyn FitnessKind>,
+    allocation: Allocation,
     cost: CostScale,
     limits: Limits,
-    method: Method,
+    pooler: Arc<dyn KvPooler>,
+    /// `None`: as fits what is known of the inputs.
+    refit: Option<Option<Refit>>,
+    budget: Budget,
+    #[cfg(feature = "checkpoint")]
+    target: Option<&'a dyn Target>,
+    #[cfg(feature = "runtime")]
+    calibration: Option<&'a Calibration<'a>>,
+    lifetime: std::marker::PhantomData<&'a ()>,
 }
 
-impl<'a> Qcqa<'a> {
-    /// A pipeline that forms groups by `search` and chooses the layers' k by `allocator`.
-    pub fn new(search: Search<'a>, allocator: &'a dyn Allocator) -> Self {
-        let method = Method {
-            name: "custom".into(),
-            fitness: "wse".into(),
-            pooler: "mean".into(),
-            ..Method::default()
-        };
-        let wse = &|heads: &Heads| Ok(Box::new(WeightSharingError::new(heads)?) as Box<dyn FitnessFn>);
+impl<'a> Compress<'a> {
+    /// The method of the field, at half of the cache.
+    pub fn new(preset: Preset) -> Self {
+        let base = Self::custom(preset.search(), preset.fitness(), preset.pooler());
+        Self { name: preset.name().to_string(), preset: Some(preset), ..base }
+    }
+
+    /// A method of one's own, called `custom` in plans, at half of the cache: one k in all layers.
+    pub fn custom(search: Search, fitness: Arc<dyn FitnessKind>, pooler: Arc<dyn KvPooler>) -> Self {
         Self {
+            name: "custom".to_string(),
+            preset: None,
             search,
-            allocator,
-            fitness: wse,
+            fitness,
+            allocation: Allocation::Own,
             cost: CostScale::default(),
             limits: Limits::default(),
-            method,
+            pooler,
+            refit: None,
+            budget: Budget::Fraction(0.5),
+            #[cfg(feature = "checkpoint")]
+            target: None,
+            #[cfg(feature = "runtime")]
+            calibration: None,
+            lifetime: std::marker::PhantomData,
         }
     }
 
-    /// Uses another fitness function; `name` is what plans call it.
-    pub fn with_fitness(mut self, name: &str, make: &'a MakeFitness<'a>) -> Self {
-        self.method.fitness = name.into();
-        Self { fitness: make, ..self }
+    /// The name that plans give the method.
+    pub fn named(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
     }
 
-    /// Makes layers comparable in another way.
-    pub fn with_cost(self, cost: CostScale) -> Self {
-        Self { cost, ..self }
+    /// How large the KV cache may be; multi-query attention has one size, whatever the budget.
+    pub fn budget(self, budget: Budget) -> Self {
+        Self { budget, ..self }
     }
 
-    /// Obeys the limits of a target or a user.
-    pub fn with_limits(self, limits: Limits) -> Self {
-        Self { limits, ..self }
-    }
-
-    /// What plans say about the method: its name, and the pooler and target they are meant for.
-    pub fn described(mut self, name: &str, pooler: &str, target: Option<&str>) -> Self {
-        self.method.name = name.into();
-        self.method.pooler = pooler.into();
-        self.method.target = target.map(str::to_string);
+    /// Searches by another optimizer. Methods whose groups come from a rule are left as they are.
+    pub fn optimizer(mut self, optimizer: impl Optimizer + 'static) -> Self {
+        if let Search::Optimizer(own) = &mut self.search {
+            *own = Arc::new(optimizer);
+        }
         self
     }
 
-    /// The front of every layer; one layer is held at a time.
-    ///
-    /// Layer i is searched with `run.fork(i)`, so its front does not depend on the others.
-    ///
-    /// # Errors
-    /// What the layers, the search and the fitness report; [`Error::Cancelled`].
-    pub fn fronts<I>(&self, layers: I, run: Run<'_>) -> Result<Vec<Front>>
-    where
-        I: IntoIterator<Item = Result<Heads>, IntoIter: ExactSizeIterator>,
-    {
-        let layers = layers.into_iter();
-        let total = layers.len() as u64;
-        let mut fronts = Vec::new();
-        for (i, heads) in layers.enumerate() {
-            run.step("layers", i as u64, total)?;
-            let heads = heads?;
-            let fitness = (self.fitness)(&heads)?;
-            fronts.push(self.search.front(
-                &heads,
-                fitness.as_ref(),
-                &self.limits.space,
-                run.fork(i as u64),
-            )?);
-        }
-        run.step("layers", total, total)?;
-        Ok(fronts)
+    /// Judges partitions by another fitness.
+    pub fn fitness(self, fitness: impl FitnessKind + 'static) -> Self {
+        Self { fitness: Arc::new(fitness), ..self }
     }
 
-    /// The plan that takes from every layer's front the point that the allocator chooses.
-    ///
-    /// # Errors
-    /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator
-    /// report, [`Error::PlanInconsistent`] when `source` does not describe these fronts.
-    pub fn plan(&self, fronts: &[Front], budget: Budget, source: Source, run: Run<'_>) -> Result<Plan> {
-        let costs = LayerCosts::new(fronts, self.cost, &self.limits)?;
-        self.allocated(fronts, &costs, budget, source, run)
+    /// Divides the budget among the layers in another way.
+    pub fn allocator(self, allocator: impl Allocator + 'static) -> Self {
+        Self { allocation: Allocation::By(Arc::new(allocator)), ..self }
     }
 
-    /// The same with costs that were measured: `costs` holds what each k of each layer loses, under the limits (see
-    /// [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
-    ///
-    /// # Errors
-    /// As [`Qcqa::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
-    pub fn plan_with_costs(
-        &self,
-        fronts: &[Front],
-        costs: &LayerCosts,
-        budget: Budget,
-        source: Source,
-        run: Run<'_>,
-    ) -> Result<Plan> {
-        self.clone().with_cost(CostScale::Measured).allocated(fronts, costs, budget, source, run)
+    /// Divides the budget by what the model loses when one layer alone is grouped, measured on the calibration text; where
+    /// all layers must have one k there is nothing to divide.
+    pub fn by_sensitivity(self) -> Self {
+        Self { allocation: Allocation::Measured, ..self }
     }
 
-    fn allocated(
-        &self,
-        fronts: &[Front],
-        costs: &LayerCosts,
-        budget: Budget,
-        source: Source,
-        run: Run<'_>,
-    ) -> Result<Plan> {
-        let (layers, heads) = (source.layers, source.kv_heads);
-        for (what, found) in [("fronts", fronts.len()), ("layer costs", costs.n_layers())] {
-            if found != layers {
-                return Err(Error::LayerCount { what, expected: layers, found });
+    /// Makes the errors of layers comparable in another way.
+    pub fn cost(self, cost: CostScale) -> Self {
+        Self { cost, ..self }
+    }
+
+    /// Merges groups by another pooler.
+    pub fn pooler(self, pooler: impl KvPooler + 'static) -> Self {
+        Self { pooler: Arc::new(pooler), ..self }
+    }
+
+    /// What is fitted again on the calibration text; unless this is called, everything, where the pooler is calibrated and
+    /// there is a text.
+    pub fn refit(self, refit: Option<Refit>) -> Self {
+        Self { refit: Some(refit), ..self }
+    }
+
+    /// Further limits, beside those of method and target.
+    pub fn limits(self, limits: Limits) -> Self {
+        Self { limits, ..self }
+    }
+
+    /// The form in which the model is to be written: plans keep to what it can hold.
+    #[cfg(feature = "checkpoint")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+    pub fn target(self, target: &'a dyn Target) -> Self {
+        Self { target: Some(target), ..self }
+    }
+
+    /// What is known of the model's inputs: moments decide how groups merge, a text decides between groups and layers, too.
+    #[cfg(feature = "runtime")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+    pub fn calibration(self, calibration: &'a Calibration<'a>) -> Self {
+        Self { calibration: Some(calibration), ..self }
+    }
+
+    /// The plan for a model: [`Compress::search`] and [`Searched::plan`] in one.
+    ///
+    /// # Errors
+    /// As these.
+    pub fn plan(&self, source: &dyn HeadSource, run: Run<'_>) -> Result<Plan> {
+        self.search(source, run)?.plan(self.budget, run)
+    }
+
+    /// Searches every layer for every number of groups, and measures what the allocation needs. Layer i is searched with
+    /// `run.fork(i)`. Progress is stage `"layers"`, then `"search"` or that of the optimizer.
+    ///
+    /// # Errors
+    /// [`Error::TargetMethod`] for a method whose groups the target cannot hold, [`Error::NeedsText`] and
+    /// [`Error::RefitPooler`] for what a calibration text is missing for; what source, fitness and search report.
+    pub fn search<'s>(&'s self, source: &'s dyn HeadSource, run: Run<'_>) -> Result<Searched<'s>> {
+        let limits = self.all_limits(source)?;
+        let allocation = self.resolved_allocation(&limits)?;
+        let refit = self.resolved_refit()?;
+        let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
+        let beside = neighbours.then_some(&UniformGqa as &dyn Grouping);
+        let mut found =
+            search::fronts(&self.search, beside, self.fitness.as_ref(), source, &limits.space, run)?;
+        if !self.has_text() {
+            // The error chooses, layer by layer.
+            for (front, others) in found.searched.iter_mut().zip(found.ruled.drain(..)) {
+                others.iter().try_for_each(|point| front.offer(&point.partition, point.error).map(drop))?;
             }
         }
-        let most = budget.kv_heads(layers, heads)?;
-        let ks = self.allocator.allocate(costs, most, run)?;
-        let points = fronts.iter().zip(&ks).map(|(front, &k)| {
-            front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
-        });
-        let layers: Vec<LayerPlan> = points.collect::<Result<_>>()?;
-        let kv_heads = ks.iter().sum();
-        let all = (source.layers * heads) as f64;
-        let asked = match budget {
-            Budget::Fraction(fraction) => fraction,
-            Budget::Heads(n) => n as f64 / all,
-        };
-        let plan = Plan {
-            version: Plan::VERSION,
-            qcqa: env!("CARGO_PKG_VERSION").into(),
+        let search = [self.search.spec()].into_iter().chain(beside.map(Grouping::spec)).collect();
+        let mut searched = Searched {
+            compress: self,
             source,
-            method: self.method(),
-            calibration: None,
-            seed: run.seed(),
-            budget: PlanBudget { asked, reached: kv_heads as f64 / all, kv_heads },
-            layers,
+            limits,
+            refit,
+            search,
+            allocation,
+            fronts: found.searched,
+            neighbours: found.ruled,
+            #[cfg(feature = "runtime")]
+            sensitivity: None,
         };
-        plan.check()?;
-        Ok(plan)
+        searched.measure(run)?;
+        Ok(searched)
     }
 
-    /// The resolved method, as plans record it.
-    pub fn method(&self) -> Method {
-        Method {
-            search: match self.search {
-                Search::Optimizer(optimizer) => format!("{optimizer:?}"),
-                Search::Grouping(grouping) => format!("{grouping:?}"),
-            },
-            cardinality: self.limits.space.cardinality,
-            max_groups: self.limits.space.max_groups,
-            max_group_size: self.limits.space.max_group_size,
-            fixed: self.limits.fixed.clone(),
-            allocation: format!("{:?}", self.allocator),
-            cost: self.cost,
-            ..self.method.clone()
+    fn has_text(&self) -> bool {
+        #[cfg(feature = "runtime")]
+        return self.calibration.is_some_and(|c| c.text().is_some());
+        #[cfg(not(feature = "runtime"))]
+        false
+    }
+
+    /// The name of the target, and what it holds.
+    fn target_limits(&self, source: &dyn HeadSource) -> (Option<&'static str>, Limits) {
+        #[cfg(feature = "checkpoint")]
+        if let Some(target) = self.target {
+            return (Some(target.name()), target.limits(source.architecture()));
+        }
+        let _ = source;
+        (None, Limits::default())
+    }
+
+    /// What method, target and user allow together.
+    fn all_limits(&self, source: &dyn HeadSource) -> Result<Limits> {
+        let (target, held) = self.target_limits(source);
+        let own = self.preset.map_or(Some(self.limits.space), Preset::space).unwrap_or(held.space);
+        if held.space.cardinality == Cardinality::Equal && own.cardinality == Cardinality::Arbitrary {
+            let (target, method) = (target.unwrap_or_default().to_string(), self.name.clone());
+            return Err(Error::TargetMethod { target, method });
+        }
+        let least = |of: fn(&SearchSpace) -> Option<usize>| {
+            [own, held.space, self.limits.space].iter().filter_map(of).min()
+        };
+        let (max_groups, max_group_size) = (least(|s| s.max_groups), least(|s| s.max_group_size));
+        let space = SearchSpace { cardinality: own.cardinality, max_groups, max_group_size };
+        let mut fixed = held.fixed;
+        fixed.extend(&self.limits.fixed);
+        Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed })
+    }
+
+    /// How the layers share the budget, and whether by measured costs. One k in all layers leaves nothing to measure.
+    fn resolved_allocation(&self, limits: &Limits) -> Result<(Arc<dyn Allocator>, bool)> {
+        let low_rank = self.preset.is_some_and(|preset| preset.space().is_none());
+        match &self.allocation {
+            Allocation::By(allocator) => Ok((Arc::clone(allocator), false)),
+            _ if limits.same_k => Ok((Arc::new(UniformAllocation), false)),
+            Allocation::Measured if !self.has_text() => {
+                Err(Error::NeedsText { what: "measuring how much each layer pays" })
+            }
+            Allocation::Measured => Ok((Arc::new(ExactAllocation), true)),
+            Allocation::Own if low_rank => Ok((Arc::new(ExactAllocation), self.has_text())),
+            Allocation::Own => Ok((Arc::new(UniformAllocation), false)),
+        }
+    }
+
+    /// The refit asked for, or a full one where the pooler is calibrated and a text is there.
+    fn resolved_refit(&self) -> Result<Option<Refit>> {
+        let calibrated = self.pooler.needs().moment;
+        match self.refit {
+            None => Ok((calibrated && self.has_text()).then_some(Refit::Full)),
+            Some(Some(_)) if !calibrated => {
+                Err(Error::RefitPooler { pooler: self.pooler.spec().name().to_string() })
+            }
+            Some(Some(_)) if !self.has_text() => Err(Error::NeedsText { what: "a refit" }),
+            Some(asked) => Ok(asked),
         }
     }
 }
 
-impl fmt::Debug for Qcqa<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Qcqa")
-            .field("method", &self.method())
-            .field("limits", &self.limits)
-            .finish_non_exhaustive()
+/// What a search found: the front of every layer, from which plans for any budget are made.
+#[derive(Debug)]
+pub struct Searched<'s> {
+    compress: &'s Compress<'s>,
+    source: &'s dyn HeadSource,
+    limits: Limits,
+    refit: Option<Refit>,
+    search: Vec<Spec>,
+    /// And whether by measured costs.
+    allocation: (Arc<dyn Allocator>, bool),
+    fronts: Vec<Front>,
+    /// Groups of neighbours by the same fitness, where the calibration text is to choose between the two.
+    neighbours: Vec<Front>,
+    #[cfg(feature = "runtime")]
+    sensitivity: Option<Sensitivity>,
+}
+
+impl Searched<'_> {
+    /// The front of every layer.
+    pub fn fronts(&self) -> &[Front] {
+        &self.fronts
+    }
+
+    /// How the layers share the budget: the allocator's name, or `sensitivity` where costs were measured.
+    pub fn allocation(&self) -> String {
+        if self.allocation.1 {
+            "sensitivity".to_string()
+        } else {
+            self.allocation.0.spec().name().to_string()
+        }
+    }
+
+    /// The plan within a budget: of every layer's front the point that the allocator chooses.
+    ///
+    /// # Errors
+    /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator report; what
+    /// running the model reports, where a text chooses between groups.
+    pub fn plan(&self, budget: Budget, run: Run<'_>) -> Result<Plan> {
+        let (compress, heads) = (self.compress, self.source.architecture().kv_heads());
+        let budget = if compress.preset == Some(Preset::Mqa) { Budget::Heads(heads.len()) } else { budget };
+        let most = budget.kv_heads(&heads)?;
+        let ks = self.allocation.0.allocate(&self.costs()?, most, run)?;
+        let point = |(front, &k): (&Front, &usize)| {
+            front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
+        };
+        let layers: Vec<LayerPlan> = self.fronts.iter().zip(&ks).map(point).collect::<Result<_>>()?;
+        let layers = self.chosen(layers, run)?;
+        let moments = self.source.calibration();
+        let calibrated = compress.pooler.needs().moment;
+        let counts = calibrated || compress.fitness.needs().moment || self.allocation.1;
+        let name = compress.name.clone();
+        let method = Method::new(name, Spec::default(), compress.fitness.spec(), self.allocation.0.spec());
+        let method = Method {
+            search: self.search.clone(),
+            chosen_by_loss: !self.neighbours.is_empty(),
+            calibration: moments.clone().filter(|_| counts),
+            cost: if self.allocation.1 { CostScale::Measured } else { compress.cost },
+            target: compress.target_limits(self.source).0.map(str::to_string),
+            ..method.with_limits(&self.limits)
+        };
+        let pooling = Pooling::new(compress.pooler.spec())
+            .with_calibration(moments.filter(|_| calibrated))
+            .with_refit(self.refit);
+        Plan::new(self.source.id()?, method, pooling, layers, budget.fraction(&heads), run.seed())
+    }
+
+    fn costs(&self) -> Result<LayerCosts> {
+        #[cfg(feature = "runtime")]
+        if let Some(sensitivity) = &self.sensitivity {
+            return sensitivity.costs(&self.fronts, &self.limits);
+        }
+        LayerCosts::new(&self.fronts, self.compress.cost, &self.limits)
+    }
+
+    #[cfg(not(feature = "runtime"))]
+    fn measure(&mut self, _run: Run<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// What each layer pays, where that divides the budget.
+    #[cfg(feature = "runtime")]
+    fn measure(&mut self, run: Run<'_>) -> Result<()> {
+        if let (true, Some((model, windows))) = (self.allocation.1, self.text()) {
+            let windows = windows.clone().first(MEASURING_WINDOWS);
+            let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
+            self.sensitivity = Some(Sensitivity::measure(&trial, &self.fronts, run)?);
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "runtime")]
+    fn text(&self) -> Option<(&crate::runtime::Model, &crate::text::Windows)> {
+        self.compress.calibration.and_then(Calibration::text)
+    }
+
+    #[cfg(not(feature = "runtime"))]
+    fn chosen(&self, layers: Vec<LayerPlan>, _run: Run<'_>) -> Result<Vec<LayerPlan>> {
+        Ok(layers)
+    }
+
+    /// Groups of neighbours in the place of those found, where the model then reads the calibration text better.
+    #[cfg(feature = "runtime")]
+    fn chosen(&self, layers: Vec<LayerPlan>, run: Run<'_>) -> Result<Vec<LayerPlan>> {
+        let Some((model, windows)) = self.text() else { return Ok(layers) };
+        // A bound holds for every partition of that many equal groups.
+        let other = |(layer, front): (&LayerPlan, &Front)| match front.get(layer.groups.n_groups()) {
+            Some(point) => LayerPlan { lower_bound: layer.lower_bound, ..LayerPlan::from(point) },
+            None => layer.clone(),
+        };
+        let others: Vec<LayerPlan> = layers.iter().zip(&self.neighbours).map(other).collect();
+        let groups = |layers: &[LayerPlan]| layers.iter().map(|l| l.groups.clone()).collect::<Vec<_>>();
+        if others.is_empty() || groups(&layers) == groups(&others) {
+            return Ok(layers);
+        }
+        let windows = windows.clone().first(CHOOSING_WINDOWS);
+        let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
+        let models = [trial.grouped(&groups(&layers))?, trial.grouped(&groups(&others))?];
+        Ok(if choose_model(&models, &windows, run)?.0 == 1 { others } else { layers })
     }
 }

@@ -8,6 +8,7 @@ mod mean;
 mod procrustes;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use ndarray::{Array2, Array3};
 
@@ -54,6 +55,20 @@ pub trait KvPooler: Debug + Send + Sync {
     /// [`Error::PartitionSize`] when the partition is of another number of heads, and whatever the rule itself
     /// can fail with.
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled>;
+}
+
+impl<P: KvPooler + ?Sized> KvPooler for Arc<P> {
+    fn spec(&self) -> Spec {
+        (**self).spec()
+    }
+
+    fn needs(&self) -> Needs {
+        (**self).needs()
+    }
+
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
+        (**self).pool(heads, partition)
+    }
 }
 
 /// Pools keys and values head by head with one linear rule; the query side stays.

@@ -1,0 +1,141 @@
+use std::fmt::{self, Display};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::Search;
+use crate::error::{Error, Result};
+use crate::fitness::{FitnessKind, WeightSharing};
+use crate::grouping::{KeyNorm, UniformGqa};
+use crate::optimizer::Auto;
+use crate::partition::{Cardinality, SearchSpace};
+use crate::pooler::{KvPooler, MeanPooler};
+
+/// A method of the field, whole: what proposes groups, what judges them, how a group merges.
+///
+/// ```
+/// use qcqa::pipeline::Preset;
+///
+/// assert_eq!("qcqa-ac".parse::<Preset>().unwrap(), Preset::QcqaAc);
+/// assert_eq!(Preset::Mqa.to_string(), "mqa");
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Preset {
+    /// Neighbouring heads in equal groups, mean-pooled (Ainslie et al. 2023, arXiv 2305.13245).
+    Gqa,
+    /// One group in every layer, mean-pooled (Shazeer 2019, arXiv 1911.02150); takes no budget.
+    Mqa,
+    /// Neighbouring heads, group sizes by the norms of their keys, mean-pooled (after Khan et al. 2024, arXiv 2408.08454).
+    KeyNorm,
+    /// Groups of one size with the least weight-sharing error, mean-pooled (Joshi et al. 2024, arXiv 2406.10247).
+    QcqaEc,
+    /// Groups of any size with the least weight-sharing error, mean-pooled (Joshi et al. 2024, arXiv 2406.10247).
+    QcqaAc,
+    /// Groups that share the best low-rank fit under the layer's inputs, as the target allows (docs/method.md).
+    #[cfg(feature = "linalg")]
+    LowRank,
+}
+
+impl Preset {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::Gqa,
+        Self::Mqa,
+        Self::KeyNorm,
+        Self::QcqaEc,
+        Self::QcqaAc,
+        #[cfg(feature = "linalg")]
+        Self::LowRank,
+    ];
+
+    /// Its name: `gqa`, `mqa`, `key-norm`, `qcqa-ec`, `qcqa-ac`, `low-rank`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gqa => "gqa",
+            Self::Mqa => "mqa",
+            Self::KeyNorm => "key-norm",
+            Self::QcqaEc => "qcqa-ec",
+            Self::QcqaAc => "qcqa-ac",
+            #[cfg(feature = "linalg")]
+            Self::LowRank => "low-rank",
+        }
+    }
+
+    /// What it does, in a line.
+    pub fn summary(self) -> &'static str {
+        match self {
+            Self::Gqa => "Neighbouring heads in equal groups",
+            Self::Mqa => "One group in every layer; takes no budget",
+            Self::KeyNorm => "Neighbouring heads, group sizes by the norms of their keys",
+            Self::QcqaEc => "Searched groups, all of one size",
+            Self::QcqaAc => "Searched groups of any size",
+            #[cfg(feature = "linalg")]
+            Self::LowRank => "Searched groups that share the best low-rank fit; sizes as the target allows",
+        }
+    }
+
+    /// Whether an optimizer searches its groups.
+    pub fn searches(self) -> bool {
+        !matches!(self, Self::Gqa | Self::Mqa | Self::KeyNorm)
+    }
+
+    pub(super) fn search(self) -> Search {
+        match self {
+            Self::Gqa | Self::Mqa => Search::Grouping(Arc::new(UniformGqa)),
+            Self::KeyNorm => Search::Grouping(Arc::new(KeyNorm)),
+            Self::QcqaEc | Self::QcqaAc => Search::Optimizer(Arc::new(Auto::default())),
+            // Every group that is looked at is an eigenproblem.
+            #[cfg(feature = "linalg")]
+            Self::LowRank => Search::Optimizer(Arc::new(Auto { exact_heads: 8 })),
+        }
+    }
+
+    pub(super) fn fitness(self) -> Arc<dyn FitnessKind> {
+        match self {
+            #[cfg(feature = "linalg")]
+            Self::LowRank => Arc::new(crate::fitness::LowRankSharing::default()),
+            _ => Arc::new(WeightSharing),
+        }
+    }
+
+    pub(super) fn pooler(self) -> Arc<dyn KvPooler> {
+        match self {
+            #[cfg(feature = "linalg")]
+            Self::LowRank => Arc::new(crate::pooler::LowRankPooler::default()),
+            _ => Arc::new(MeanPooler),
+        }
+    }
+
+    /// The partitions that it makes; `None`: whatever the target allows.
+    pub(super) fn space(self) -> Option<SearchSpace> {
+        match self {
+            Self::Gqa | Self::QcqaEc => Some(SearchSpace::equal()),
+            Self::Mqa => Some(SearchSpace { max_groups: Some(1), ..SearchSpace::equal() }),
+            Self::KeyNorm | Self::QcqaAc => Some(SearchSpace::arbitrary()),
+            #[cfg(feature = "linalg")]
+            Self::LowRank => None,
+        }
+    }
+
+    /// Whether neighbouring groups are candidates beside those found, where all must have one size.
+    pub(super) fn tries_neighbours(self, cardinality: Cardinality) -> bool {
+        self.space().is_none() && cardinality == Cardinality::Equal
+    }
+}
+
+impl Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Preset {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.iter().copied().find(|preset| preset.name() == name).ok_or_else(|| {
+            let known = Self::ALL.iter().map(|preset| preset.name()).collect::<Vec<_>>().join(", ");
+            Error::UnknownPlugin { kind: "method", name: crate::error::shown(name), known }
+        })
+    }
+}

@@ -1,0 +1,125 @@
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::Result;
+use crate::fitness::{FitnessFn, FitnessKind};
+use crate::front::Front;
+use crate::grouping::Grouping;
+use crate::heads::HeadSource;
+use crate::optimizer::{Optimizer, attach_bounds};
+use crate::partition::SearchSpace;
+use crate::run::{Run, map_ordered};
+use crate::spec::Spec;
+
+/// How the partitions of a layer come about.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Search {
+    /// By searching for the least error.
+    Optimizer(Arc<dyn Optimizer>),
+    /// By a rule, for every k of the space for which it has a partition.
+    Grouping(Arc<dyn Grouping>),
+}
+
+impl Search {
+    /// Name and settings of the optimizer or the rule.
+    pub fn spec(&self) -> Spec {
+        match self {
+            Self::Optimizer(optimizer) => optimizer.spec(),
+            Self::Grouping(grouping) => grouping.spec(),
+        }
+    }
+
+    /// The front of one layer, with lower bounds where the fitness has them.
+    fn front(
+        &self,
+        source: &dyn HeadSource,
+        layer: usize,
+        fitness: &dyn FitnessFn,
+        job: Job<'_>,
+    ) -> Result<Front> {
+        match self {
+            Self::Optimizer(optimizer) => searched(optimizer.as_ref(), layer, fitness, job),
+            Self::Grouping(grouping) => ruled(grouping.as_ref(), source, layer, fitness, job.space),
+        }
+    }
+}
+
+/// What the search of every layer shares.
+#[derive(Debug, Clone, Copy)]
+struct Job<'a> {
+    space: &'a SearchSpace,
+    run: Run<'a>,
+}
+
+fn searched(optimizer: &dyn Optimizer, layer: usize, fitness: &dyn FitnessFn, job: Job<'_>) -> Result<Front> {
+    let mut front = optimizer.optimize(fitness, job.space, job.run.fork(layer as u64))?;
+    attach_bounds(&mut front, fitness, job.space)?;
+    Ok(front)
+}
+
+/// The partitions of a rule, one for each k of the space for which it has one.
+fn ruled(
+    grouping: &dyn Grouping,
+    source: &dyn HeadSource,
+    layer: usize,
+    fitness: &dyn FitnessFn,
+    space: &SearchSpace,
+) -> Result<Front> {
+    let (mut front, heads) = (Front::new(fitness)?, source.heads(layer)?);
+    for k in space.group_counts(heads.n_heads())? {
+        if let Some(partition) = grouping.group(&heads, k)?.filter(|p| space.admits(p)) {
+            front.offer(&partition, fitness.evaluate(&partition)?)?;
+        }
+    }
+    attach_bounds(&mut front, fitness, space)?;
+    Ok(front)
+}
+
+/// The fronts of a model.
+#[derive(Debug, Default)]
+pub(super) struct Fronts {
+    /// One a layer.
+    pub(super) searched: Vec<Front>,
+    /// By the rule that stands beside the search, where one does.
+    pub(super) ruled: Vec<Front>,
+}
+
+/// The front of every layer. One layer is read at a time; those whose fitness is no more than distances of heads are searched
+/// side by side afterwards, others before the next is read. Layer i is searched with `run.fork(i)`, so that its front depends
+/// neither on the others nor on the number of threads.
+pub(super) fn fronts(
+    search: &Search,
+    beside: Option<&dyn Grouping>,
+    kind: &dyn FitnessKind,
+    source: &dyn HeadSource,
+    space: &SearchSpace,
+    run: Run<'_>,
+) -> Result<Fronts> {
+    let job = Job { space, run };
+    let total = source.architecture().n_layers();
+    let (mut fronts, mut waiting) = (Fronts::default(), Vec::new());
+    for layer in 0..total {
+        run.step("layers", layer as u64, total as u64)?;
+        let fitness = kind.of(source, layer)?;
+        if let Some(rule) = beside {
+            fronts.ruled.push(ruled(rule, source, layer, fitness.as_ref(), space)?);
+        }
+        let is_light = fitness.separable().is_some_and(|s| s.pairwise().is_some());
+        match search {
+            Search::Optimizer(_) if is_light => waiting.push(fitness),
+            _ => fronts.searched.push(search.front(source, layer, fitness.as_ref(), job)?),
+        }
+    }
+    run.step("layers", total as u64, total as u64)?;
+    if let (Search::Optimizer(optimizer), false) = (search, waiting.is_empty()) {
+        let done = AtomicU64::new(0);
+        let all = map_ordered(waiting.len(), |layer| {
+            let front = searched(optimizer.as_ref(), layer, waiting[layer].as_ref(), job)?;
+            run.step("search", done.fetch_add(1, Ordering::Relaxed) + 1, total as u64).map(|()| front)
+        });
+        fronts.searched = all.into_iter().collect::<Result<_>>()?;
+    }
+    Ok(fronts)
+}
