@@ -6,6 +6,7 @@ mod selection;
 mod uniform;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::run::Run;
@@ -37,4 +38,14 @@ pub trait Allocator: Debug + Send + Sync {
     /// [`Error::BudgetUnreachable`](crate::Error::BudgetUnreachable) when no choice is that small,
     /// [`Error::Cancelled`](crate::Error::Cancelled).
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, run: Run<'_>) -> Result<Vec<usize>>;
+}
+
+impl<A: Allocator + ?Sized> Allocator for Arc<A> {
+    fn spec(&self) -> Spec {
+        (**self).spec()
+    }
+
+    fn allocate(&self, costs: &LayerCosts, kv_heads: usize, run: Run<'_>) -> Result<Vec<usize>> {
+        (**self).allocate(costs, kv_heads, run)
+    }
 }

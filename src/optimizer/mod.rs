@@ -8,6 +8,7 @@ mod nsga2;
 mod ward;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::fitness::FitnessFn;
@@ -50,4 +51,14 @@ pub trait Optimizer: Debug + Send + Sync {
     /// [`Error::Setting`](crate::Error::Setting) for settings out of range,
     /// [`Error::Cancelled`](crate::Error::Cancelled), and whatever the fitness reports.
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front>;
+}
+
+impl<O: Optimizer + ?Sized> Optimizer for Arc<O> {
+    fn spec(&self) -> Spec {
+        (**self).spec()
+    }
+
+    fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
+        (**self).optimize(fitness, space, run)
+    }
 }

@@ -133,6 +133,11 @@ impl<'a> Compress<'a> {
         Self { budget, ..self }
     }
 
+    /// The budget asked for.
+    pub fn asked_budget(&self) -> Budget {
+        self.budget
+    }
+
     /// Searches by another optimizer. Methods whose groups come from a rule are left as they are.
     pub fn optimizer(mut self, optimizer: impl Optimizer + 'static) -> Self {
         if let Search::Optimizer(own) = &mut self.search {
@@ -339,10 +344,31 @@ impl Searched<'_> {
     /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator report; what
     /// running the model reports, where a text chooses between groups.
     pub fn plan(&self, budget: Budget, run: Run<'_>) -> Result<Plan> {
+        let cost = if self.allocation.1 { CostScale::Measured } else { self.compress.cost };
+        self.allocated(self.allocation.0.as_ref(), &self.costs()?, cost, budget, run)
+    }
+
+    /// The plan within a budget that another allocator chooses, from the errors.
+    ///
+    /// # Errors
+    /// As [`Searched::plan`].
+    pub fn plan_by(&self, allocator: &dyn Allocator, budget: Budget, run: Run<'_>) -> Result<Plan> {
+        let cost = self.compress.cost;
+        self.allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)
+    }
+
+    fn allocated(
+        &self,
+        allocator: &dyn Allocator,
+        costs: &LayerCosts,
+        cost: CostScale,
+        budget: Budget,
+        run: Run<'_>,
+    ) -> Result<Plan> {
         let (compress, heads) = (self.compress, self.source.architecture().kv_heads());
         let budget = if compress.preset == Some(Preset::Mqa) { Budget::Heads(heads.len()) } else { budget };
         let most = budget.kv_heads(&heads)?;
-        let ks = self.allocation.0.allocate(&self.costs()?, most, run)?;
+        let ks = allocator.allocate(costs, most, run)?;
         let point = |(front, &k): (&Front, &usize)| {
             front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
         };
@@ -350,14 +376,14 @@ impl Searched<'_> {
         let layers = self.chosen(layers, run)?;
         let moments = self.source.calibration();
         let calibrated = compress.pooler.needs().moment;
-        let counts = calibrated || compress.fitness.needs().moment || self.allocation.1;
+        let counts = calibrated || compress.fitness.needs().moment || cost == CostScale::Measured;
         let name = compress.name.clone();
-        let method = Method::new(name, Spec::default(), compress.fitness.spec(), self.allocation.0.spec());
+        let method = Method::new(name, Spec::default(), compress.fitness.spec(), allocator.spec());
         let method = Method {
             search: self.search.clone(),
             chosen_by_loss: !self.neighbours.is_empty(),
             calibration: moments.clone().filter(|_| counts),
-            cost: if self.allocation.1 { CostScale::Measured } else { compress.cost },
+            cost,
             target: compress.target_limits(self.source).0.map(str::to_string),
             ..method.with_limits(&self.limits)
         };

@@ -2,18 +2,20 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
+use qcqa::calibration::Moments;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against};
+use qcqa::files::write_whole;
+use qcqa::runtime::Model;
+use qcqa::text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
+use qcqa::{HeadSource, Run};
 use serde_json::json;
 
-use super::calibrated::{CalibrationArgs, pooling};
-use super::methods::plan_for;
-use super::output::{Output, bytes, evaluation_json, merge, percent, table};
-use super::{CliError, Done, Writing, about};
-use crate::run::Run;
-use crate::checkpoint::{Checkpoint, WriteOptions, write_whole};
-use crate::runtime::{
-    Choices, Evaluation, IdWidth, Model, Moments, Vocabulary, Windows, evaluate, evaluate_against, read_ids,
-    read_text,
-};
+use crate::Done;
+use crate::args::Writing;
+use crate::calibrated::{CalibrationArgs, plan_for, shared};
+use crate::hints::{CliError, about};
+use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
 
 /// A text, in words or in tokens.
 #[derive(Debug, Args)]
@@ -50,8 +52,7 @@ impl TextArgs {
     }
 
     pub(super) fn required(&self, checkpoint: &Checkpoint, model: &Model) -> Result<Windows, CliError> {
-        let missing =
-            || CliError::Usage("a text is missing: --text FILE, or --ids FILE for token ids".to_string());
+        let missing = || CliError::usage("a text is missing: --text FILE, or --ids FILE for token ids");
         self.windows(checkpoint, model)?.ok_or_else(missing)
     }
 }
@@ -78,7 +79,7 @@ pub(super) struct EvalArgs {
 
 pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     if args.calibration.calibration.is_some() && args.plan.is_none() {
-        return Err(CliError::Usage("--calibration belongs to a plan: give --plan FILE, too".to_string()));
+        return Err(CliError::usage("--calibration belongs to a plan: give --plan FILE, too"));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
     // What is given is read before what takes long.
@@ -90,11 +91,10 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
     let (model, source) = match (plan, &args.source) {
-        (Some((path, (plan, name))), _) => {
-            let calibration = args.calibration.of_plan(&plan, path, name, &checkpoint, run)?;
-            let pooler = name.make();
-            let pool = pooling(&checkpoint, &plan, name, pooler.as_ref(), calibration.as_ref(), run)?;
-            (loaded.under(&checkpoint, &plan, &pool)?, Some(loaded))
+        (Some((path, plan)), _) => {
+            let calibration = args.calibration.of_plan(&plan, path, &checkpoint, run)?;
+            let shared = shared(&plan, path, &checkpoint, calibration.as_ref(), run)?;
+            (loaded.with_shared(&shared)?, Some(loaded))
         }
         (None, Some(path)) => (loaded, Some(Model::load(&Checkpoint::open(path)?)?)),
         (None, None) => (loaded, None),
@@ -160,15 +160,15 @@ pub(super) struct CalibrateArgs {
 }
 
 pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
-    let Writing { force, dry_run } = args.writing;
+    // Better now than after the reading.
+    write_whole(&args.out, &[], args.writing.check())?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let model = Model::load(&checkpoint)?;
     let windows = args.text.required(&checkpoint, &model)?.first(args.windows);
-    let (layers, tokens) = (model.n_layers(), windows.tokens().len());
-    // Better now than after the reading.
-    write_whole(&args.out, &[], WriteOptions { force, dry_run: true })?;
+    let (layers, tokens) = (checkpoint.architecture().n_layers(), windows.tokens().len());
+    let dry_run = args.writing.dry_run;
     if !dry_run {
-        Moments::measure(&model, &windows, run)?.write(&args.out, WriteOptions { force, dry_run })?;
+        Moments::measure(&model, &windows, run)?.write(&args.out, args.writing.options())?;
     }
     let done = if dry_run { "would be written to" } else { "written to" };
     let text = format!("moments of {layers} layers over {tokens} tokens {done} {}\n", args.out.display());

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use plotters::coord::combinators::{BindKeyPoints, LogCoord};
 use plotters::prelude::*;
+use qcqa::files::{WriteOptions, write_whole};
 
-use super::CliError;
-use crate::checkpoint::{WriteOptions, write_whole};
+use crate::hints::CliError;
 
 /// A curve: its name, and points (share of the KV cache, perplexity).
 pub(super) struct Curve {
@@ -20,12 +20,12 @@ pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
     let least = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
     let most = points().map(|p| p.1).fold(0.0, f64::max);
     if !(least > 0.0 && most.is_finite()) {
-        return Err(CliError::Failed("there is no finite perplexity to draw".to_string()));
+        return Err(CliError::failed("there is no finite perplexity to draw"));
     }
     let range = 0.9 * least..1.15 * most;
     let scale: LogCoord<f64> = range.clone().log_scale().into();
     let mut svg = String::new();
-    let failed = |e: DrawingAreaErrorKind<_>| CliError::Failed(format!("the plot cannot be drawn: {e}"));
+    let failed = |e: DrawingAreaErrorKind<_>| CliError::failed(format!("the plot cannot be drawn: {e}"));
     {
         let root = SVGBackend::with_string(&mut svg, (880, 520)).into_drawing_area();
         root.fill(&WHITE).map_err(failed)?;
@@ -75,5 +75,5 @@ fn round_numbers(range: std::ops::Range<f64>) -> Vec<f64> {
 
 /// Writes it, whole or not at all; a plot that is there is replaced.
 pub(super) fn write(path: &Path, svg: &str) -> Result<(), CliError> {
-    Ok(write_whole(path, svg.as_bytes(), WriteOptions { force: true, dry_run: false })?)
+    Ok(write_whole(path, svg.as_bytes(), WriteOptions::default().force(true))?)
 }

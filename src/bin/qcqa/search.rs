@@ -1,25 +1,29 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
+use qcqa::Run;
+use qcqa::calibration::Calibration;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::write_whole;
+use qcqa::front::Front;
+use qcqa::pipeline::Preset;
+use qcqa::plan::{Plan, write_plan};
+use qcqa::{HeadSource, targets};
 use serde_json::{Value, json};
 
-use super::calibrated::{note, refit_of};
-use super::methods::{MethodName, PoolerName};
-use super::output::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
-use super::resolved::Resolved;
-use super::{Asked, CliError, Done, Writing};
-use crate::checkpoint::{Checkpoint, WriteOptions, targets, write_plan, write_whole};
-use crate::runtime::Calibration;
-use crate::front::Front;
-use crate::plan::Plan;
-use crate::run::Run;
+use crate::Done;
+use crate::args::{Asked, Writing};
+use crate::calibrated::note;
+use crate::hints::CliError;
+use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
 
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
     #[command(flatten)]
     pub(super) asked: Asked,
     /// Search only what this target can hold
-    #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(targets::NAMES))]
+    #[arg(long, value_parser = PossibleValuesParser::new(targets::names()))]
     target: Option<String>,
     /// File of the plan
     #[arg(long, value_name = "FILE")]
@@ -29,54 +33,48 @@ pub(super) struct SearchArgs {
 }
 
 pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
-    let Writing { force, dry_run } = args.writing;
     // Better now than after the search.
-    write_whole(&args.out, &[], WriteOptions { force, dry_run: true })?;
+    write_whole(&args.out, &[], args.writing.check())?;
     let checkpoint = Checkpoint::open(&args.asked.model)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
-    let target = args.target.as_deref();
-    let found = searched(&args.asked, MethodName::QcqaEc, target, &checkpoint, calibration.as_ref(), run)?;
-    write_plan(&args.out, &found.plan, WriteOptions { force, dry_run })?;
+    let calibration = calibration.as_ref();
+    let target = args.target.as_deref().map(targets::by_name).transpose()?;
+    let compress = args.asked.compress(Preset::QcqaEc, target, calibration)?;
+    let source: &dyn HeadSource = calibration.map_or(&checkpoint, |calibration| calibration);
+    let searched = compress.search(source, run)?;
+    let plan = searched.plan(compress.asked_budget(), run)?;
+    write_plan(&args.out, &plan, args.writing.options())?;
+    let dry_run = args.writing.dry_run;
     let done = if dry_run { "would be written to" } else { "written to" };
-    let description = found.describe(&checkpoint);
-    let mut json = found.report(&checkpoint);
+    let planned = Planned::new(&plan, searched.fronts(), &checkpoint, calibration)?;
+    let mut json = planned.report();
     json["out"] = json!(args.out);
     json["dry_run"] = dry_run.into();
-    Ok(Output { text: format!("{description}\nplan {done} {}\n", args.out.display()), json })
+    Ok(Output { text: format!("{}\nplan {done} {}\n", planned.describe(), args.out.display()), json })
 }
 
 /// A plan, with what it was chosen from and what is to be said of it.
-pub(super) struct Searched {
-    pub(super) plan: Plan,
-    pub(super) fronts: Vec<Front>,
-    pub(super) pooler: PoolerName,
+pub(super) struct Planned<'a> {
+    plan: &'a Plan,
+    fronts: &'a [Front],
+    checkpoint: &'a Checkpoint,
     note: Option<&'static str>,
 }
 
-/// Searches every layer, and plans; `default` is the method unless another is asked for.
-pub(super) fn searched(
-    asked: &Asked,
-    default: MethodName,
-    target: Option<&str>,
-    checkpoint: &Checkpoint,
-    calibration: Option<&Calibration>,
-    run: Run<'_>,
-) -> Result<Searched, CliError> {
-    let method = asked.method.unwrap_or(default);
-    let method = Resolved::new(method, &asked.options, target, checkpoint, calibration)?;
-    let found = method.found(run)?;
-    let mut plan = method.plan(&found, asked.kv, run)?;
-    let pooler = method.pooler();
-    plan.method.refit = refit_of(asked.refit, pooler, calibration)?.map(|refit| refit.name().to_string());
-    let note = note(&plan, pooler, calibration);
-    Ok(Searched { plan, fronts: found.fronts, pooler, note })
-}
+impl<'a> Planned<'a> {
+    pub(super) fn new(
+        plan: &'a Plan,
+        fronts: &'a [Front],
+        checkpoint: &'a Checkpoint,
+        calibration: Option<&Calibration<'_>>,
+    ) -> Result<Self, CliError> {
+        Ok(Self { plan, fronts, checkpoint, note: note(plan, calibration)? })
+    }
 
-impl Searched {
     /// The plan as a table, a line for each layer, and what it comes to.
-    pub(super) fn describe(&self, checkpoint: &Checkpoint) -> String {
+    pub(super) fn describe(&self) -> String {
         let Self { plan, fronts, .. } = self;
-        let rows = plan.layers.iter().zip(fronts).enumerate().map(|(i, (layer, front))| {
+        let rows = plan.layers.iter().zip(*fronts).enumerate().map(|(i, (layer, front))| {
             let mut sizes = layer.groups.sizes();
             sizes.sort_unstable_by(|a, b| b.cmp(a));
             let sizes: Vec<_> = sizes.iter().map(usize::to_string).collect();
@@ -91,7 +89,7 @@ impl Searched {
         });
         let error = if is_wse(plan) { "WSE" } else { "error" };
         let table = table(["layer", "groups", "sizes", error, "share", "gap at most"], rows);
-        let (before, after) = kv_bytes(checkpoint, plan);
+        let (before, after) = kv_bytes(self.checkpoint, plan);
         let note = self.note.map_or(String::new(), |note| format!("\n{note}\n"));
         format!(
             "{}: asked for {} of the KV cache, reached {} ({} KV heads of {})\n\
@@ -100,7 +98,7 @@ impl Searched {
             percent(plan.budget.asked),
             percent(plan.budget.reached),
             plan.budget.kv_heads,
-            plan.source.layers * plan.source.kv_heads,
+            plan.source.kv_heads(),
             bytes(after as u64),
             bytes(before as u64),
             plan.error(),
@@ -109,9 +107,9 @@ impl Searched {
     }
 
     /// The plan and what it comes to.
-    pub(super) fn report(&self, checkpoint: &Checkpoint) -> Value {
+    pub(super) fn report(&self) -> Value {
         let Self { plan, fronts, .. } = self;
-        let (before, after) = kv_bytes(checkpoint, plan);
+        let (before, after) = kv_bytes(self.checkpoint, plan);
         json!({
             "plan": plan, "error": plan.error(), "wse": is_wse(plan).then(|| plan.error()),
             "share": total_share(plan, fronts), "kv_bytes_per_token": { "before": before, "after": after },

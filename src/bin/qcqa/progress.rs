@@ -1,9 +1,8 @@
 //! Progress bars on a terminal, silence in a pipe, and Ctrl-C.
 
-use std::cell::RefCell;
 use std::io::{IsTerminal, stderr};
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -11,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::run::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 8] = [
+const BARS: [(&str, &str); 9] = [
     ("layers", "reading layers"),
     ("search", "searching"),
     ("write", "writing"),
@@ -19,6 +18,7 @@ const BARS: [(&str, &str); 8] = [
     ("calibrate", "calibrating"),
     ("sensitivity", "weighing layers"),
     ("choose", "choosing groups"),
+    ("refit", "refitting"),
     ("choices", "answering"),
 ];
 
@@ -27,7 +27,7 @@ const BARS: [(&str, &str); 8] = [
 pub(super) struct Watch {
     interrupted: Arc<AtomicBool>,
     terminal: bool,
-    bar: RefCell<Option<(&'static str, ProgressBar)>>,
+    bar: Mutex<Option<(&'static str, ProgressBar)>>,
 }
 
 impl Watch {
@@ -35,19 +35,19 @@ impl Watch {
         let interrupted = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&interrupted);
         ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))?;
-        Ok(Self { interrupted, terminal: stderr().is_terminal(), bar: RefCell::new(None) })
+        Ok(Self { interrupted, terminal: stderr().is_terminal(), bar: Mutex::new(None) })
     }
 
     /// Takes the bar away.
     pub(super) fn finish(&self) {
-        if let Some((_, bar)) = self.bar.take() {
+        if let Some((_, bar)) = self.bar.lock().unwrap_or_else(PoisonError::into_inner).take() {
             bar.finish_and_clear();
         }
     }
 
     fn draw(&self, progress: &Progress<'_>) {
         let named = BARS.iter().find(|(stage, _)| *stage == progress.stage);
-        let mut shown = self.bar.borrow_mut();
+        let mut shown = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
         match (named, &mut *shown) {
             (Some((stage, _)), Some((current, bar))) if current == stage => bar.set_position(progress.done),
             (Some((stage, name)), shown) => {

@@ -1,5 +1,11 @@
 //! The lines of a comparison, as tables, curves and JSON.
 
+use qcqa::HeadSource;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::Evaluation;
+use qcqa::front::Front;
+use qcqa::pipeline::{Compress, Preset};
+use qcqa::plan::{LayerPlan, Plan};
 use serde_json::{Value, json};
 
 use super::methods::{AllocationName, MethodName, OptimizerName, PoolerName, name_of};
@@ -10,24 +16,26 @@ use crate::runtime::Evaluation;
 use crate::plan::{LayerPlan, Plan};
 
 /// A line of the comparison.
-pub(super) struct Line {
-    pub(super) method: MethodName,
-    pub(super) optimizer: Option<OptimizerName>,
-    pub(super) allocation: AllocationName,
-    pub(super) pooler: PoolerName,
+pub(super) struct Line<'a> {
+    /// What made the plan, and makes its shared heads.
+    pub(super) compress: &'a Compress<'a>,
+    method: Preset,
+    /// `None` for methods that follow a rule.
+    optimizer: Option<String>,
+    allocation: String,
     pub(super) plan: Plan,
-    pub(super) share: Option<f64>,
-    pub(super) gap: Option<f64>,
+    share: Option<f64>,
+    gap: Option<f64>,
     pub(super) evaluation: Option<Evaluation>,
 }
 
 /// The largest gap of a layer, where all are known.
-pub(super) fn worst_gap(plan: &Plan) -> Option<f64> {
+fn worst_gap(plan: &Plan) -> Option<f64> {
     plan.layers.iter().map(LayerPlan::gap).try_fold(0.0, |most: f64, gap| Some(most.max(gap?)))
 }
 
 /// A curve for each method, from the smallest cache to the whole.
-pub(super) fn curves(lines: &[Line], source: &Evaluation) -> Vec<Curve> {
+pub(super) fn curves(lines: &[Line<'_>], source: &Evaluation) -> Vec<Curve> {
     let mut curves: Vec<Curve> = Vec::new();
     for line in lines {
         let Some(evaluation) = &line.evaluation else { continue };
@@ -42,22 +50,28 @@ pub(super) fn curves(lines: &[Line], source: &Evaluation) -> Vec<Curve> {
     curves
 }
 
-impl Line {
+impl<'a> Line<'a> {
+    pub(super) fn new(
+        compress: &'a Compress<'a>,
+        method: Preset,
+        optimizer: Option<String>,
+        allocation: String,
+        plan: Plan,
+        fronts: &[Front],
+    ) -> Self {
+        let (gap, share) = (worst_gap(&plan), total_share(&plan, fronts));
+        Self { compress, method, optimizer, allocation, plan, share, gap, evaluation: None }
+    }
+
     /// The method, and what distinguishes it from others of that name.
     fn name(&self) -> String {
-        let optimizer =
-            self.optimizer.filter(|o| *o != OptimizerName::Auto).map(|o| format!(" {}", name_of(o)));
-        let allocation = match self.allocation {
-            AllocationName::Uniform => String::new(),
-            other => format!(" ({})", name_of(other)),
+        let optimizer = self.optimizer.as_ref().filter(|o| *o != "auto").map(|o| format!(" {o}"));
+        let allocation = match self.allocation.as_str() {
+            "uniform" => String::new(),
+            other => format!(" ({other})"),
         };
-        let refit = self.plan.method.refit.as_ref().map(|refit| format!(" + {refit} refit"));
-        format!(
-            "{}{}{allocation}{}",
-            name_of(self.method),
-            optimizer.unwrap_or_default(),
-            refit.unwrap_or_default()
-        )
+        let refit = self.plan.pooling.refit.map(|refit| format!(" + {} refit", refit.name()));
+        format!("{}{}{allocation}{}", self.method, optimizer.unwrap_or_default(), refit.unwrap_or_default())
     }
 }
 
@@ -66,16 +80,16 @@ fn wse(plan: &Plan, error: f64) -> String {
     if is_wse(plan) { format!("{error:.4}") } else { "-".into() }
 }
 
-pub(super) fn model_table(checkpoint: &Checkpoint, lines: &[Line], source: Option<&Evaluation>) -> String {
-    let config = checkpoint.config();
-    let all = config.n_layers * config.kv_heads;
+pub(super) fn model_table(checkpoint: &Checkpoint, lines: &[Line<'_>], source: Option<&Evaluation>) -> String {
+    let heads = checkpoint.architecture().kv_heads();
+    let all: usize = heads.iter().sum();
     let before = lines.first().map_or(0, |line| kv_bytes(checkpoint, &line.plan).0);
     let perplexity = |e: &Evaluation| format!("{:.2}", e.perplexity());
     let mha = [
         "mha".to_string(),
         "-".into(),
         percent(1.0),
-        group_counts(&vec![config.kv_heads; config.n_layers]),
+        group_counts(&heads),
         bytes(before as u64),
         "0".into(),
         percent(0.0),
@@ -87,7 +101,7 @@ pub(super) fn model_table(checkpoint: &Checkpoint, lines: &[Line], source: Optio
         let divergence = line.evaluation.as_ref().and_then(|e| e.divergence);
         [
             line.name(),
-            if line.method == MethodName::Mqa { "-".into() } else { percent(line.plan.budget.asked) },
+            if line.method == Preset::Mqa { "-".into() } else { percent(line.plan.budget.asked) },
             percent(line.plan.kv_heads() as f64 / all as f64),
             group_counts(&line.plan.group_counts()),
             bytes(kv_bytes(checkpoint, &line.plan).1 as u64),
@@ -118,7 +132,7 @@ pub(super) fn model_table(checkpoint: &Checkpoint, lines: &[Line], source: Optio
     table(header, rows.map(|[row @ .., _, _]: [String; 10]| row))
 }
 
-pub(super) fn layer_table(lines: &[Line], layer: usize) -> String {
+pub(super) fn layer_table(lines: &[Line<'_>], layer: usize) -> String {
     let rows = lines.iter().map(|line| {
         let of_layer = &line.plan.layers[layer];
         let groups = of_layer.groups.groups();
@@ -134,12 +148,12 @@ pub(super) fn layer_table(lines: &[Line], layer: usize) -> String {
     format!("layer {layer}\n\n{}", table(["method", "asked", "k", "WSE", "groups"], rows))
 }
 
-pub(super) fn line_json(checkpoint: &Checkpoint, line: &Line) -> Value {
+pub(super) fn line_json(checkpoint: &Checkpoint, line: &Line<'_>) -> Value {
     let layer = |l: &LayerPlan| json!({ "groups": l.groups, "error": l.error, "lower_bound": l.lower_bound });
     let mut json = json!({
-        "method": name_of(line.method), "optimizer": line.optimizer.map(name_of),
-        "allocation": name_of(line.allocation), "pooler": line.plan.method.pooler,
-        "refit": line.plan.method.refit, "asked": line.plan.budget.asked,
+        "method": line.method.name(), "optimizer": line.optimizer,
+        "allocation": line.allocation, "pooler": line.plan.pooling.pooler.name(),
+        "refit": line.plan.pooling.refit, "asked": line.plan.budget.asked,
         "reached": line.plan.budget.reached, "kv_heads": line.plan.kv_heads(),
         "kv_bytes_per_token": kv_bytes(checkpoint, &line.plan).1,
         "error": line.plan.error(), "wse": is_wse(&line.plan).then(|| line.plan.error()), "share": line.share, "gap": line.gap,

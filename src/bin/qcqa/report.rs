@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{BinaryBytes, HumanBytes};
+use qcqa::HeadSource;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::Evaluation;
+use qcqa::front::Front;
+use qcqa::plan::Plan;
 use serde_json::{Value, json};
-
-use crate::checkpoint::Checkpoint;
-use crate::runtime::Evaluation;
-use crate::{Front, Plan, kv_bytes_per_token};
 
 /// The result of a command in both forms.
 #[derive(Debug)]
@@ -76,6 +77,14 @@ pub(super) fn percent(share: f64) -> String {
     format!("{:.1}%", 100.0 * share)
 }
 
+/// One number where all layers agree, else as [`group_counts`].
+pub(super) fn counts(all: &[usize]) -> String {
+    match all.first() {
+        Some(first) if all.iter().all(|n| n == first) => first.to_string(),
+        _ => group_counts(all),
+    }
+}
+
 /// The numbers of groups of the layers, runs of equal ones taken together: `4×4`, `8 4×3`.
 pub(super) fn group_counts(ks: &[usize]) -> String {
     let runs = ks.chunk_by(|a, b| a == b).map(|run| match run.len() {
@@ -104,14 +113,13 @@ pub(super) fn merge(into: &mut Value, fields: Value) {
 
 /// Whether the errors of a plan are weight-sharing errors.
 pub(super) fn is_wse(plan: &Plan) -> bool {
-    plan.method.fitness == "wse"
+    plan.method.fitness.name() == "wse"
 }
 
 /// KV cache of the source and of the plan, bytes a token.
 pub(super) fn kv_bytes(checkpoint: &Checkpoint, plan: &Plan) -> (usize, usize) {
-    let config = checkpoint.config();
-    let bytes = |heads| kv_bytes_per_token(heads, config.head_dim, checkpoint.dtype().bytes());
-    (bytes(config.n_layers * config.kv_heads), bytes(plan.kv_heads()))
+    let (model, size) = (checkpoint.architecture(), checkpoint.dtype().bytes());
+    (model.kv_bytes_per_token(size), model.kv_bytes_with(&plan.group_counts(), size))
 }
 
 /// The summed error as a share of the summed energy.

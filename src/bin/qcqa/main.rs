@@ -1,0 +1,85 @@
+//! The binary `qcqa`: what the library does, for a directory and a terminal.
+//!
+//! Results go to standard output, as tables or with `--json` as JSON; progress and errors go to standard error.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+mod args;
+mod calibrated;
+mod compare;
+mod comparison;
+mod convert;
+mod eval;
+mod hints;
+mod inspect;
+mod plot;
+mod progress;
+mod report;
+mod search;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use qcqa::Run;
+
+use hints::CliError;
+use progress::Watch;
+use report::Output;
+
+/// Shares key and value heads of trained transformers at the least loss.
+#[derive(Debug, Parser)]
+#[command(name = "qcqa", version, max_term_width = 110)]
+#[command(after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.\n\
+    `qcqa COMMAND --help` tells all about a command, `qcqa COMMAND -h` the most important.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print JSON instead of tables
+    #[arg(long, global = true)]
+    json: bool,
+    /// Seed of every random choice; the same seed gives the same result on any number of threads
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    seed: u64,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// What a model is, what its KV cache takes, and what budgets would save
+    Inspect(inspect::InspectArgs),
+    /// Weight-sharing error and KV cache of every method, side by side
+    Compare(compare::CompareArgs),
+    /// Search groups for a KV-cache budget and write them as a plan
+    Search(search::SearchArgs),
+    /// Write the model that a plan describes
+    Convert(convert::ConvertArgs),
+    /// Search and convert in one
+    Compress(convert::CompressArgs),
+    /// Perplexity of a model, or of a model under a plan, and how far it is from its source
+    Eval(eval::EvalArgs),
+    /// Measure the second moments of every layer's inputs on a text
+    Calibrate(eval::CalibrateArgs),
+}
+
+type Done = Result<Output, CliError>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let watch = match Watch::new() {
+        Ok(watch) => watch,
+        Err(error) => return report::failed(cli.json, &error.to_string(), 1),
+    };
+    let run = Run::new(cli.seed).with_observer(&watch);
+    let done = match &cli.command {
+        Command::Inspect(args) => inspect::inspect(args),
+        Command::Compare(args) => args.calibration.named(compare::compare(args, run)),
+        Command::Search(args) => args.asked.calibration.named(search::search(args, run)),
+        Command::Convert(args) => args.calibration.named(convert::convert(args, run)),
+        Command::Compress(args) => args.asked.calibration.named(convert::compress(args, run)),
+        Command::Eval(args) => args.calibration.named(eval::eval(args, run)),
+        Command::Calibrate(args) => eval::calibrate(args, run),
+    };
+    watch.finish();
+    match done {
+        Ok(output) => output.print(cli.json),
+        Err(error) => report::failed(cli.json, &error.message, error.code),
+    }
+}
