@@ -6,12 +6,17 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ndarray::Array3;
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::StandardNormal;
-use qcqa::{Allocator, Front};
-use qcqa::{
-    CostScale, Heads, KvPooler, LayerCosts, LayerSelection, Limits, LowRankError, LowRankPooler, Nsga2,
-    Optimizer, Projection, Rotation, Run, SearchSpace, UniformAllocation, Ward, WeightSharingError,
-    squared_distances,
-};
+use qcqa::Allocator;
+use qcqa::allocator::{CostScale, LayerCosts, LayerSelection, UniformAllocation};
+use qcqa::budget::Limits;
+use qcqa::fitness::{LowRankError, WeightSharingError, squared_distances};
+use qcqa::front::Front;
+use qcqa::heads::{Heads, Projection};
+use qcqa::model::Rotation;
+use qcqa::optimizer::{Nsga2, Ward};
+use qcqa::partition::SearchSpace;
+use qcqa::pooler::LowRankPooler;
+use qcqa::{KvPooler, Optimizer, Run};
 use std::hint::black_box;
 
 fn layer(heads: usize, head_dim: usize, inputs: usize) -> Heads {

@@ -3,16 +3,23 @@
 //! `cargo run --example allocator`
 
 use ndarray::Array3;
-use qcqa::{
-    Allocator, CostScale, Error, ExactAllocation, FitnessFn, Heads, LayerCosts, LayerSelection, Limits,
-    Projection, Qcqa, Result, Run, Search, UniformAllocation, Ward, WeightSharingError, ndarray,
-};
+use qcqa::allocator::{CostScale, ExactAllocation, LayerCosts, LayerSelection, UniformAllocation};
+use qcqa::budget::Limits;
+use qcqa::fitness::WeightSharingError;
+use qcqa::heads::{Heads, InMemory, Projection};
+use qcqa::pipeline::{Compress, Preset};
+use qcqa::spec::Spec;
+use qcqa::{Allocator, Error, FitnessFn, Result, Run, ndarray};
 
 /// Starts without sharing and lowers the k whose cost rises least.
 #[derive(Debug)]
 struct Greedy;
 
 impl Allocator for Greedy {
+    fn spec(&self) -> Spec {
+        Spec::new("greedy")
+    }
+
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, _: Run<'_>) -> Result<Vec<usize>> {
         let mut ks: Vec<usize> = (0..costs.n_layers()).map(|layer| costs.n_heads(layer)).collect();
         while ks.iter().sum::<usize>() > kv_heads {
@@ -36,10 +43,10 @@ fn main() -> Result<()> {
         });
         Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)
     };
-    let ward = Ward::default();
-    let fronts =
-        Qcqa::new(Search::Optimizer(&ward), &UniformAllocation).fronts((0..4).map(layer), Run::new(0))?;
-    let costs = LayerCosts::new(&fronts, CostScale::EnergyShare, &Limits::default())?;
+    let model = InMemory::new((0..4).map(layer).collect::<Result<_>>()?)?;
+    let compress = Compress::new(Preset::QcqaAc);
+    let searched = compress.search(&model, Run::new(0))?;
+    let costs = LayerCosts::new(searched.fronts(), CostScale::EnergyShare, &Limits::default())?;
     let allocators: [&dyn Allocator; 4] =
         [&UniformAllocation, &LayerSelection::default(), &Greedy, &ExactAllocation];
     for allocator in allocators {

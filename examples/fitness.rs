@@ -3,10 +3,11 @@
 //! `cargo run --example fitness`
 
 use ndarray::{Array2, Array3, Axis};
-use qcqa::{
-    Error, Exact, FitnessFn, Heads, Optimizer, Partition, Projection, Result, Run, SearchSpace,
-    SeparableFitness, Ward, ndarray,
-};
+use qcqa::fitness::SeparableFitness;
+use qcqa::heads::{Heads, Projection};
+use qcqa::optimizer::{Exact, Ward};
+use qcqa::partition::{Partition, SearchSpace};
+use qcqa::{Error, FitnessFn, Optimizer, Result, Run, ndarray};
 
 /// The largest distance between two keys of a group, summed over the groups.
 #[derive(Debug)]

@@ -3,10 +3,13 @@
 //! `cargo run --example optimizer`
 
 use ndarray::Array3;
-use qcqa::{
-    FitnessFn, Front, Heads, Nsga2, Optimizer, Partition, Projection, Result, Run, SearchSpace,
-    WeightSharingError, ndarray,
-};
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::heads::{Heads, Projection};
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::{Partition, SearchSpace};
+use qcqa::spec::Spec;
+use qcqa::{FitnessFn, Optimizer, Result, Run, ndarray};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -17,6 +20,10 @@ struct RandomSearch {
 }
 
 impl Optimizer for RandomSearch {
+    fn spec(&self) -> Spec {
+        Spec::new("random").with("draws", self.draws)
+    }
+
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         let n = fitness.n_heads();
         let mut rng = ChaCha8Rng::seed_from_u64(run.seed());

@@ -3,13 +3,21 @@
 //! `cargo run --example pooler`
 
 use ndarray::{Array3, Axis};
-use qcqa::{Heads, KvPooler, MeanPooler, Partition, Pooled, Projection, Result, ndarray};
+use qcqa::heads::{Heads, Pooled, Projection};
+use qcqa::partition::Partition;
+use qcqa::pooler::MeanPooler;
+use qcqa::spec::Spec;
+use qcqa::{KvPooler, Result, ndarray};
 
 /// The medoid of each group's keys, and the value of the same head.
 #[derive(Debug)]
 struct Medoid;
 
 impl KvPooler for Medoid {
+    fn spec(&self) -> Spec {
+        Spec::new("medoid")
+    }
+
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let mean = MeanPooler.pool(heads, partition)?;
         let keys = heads.key().weight();
@@ -25,13 +33,7 @@ impl KvPooler for Medoid {
                 p.bias().map(|b| b.select(Axis(0), &heads_of_groups)),
             )
         };
-        Ok(Pooled {
-            key: select(heads.key())?,
-            value: select(heads.value())?,
-            query: None,
-            output: None,
-            output_bias: None,
-        })
+        Ok(Pooled::new(select(heads.key())?, select(heads.value())?))
     }
 }
 

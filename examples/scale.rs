@@ -17,11 +17,18 @@ use half::bf16;
 use ndarray::{Array2, Array3};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::{Distribution, Normal};
+use qcqa::allocator::UniformAllocation;
+use qcqa::budget::Budget;
 use qcqa::checkpoint::{Checkpoint, LayerRows};
-use qcqa::{
-    Budget, FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, Optimizer, Projection, Qcqa, Rotation,
-    Run, Search, SearchSpace, UniformAllocation, Ward, WeightSharingError, optimize_layers,
-};
+use qcqa::fitness::{LowRankError, WeightSharingError};
+use qcqa::heads::{Heads, Projection};
+use qcqa::model::Rotation;
+use qcqa::optimizer::Ward;
+use qcqa::partition::SearchSpace;
+use qcqa::pipeline::Search;
+use qcqa::pooler::LowRankPooler;
+use qcqa::{FitnessFn, KvPooler, Optimizer, Run};
+use qcqa::{Qcqa, optimize_layers};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;

@@ -108,12 +108,17 @@ pub mod plan;
 pub mod pooler;
 mod run;
 pub mod spec;
+#[cfg(feature = "testing")]
+#[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
+pub mod testing;
 
 pub use ndarray;
 
+pub use allocator::Allocator;
 pub use error::{Error, Result};
 pub use fitness::FitnessFn;
 pub use grouping::Grouping;
+pub use heads::HeadSource;
 pub use optimizer::Optimizer;
 pub use pooler::KvPooler;
 pub use run::{Observer, Progress, Run};

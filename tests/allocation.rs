@@ -6,10 +6,13 @@ use std::collections::BTreeMap;
 
 use common::layer;
 use proptest::prelude::*;
-use qcqa::{
-    Allocator, CostScale, Error, Front, LayerCosts, LayerSelection, Limits, Nsga2, Optimizer, Run,
-    SearchSpace, UniformAllocation, WeightSharingError, dominates,
-};
+use qcqa::allocator::{CostScale, LayerCosts, LayerSelection, UniformAllocation};
+use qcqa::budget::Limits;
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::{Front, dominates};
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::SearchSpace;
+use qcqa::{Allocator, Error, Optimizer, Run};
 
 /// Up to four layers of four heads; k = H always there and free, like a front.
 fn tables() -> impl Strategy<Value = Vec<Vec<Option<f64>>>> {

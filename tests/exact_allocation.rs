@@ -4,10 +4,11 @@ use std::ops::ControlFlow;
 
 use ndarray::Array3;
 use proptest::prelude::*;
-use qcqa::{
-    Allocator, Error, ExactAllocation, Grouping, Heads, KeyNorm, LayerCosts, Partition, Progress, Projection,
-    Run, ndarray,
-};
+use qcqa::allocator::{ExactAllocation, LayerCosts};
+use qcqa::grouping::KeyNorm;
+use qcqa::heads::{Heads, Projection};
+use qcqa::partition::Partition;
+use qcqa::{Allocator, Error, Grouping, Progress, Run, ndarray};
 
 /// Small whole numbers, so that ties are frequent and sums exact.
 fn tables() -> impl Strategy<Value = (Vec<Vec<Option<f64>>>, bool)> {

@@ -11,10 +11,12 @@ use common::attention::{
 };
 use ndarray::{Array1, Array2, Array3, Axis, arr2, s};
 use proptest::prelude::*;
-use qcqa::{
-    FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, MeanPooler, Partition, Pooled, ProcrustesPooler,
-    Projection, Residuals, Rotation,
-};
+use qcqa::fitness::{LowRankError, Residuals};
+use qcqa::heads::{Heads, Pooled, Projection};
+use qcqa::model::Rotation;
+use qcqa::partition::Partition;
+use qcqa::pooler::{LowRankPooler, MeanPooler, ProcrustesPooler};
+use qcqa::{FitnessFn, KvPooler};
 
 const UNRIDGED: LowRankPooler = LowRankPooler { ridge: 0.0 };
 

@@ -10,10 +10,13 @@ use common::attention::{
     Shape, inputs, losses, moment, rounding, rows, same_loss, second, sum, whole, with_parts,
 };
 use ndarray::{Array2, Array3, Axis, s};
-use qcqa::{
-    Error, Exact, FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, Optimizer, Partition,
-    ProcrustesPooler, Projection, Residuals, Rotation, Run, SearchSpace, Ward,
-};
+use qcqa::fitness::{LowRankError, Residuals};
+use qcqa::heads::{Heads, Projection};
+use qcqa::model::Rotation;
+use qcqa::optimizer::{Exact, Ward};
+use qcqa::partition::{Partition, SearchSpace};
+use qcqa::pooler::{LowRankPooler, ProcrustesPooler};
+use qcqa::{Error, FitnessFn, KvPooler, Optimizer, Run};
 
 const UNRIDGED: LowRankPooler = LowRankPooler { ridge: 0.0 };
 

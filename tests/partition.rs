@@ -3,7 +3,9 @@
 mod common;
 
 use proptest::prelude::*;
-use qcqa::{Budget, Cardinality, Error, Partition, SearchSpace};
+use qcqa::Error;
+use qcqa::budget::Budget;
+use qcqa::partition::{Cardinality, Partition, SearchSpace};
 
 proptest! {
     #[test]

@@ -2,51 +2,61 @@
 
 mod common;
 
-use std::cell::RefCell;
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex};
 
 use common::integer_layer;
-use qcqa::{
-    Budget, CostScale, Error, ExactAllocation, FrontPoint, Heads, LayerCosts, LayerSelection, Limits, Nsga2,
-    Plan, Progress, Qcqa, Result, Run, Search, SearchSpace, UniformAllocation,
-};
+use qcqa::allocator::{CostScale, ExactAllocation, LayerCosts, LayerSelection};
+use qcqa::budget::{Budget, Limits};
+use qcqa::fitness::WeightSharing;
+use qcqa::front::FrontPoint;
+use qcqa::heads::{Heads, InMemory};
+use qcqa::model::{Architecture, ModelId};
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::SearchSpace;
+use qcqa::pipeline::{Compress, Preset, Search};
+use qcqa::plan::Plan;
+use qcqa::pooler::MeanPooler;
+use qcqa::{Error, HeadSource, Progress, Result, Run};
 
 const NSGA2: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
 
-fn layers() -> impl ExactSizeIterator<Item = Result<Heads>> {
-    (0..3u8).map(|i| Ok(integer_layer(i.into(), 8, 2, 3)))
+fn model() -> InMemory {
+    common::model((0..3u8).map(|i| integer_layer(i.into(), 8, 2, 3)))
 }
 
-fn plan(qcqa: &Qcqa<'_>, fraction: f64) -> Result<Plan> {
-    let fronts = qcqa.fronts(layers(), Run::new(7))?;
-    qcqa.plan(&fronts, Budget::Fraction(fraction), common::source(3, 8, 2, 3), Run::new(7))
+fn compress<'a>() -> Compress<'a> {
+    Compress::custom(Search::Optimizer(Arc::new(NSGA2)), Arc::new(WeightSharing), Arc::new(MeanPooler))
+}
+
+fn plan(compress: &Compress<'_>, fraction: f64) -> Result<Plan> {
+    compress.search(&model(), Run::new(7))?.plan(Budget::Fraction(fraction), Run::new(7))
 }
 
 #[test]
 fn a_plan_says_what_was_asked_and_reached() {
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation).described("qcqa-ac", "mean", None);
-    let plan = plan(&qcqa, 0.7).unwrap();
+    let plan = plan(&Compress::new(Preset::QcqaAc).optimizer(NSGA2), 0.7).unwrap();
     assert_eq!(plan.group_counts(), [5, 5, 5], "5 of 8 is the largest k within 0.7");
     assert_eq!((plan.budget.asked, plan.budget.reached, plan.budget.kv_heads), (0.7, 0.625, 15));
     assert_eq!(plan.seed, 7);
     let sum: f64 = plan.layers.iter().map(|l| l.error).sum();
     assert_eq!(plan.error(), sum);
     let value = serde_json::to_value(&plan).unwrap();
-    assert_eq!(value["version"], 1);
+    assert_eq!(value["version"], 2);
     assert_eq!(value["method"]["name"], "qcqa-ac");
     assert_eq!(value["method"]["cost"], "energy-share");
+    assert_eq!(value["method"]["search"][0]["name"], "nsga2");
+    assert_eq!(value["method"]["search"][0]["population"], 20);
+    assert_eq!(value["pooling"]["pooler"]["name"], "mean");
     assert!(plan.layers.iter().all(|l| l.lower_bound.is_some_and(|bound| bound > 0.0 && bound <= l.error)));
+    assert_eq!(serde_json::from_value::<Plan>(value).unwrap(), plan);
 }
 
 #[test]
 fn pinned_on_whole_numbers() {
     // A change here is value-breaking: say so in CHANGELOG.
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation).with_limits(Limits {
-        space: SearchSpace::equal(),
-        same_k: true,
-        ..Limits::default()
-    });
-    let plan = plan(&qcqa, 0.5).unwrap();
+    let limits = Limits { space: SearchSpace::equal(), same_k: true, ..Limits::default() };
+    let plan = plan(&compress().limits(limits), 0.5).unwrap();
     let found: Vec<_> = plan.layers.iter().map(|l| (format!("{:?}", l.groups), l.error)).collect();
     assert_eq!(found, PINNED.map(|(groups, error)| (groups.to_string(), error)));
 }
@@ -59,10 +69,9 @@ const PINNED: [(&str, f64); 3] = [
 
 #[test]
 fn stage_two_by_raw_error_is_the_paper_to_the_letter() {
-    let selection = LayerSelection::default();
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &selection).with_cost(CostScale::Raw);
-    let fronts = qcqa.fronts(layers(), Run::new(7)).unwrap();
-    let plan = qcqa.plan(&fronts, Budget::Fraction(0.5), common::source(3, 8, 2, 3), Run::new(7)).unwrap();
+    let (compress, model) = (compress().allocator(LayerSelection::default()).cost(CostScale::Raw), model());
+    let searched = compress.search(&model, Run::new(7)).unwrap();
+    let (fronts, plan) = (searched.fronts(), searched.plan(Budget::Fraction(0.5), Run::new(7)).unwrap());
     let ks = plan.group_counts();
     let grouped: Vec<_> = ks.iter().filter(|k| **k != 8).collect();
     assert!(grouped.iter().all(|k| *k == grouped[0]) && plan.kv_heads() <= 12);
@@ -72,7 +81,7 @@ fn stage_two_by_raw_error_is_the_paper_to_the_letter() {
         for bits in 0u32..8 {
             let ks: Vec<_> = (0..3).map(|l| if bits >> l & 1 == 1 { k } else { 8 }).collect();
             if ks.iter().sum::<usize>() <= 12 {
-                least = least.min(ks.iter().zip(&fronts).map(|(&k, f)| f.error(k).unwrap()).sum());
+                least = least.min(ks.iter().zip(fronts).map(|(&k, f)| f.error(k).unwrap()).sum());
             }
         }
     }
@@ -83,30 +92,34 @@ fn stage_two_by_raw_error_is_the_paper_to_the_letter() {
 fn measured_costs_decide_within_the_limits() {
     // Layer 0 is said to lose nothing by sharing: it pays for the others.
     let limits = Limits { space: SearchSpace::equal(), fixed: [(2, 4)].into(), ..Limits::default() };
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &ExactAllocation).with_limits(limits.clone());
-    let fronts = qcqa.fronts(layers(), Run::new(7)).unwrap();
+    let (compress, model) = (compress().allocator(ExactAllocation).limits(limits.clone()), model());
+    let searched = compress.search(&model, Run::new(7)).unwrap();
+    let fronts = searched.fronts();
     let price = |layer: usize, point: &FrontPoint| {
         Ok((point.partition.n_groups() > 1).then(|| layer as f64 * (8 - point.partition.n_groups()) as f64))
     };
-    let costs = LayerCosts::priced(&fronts, &limits, price).unwrap();
+    let costs = LayerCosts::priced(fronts, &limits, price).unwrap();
     assert!(costs.choices(0).map(|(k, _)| k).eq([2, 4, 8]) && costs.choices(2).map(|(k, _)| k).eq([4]));
-    let budget = Budget::Fraction(14.0 / 24.0);
-    let with = |costs: &LayerCosts, source| qcqa.plan_with_costs(&fronts, costs, budget, source, Run::new(7));
-    let plan = with(&costs, common::source(3, 8, 2, 3)).unwrap();
+    let with =
+        |costs: &LayerCosts| searched.plan_with_costs(costs, Budget::Fraction(14.0 / 24.0), Run::new(7));
+    let plan = with(&costs).unwrap();
     assert_eq!((plan.group_counts(), plan.method.cost), (vec![2, 8, 4], CostScale::Measured));
+    assert_eq!(plan.method.fixed, limits.fixed);
     let value = serde_json::to_value(&plan).unwrap();
     assert_eq!(value["method"]["cost"], "measured");
     assert_eq!(serde_json::from_value::<Plan>(value).unwrap(), plan);
 
     // Costs of other layers, of a k that no front has, and a scale that no error has.
     let two = LayerCosts::from_table(vec![vec![Some(0.0); 8]; 2], false).unwrap();
-    let error = with(&two, common::source(3, 8, 2, 3)).unwrap_err();
+    let error = with(&two).unwrap_err();
     assert!(matches!(error, Error::LayerCount { what: "layer costs", expected: 3, found: 2 }));
     let odd = LayerCosts::from_table(vec![vec![None, None, Some(0.0)]; 3], false).unwrap();
-    let error = with(&odd, common::source(3, 8, 2, 3)).unwrap_err();
-    assert!(matches!(error, Error::GroupCount { k: 3, n_heads: 8 }));
-    let error = LayerCosts::new(&fronts, CostScale::Measured, &limits).unwrap_err();
+    assert!(matches!(with(&odd).unwrap_err(), Error::GroupCount { k: 3, n_heads: 8 }));
+    let error = LayerCosts::new(fronts, CostScale::Measured, &limits).unwrap_err();
     assert!(error.to_string().contains("come as a table"), "{error}");
+    let outside = Limits { fixed: [(3, 4)].into(), ..Limits::default() };
+    let error = LayerCosts::new(fronts, CostScale::Raw, &outside).unwrap_err();
+    assert!(matches!(error, Error::NoLayer { layer: 3, layers: 3 }));
 }
 
 #[test]
@@ -116,11 +129,8 @@ fn the_same_seed_gives_the_same_plan_on_any_number_of_threads() {
     let plan = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-            let layers = (0..3u8).map(|i| Ok(common::layer(i.into(), 8, 40, 900, false)));
-            let fronts = qcqa.fronts(layers, Run::new(7)).unwrap();
-            let source = common::source(3, 8, 40, 900);
-            qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(7)).unwrap()
+            let model = common::model((0..3u8).map(|i| common::layer(i.into(), 8, 40, 900, false)));
+            compress().plan(&model, Run::new(7)).unwrap()
         })
     };
     let alone = plan(1);
@@ -131,19 +141,30 @@ fn the_same_seed_gives_the_same_plan_on_any_number_of_threads() {
 
 #[test]
 fn a_layers_front_does_not_depend_on_the_layers_before_it() {
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-    let all = qcqa.fronts(layers(), Run::new(7)).unwrap();
-    let changed = (0..3u8).map(|i| Ok(integer_layer(if i < 2 { 99 } else { i.into() }, 8, 2, 3)));
-    assert_eq!(qcqa.fronts(changed, Run::new(7)).unwrap()[2], all[2]);
+    let fronts = |model: &InMemory| compress().search(model, Run::new(7)).unwrap().fronts().to_vec();
+    let changed = (0..3u8).map(|i| integer_layer(if i < 2 { 99 } else { i.into() }, 8, 2, 3));
+    assert_eq!(fronts(&common::model(changed))[2], fronts(&model())[2]);
+}
+
+/// Layers of different numbers of heads are searched and planned side by side.
+#[test]
+fn layers_may_differ_in_heads() {
+    let model = common::model([8, 4, 6].map(|heads| integer_layer(heads as u64, heads, 2, 3)));
+    let compress = Compress::new(Preset::QcqaAc).optimizer(NSGA2).allocator(ExactAllocation);
+    let plan = compress.plan(&model, Run::new(1)).unwrap();
+    assert!(plan.kv_heads() <= 9 && plan.layers.iter().map(|l| l.groups.n_heads()).eq([8, 4, 6]));
+    let value = serde_json::to_value(&plan).unwrap();
+    assert_eq!(value["source"]["kv_heads"], serde_json::json!([8, 4, 6]));
+    assert_eq!(value["source"]["head_dim"], 2);
+    assert_eq!(serde_json::from_value::<Plan>(value).unwrap(), plan);
 }
 
 #[test]
 fn the_observer_is_told_and_can_stop() {
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-    let seen = RefCell::new(Vec::new());
+    let seen = Mutex::new(Vec::new());
     let watch = |progress: &Progress<'_>| {
         if progress.stage == "layers" {
-            seen.borrow_mut().push((progress.done, progress.total));
+            seen.lock().unwrap().push((progress.done, progress.total));
         }
         if progress.done == 2 && progress.stage == "layers" {
             ControlFlow::Break(())
@@ -151,32 +172,41 @@ fn the_observer_is_told_and_can_stop() {
             ControlFlow::Continue(())
         }
     };
-    let stopped = qcqa.fronts(layers(), Run::new(7).with_observer(&watch));
+    let (compress, model) = (compress(), model());
+    let stopped = compress.search(&model, Run::new(7).with_observer(&watch));
     assert!(matches!(stopped, Err(Error::Cancelled)));
-    assert_eq!(seen.into_inner(), [(0, 3), (1, 3), (2, 3)]);
+    drop(stopped);
+    assert_eq!(seen.into_inner().unwrap(), [(0, 3), (1, 3), (2, 3)]);
+}
+
+/// A model of which one layer cannot be read.
+#[derive(Debug)]
+struct Broken(InMemory);
+
+impl HeadSource for Broken {
+    fn architecture(&self) -> &Architecture {
+        self.0.architecture()
+    }
+
+    fn id(&self) -> Result<ModelId> {
+        self.0.id()
+    }
+
+    fn heads(&self, layer: usize) -> Result<Heads> {
+        if layer == 1 { Err(Error::plugin("unreadable")) } else { self.0.heads(layer) }
+    }
 }
 
 #[test]
-fn a_broken_layer_stops_it_and_a_wrong_source_is_noticed() {
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-    let broken = (0..3u8).map(|i| {
-        if i == 1 { Err(Error::plugin("unreadable")) } else { Ok(integer_layer(i.into(), 8, 2, 3)) }
-    });
-    assert_eq!(qcqa.fronts(broken, Run::new(7)).unwrap_err().to_string(), "unreadable");
-    let fronts = qcqa.fronts(layers(), Run::new(7)).unwrap();
-    let plan = |source| qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(7));
-    assert!(matches!(plan(common::source(2, 8, 2, 3)), Err(Error::LayerCount { expected: 2, found: 3, .. })));
-    assert!(matches!(plan(common::source(3, 4, 2, 3)), Err(Error::PlanInconsistent(_))));
-    assert!(matches!(
-        qcqa.plan(&fronts, Budget::Fraction(0.01), common::source(3, 8, 2, 3), Run::new(7)),
-        Err(Error::BudgetUnreachable { .. })
-    ));
+fn a_broken_layer_stops_it() {
+    let error = compress().plan(&Broken(model()), Run::new(7)).unwrap_err();
+    assert_eq!(error.to_string(), "unreadable");
+    assert!(matches!(plan(&compress(), 0.01), Err(Error::BudgetUnreachable { .. })));
 }
 
 #[test]
 fn plans_that_contradict_themselves_are_refused() {
-    let qcqa = Qcqa::new(Search::Optimizer(&NSGA2), &UniformAllocation);
-    let good = serde_json::to_value(plan(&qcqa, 0.5).unwrap()).unwrap();
+    let good = serde_json::to_value(plan(&compress(), 0.5).unwrap()).unwrap();
     let check = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut value = good.clone();
         change(&mut value);
@@ -189,7 +219,7 @@ fn plans_that_contradict_themselves_are_refused() {
         let error = check(change).unwrap_err();
         assert!(error.contains(words), "{error}");
     };
-    says(&|v| v["version"] = 2.into(), "version 2");
+    says(&|v| v["version"] = 3.into(), "version 3");
     says(
         &|v| v["layers"][0]["groups"] = serde_json::json!([[0, 1, 2], [3, 4, 5, 6]]),
         "layer 0 groups 7 heads",
@@ -206,6 +236,7 @@ fn plans_that_contradict_themselves_are_refused() {
     says(&|v| v["budget"]["kv_heads"] = 3.into(), "its budget says 3");
     says(&|v| v["extra"] = 1.into(), "extra");
     says(&|v| v["method"]["colour"] = 1.into(), "colour");
+    says(&|v| v["pooling"]["colour"] = 1.into(), "colour");
     says(
         &|v| {
             v["layers"].as_array_mut().unwrap().pop();
@@ -213,21 +244,25 @@ fn plans_that_contradict_themselves_are_refused() {
         "2 layers",
     );
     says(&|v| v["source"]["kv_heads"] = 0.into(), "0 KV heads");
+    says(&|v| v["source"]["kv_heads"] = serde_json::json!([8, 8]), "not one number of heads for each");
+    says(&|v| v["source"]["layers"] = (1u64 << 40).into(), "layers");
     // A refit runs on the text that the plan was made with; what files say is shown escaped and short.
     let fingerprint = format!("sha256:{}", "0f".repeat(32));
     let refit = |v: &mut serde_json::Value, name: &str| {
-        v["calibration"] = fingerprint.clone().into();
-        v["method"]["refit"] = name.into();
+        v["pooling"]["calibration"] = fingerprint.clone().into();
+        v["pooling"]["refit"] = name.into();
     };
-    for known in ["none", "output", "full"] {
+    for known in ["output", "full"] {
         assert_eq!(check(&|v| refit(v, known)), Ok(()));
     }
-    says(&|v| refit(v, "foo"), "no refit \"foo\"; known are none, output, full");
-    says(&|v| v["method"]["refit"] = "output".into(), "names no calibration");
-    assert_eq!(check(&|v| v["method"]["refit"] = "none".into()), Ok(()));
-    for wrong in ["\u{1b}[31mred", "sha256:00", &fingerprint.to_uppercase(), &fingerprint[7..]] {
-        says(&|v| v["calibration"] = wrong.into(), "64 hex digits");
+    says(&|v| refit(v, "foo"), "foo");
+    says(&|v| v["pooling"]["refit"] = "output".into(), "names no calibration");
+    for room in ["method", "pooling"] {
+        for wrong in ["\u{1b}[31mred", "sha256:00", &fingerprint.to_uppercase(), &fingerprint[7..]] {
+            says(&|v| v[room]["calibration"] = wrong.into(), "64 hex digits");
+        }
     }
-    let long = check(&|v| v["calibration"] = format!("\u{1b}{}", "x".repeat(9000)).into()).unwrap_err();
+    let long =
+        check(&|v| v["method"]["calibration"] = format!("\u{1b}{}", "x".repeat(9000)).into()).unwrap_err();
     assert!(long.len() < 300 && long.contains("\\u{1b}") && !long.contains('\u{1b}'), "{long}");
 }

@@ -2,19 +2,32 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::layer;
 use ndarray::Array3;
-use qcqa::{
-    Allocator, Budget, CostScale, Error, FirstHead, FitnessFn, Front, Grouping, Heads, KvPooler, LayerCosts,
-    LayerSelection, MeanPooler, Nsga2, Optimizer, Partition, Plan, Pooled, Projection, Qcqa, Result, Run,
-    Search, SearchSpace, SeparableFitness, UniformAllocation, UniformGqa, WeightSharingError,
-};
+use qcqa::allocator::{CostScale, LayerCosts, LayerSelection, UniformAllocation};
+use qcqa::budget::Budget;
+use qcqa::fitness::{FitnessKind, SeparableFitness, WeightSharing};
+use qcqa::front::Front;
+use qcqa::grouping::UniformGqa;
+use qcqa::heads::{Heads, InMemory, Needs, Pooled, Projection};
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::{Partition, SearchSpace};
+use qcqa::pipeline::{Compress, Search};
+use qcqa::plan::{Plan, SharedHeads};
+use qcqa::pooler::{FirstHead, MeanPooler};
+use qcqa::spec::Spec;
+use qcqa::{Allocator, Error, FitnessFn, Grouping, HeadSource, KvPooler, Optimizer, Result, Run};
 
 /// Every k-th head together.
 #[derive(Debug)]
 struct Strided;
 
 impl Grouping for Strided {
+    fn spec(&self) -> Spec {
+        Spec::new("strided")
+    }
     fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>> {
         if heads.n_heads() % k != 0 {
             return Ok(None);
@@ -64,6 +77,9 @@ impl SeparableFitness for NormRange {
 struct OnlyMqa;
 
 impl Optimizer for OnlyMqa {
+    fn spec(&self) -> Spec {
+        Spec::new("only-mqa")
+    }
     fn optimize(&self, fitness: &dyn FitnessFn, _: &SearchSpace, run: Run<'_>) -> Result<Front> {
         run.step("only mqa", 0, 1)?;
         let mut front = Front::new(fitness)?;
@@ -78,10 +94,13 @@ impl Optimizer for OnlyMqa {
 struct Zero;
 
 impl KvPooler for Zero {
+    fn spec(&self) -> Spec {
+        Spec::new("zero")
+    }
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         let (_, h, d) = heads.key().weight().dim();
         let zero = || Projection::new(Array3::zeros((partition.n_groups(), h, d)), None);
-        Ok(Pooled { key: zero()?, value: zero()?, query: None, output: None, output_bias: None })
+        Ok(Pooled::new(zero()?, zero()?))
     }
 }
 
@@ -90,6 +109,9 @@ impl KvPooler for Zero {
 struct LastLayer;
 
 impl Allocator for LastLayer {
+    fn spec(&self) -> Spec {
+        Spec::new("last-layer")
+    }
     fn allocate(&self, costs: &LayerCosts, kv_heads: usize, _: Run<'_>) -> Result<Vec<usize>> {
         let last = costs.n_layers() - 1;
         let mut ks: Vec<_> = (0..=last).map(|l| costs.n_heads(l)).collect();
@@ -100,28 +122,32 @@ impl Allocator for LastLayer {
     }
 }
 
-fn layers() -> impl ExactSizeIterator<Item = Result<Heads>> {
-    (0..3u8).map(|i| Ok(layer(i.into(), 6, 2, 5, false)))
+fn model() -> InMemory {
+    common::model((0..3u8).map(|i| layer(i.into(), 6, 2, 5, false)))
+}
+
+fn compress<'a>(search: Search) -> Compress<'a> {
+    Compress::custom(search, Arc::new(WeightSharing), Arc::new(MeanPooler)).budget(Budget::Heads(14))
 }
 
 #[test]
 fn every_search_meets_every_allocator() {
-    let optimizers: [Box<dyn Optimizer>; 2] = [Box::new(Nsga2::default()), Box::new(OnlyMqa)];
-    let groupings: [Box<dyn Grouping>; 2] = [Box::new(UniformGqa), Box::new(Strided)];
-    let allocators: [Box<dyn Allocator>; 3] =
-        [Box::new(UniformAllocation), Box::new(LayerSelection::default()), Box::new(LastLayer)];
-    let searches = optimizers.iter().map(|o| Search::Optimizer(o.as_ref()));
-    for search in searches.chain(groupings.iter().map(|g| Search::Grouping(g.as_ref()))) {
+    let optimizers: [Arc<dyn Optimizer>; 2] = [Arc::new(Nsga2::default()), Arc::new(OnlyMqa)];
+    let groupings: [Arc<dyn Grouping>; 2] = [Arc::new(UniformGqa), Arc::new(Strided)];
+    let allocators: [Arc<dyn Allocator>; 3] =
+        [Arc::new(UniformAllocation), Arc::new(LayerSelection::default()), Arc::new(LastLayer)];
+    let (model, searches) = (model(), optimizers.map(Search::Optimizer));
+    for search in searches.into_iter().chain(groupings.map(Search::Grouping)) {
         for allocator in &allocators {
-            let qcqa = Qcqa::new(search, allocator.as_ref());
-            let fronts = qcqa.fronts(layers(), Run::new(1)).unwrap();
-            let plan =
-                qcqa.plan(&fronts, Budget::Heads(14), common::source(3, 6, 2, 5), Run::new(1)).unwrap();
+            let compress = compress(search.clone()).allocator(Arc::clone(allocator));
+            let plan = compress.plan(&model, Run::new(1)).unwrap();
             assert!(plan.kv_heads() <= 14);
             assert_eq!(plan.budget.kv_heads, plan.kv_heads());
+            assert_eq!(plan.method.search, [search.spec()]);
+            assert_eq!(plan.method.allocation, allocator.spec());
             // What a plan records is what the weights say.
-            for (heads, layer) in layers().zip(&plan.layers) {
-                let expected = common::plain_wse(&heads.unwrap(), &layer.groups);
+            for (i, layer) in plan.layers.iter().enumerate() {
+                let expected = common::plain_wse(&model.heads(i).unwrap(), &layer.groups);
                 assert!((layer.error - expected).abs() <= 1e-6 * expected);
             }
             let json = serde_json::to_string(&plan).unwrap();
@@ -130,20 +156,59 @@ fn every_search_meets_every_allocator() {
     }
 }
 
+/// Makes [`LargestGroup`] of every layer.
+#[derive(Debug)]
+struct LargestGroups;
+
+impl FitnessKind for LargestGroups {
+    fn spec(&self) -> Spec {
+        Spec::new("largest group")
+    }
+    fn of(&self, source: &dyn HeadSource, layer: usize) -> Result<Box<dyn FitnessFn>> {
+        Ok(Box::new(LargestGroup(source.heads(layer)?.n_heads())))
+    }
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
+}
+
 #[test]
 fn a_fitness_of_ones_own_drives_the_search() {
-    let make = |heads: &Heads| Ok(Box::new(LargestGroup(heads.n_heads())) as Box<dyn FitnessFn>);
-    let nsga2 = Nsga2::default();
-    let qcqa = Qcqa::new(Search::Optimizer(&nsga2), &UniformAllocation).with_fitness("largest group", &make);
-    let fronts = qcqa.fronts(layers(), Run::new(1)).unwrap();
-    assert!(fronts.iter().all(|f| f.error(2) == Some(2.0) && f.error(3) == Some(1.0)));
+    let (model, search) = (model(), Search::Optimizer(Arc::new(Nsga2::default())));
+    let compress = compress(search).fitness(LargestGroups).budget(Budget::Fraction(0.5));
+    let searched = compress.search(&model, Run::new(1));
     // It has no energy to take a share of, and says what to do about it.
-    let share = qcqa.plan(&fronts, Budget::Fraction(0.5), common::source(3, 6, 2, 5), Run::new(1));
+    let searched = searched.unwrap();
+    assert!(searched.fronts().iter().all(|f| f.error(2) == Some(2.0) && f.error(3) == Some(1.0)));
+    let share = searched.plan(Budget::Fraction(0.5), Run::new(1));
     assert!(matches!(share, Err(Error::NoEnergy { layer: 0 })));
-    let raw = qcqa.with_cost(CostScale::Raw);
-    let plan = raw.plan(&fronts, Budget::Fraction(0.5), common::source(3, 6, 2, 5), Run::new(1)).unwrap();
+    let plan = compress.clone().cost(CostScale::Raw).plan(&model, Run::new(1)).unwrap();
     assert_eq!(plan.group_counts(), [3, 3, 3]);
-    assert_eq!(plan.method.fitness, "largest group");
+    assert_eq!(plan.method.fitness.name(), "largest group");
+}
+
+/// A plan that names a pooler of somebody else's is obeyed with that one, and refused without.
+#[test]
+fn a_pooler_of_ones_own_is_named_and_asked_for() {
+    let (model, search) = (model(), Search::Grouping(Arc::new(UniformGqa)));
+    let plan = compress(search).pooler(Zero).plan(&model, Run::new(1)).unwrap();
+    assert_eq!(plan.pooling.pooler.name(), "zero");
+    let refused = SharedHeads::new(&plan, &model).unwrap_err().to_string();
+    assert!(refused.contains("no pooler \"zero\"") && refused.contains("mean"), "{refused}");
+    let shared = SharedHeads::with_pooler(&plan, &model, Box::new(Zero)).unwrap();
+    assert_eq!(shared.record(), plan);
+    let (_, pooled) = shared.layer(0).unwrap();
+    assert!(pooled.key.weight().iter().all(|&v| v == 0.0));
+    // Another one in its place is recorded.
+    let other = SharedHeads::with_pooler(&plan, &model, Box::new(MeanPooler)).unwrap();
+    assert_eq!(other.record().pooling.pooler, MeanPooler.spec());
+    assert_eq!(other.plan(), &plan);
+    assert!(matches!(other.layer(3), Err(Error::NoLayer { layer: 3, layers: 3 })));
+    let stranger = common::model([layer(9, 6, 2, 5, false)]);
+    assert!(matches!(
+        SharedHeads::with_pooler(&plan, &stranger, Box::new(Zero)),
+        Err(Error::PlanSource { field: "number of layers", .. })
+    ));
 }
 
 #[test]
@@ -191,13 +256,14 @@ fn a_plugins_own_error_comes_through() {
     #[derive(Debug)]
     struct Failing;
     impl Grouping for Failing {
+        fn spec(&self) -> Spec {
+            Spec::new("failing")
+        }
         fn group(&self, _: &Heads, _: usize) -> Result<Option<Partition>> {
             Err(Error::plugin("the moon is in the wrong phase"))
         }
     }
-    let heads = layer(0, 4, 2, 3, false);
-    let fitness = WeightSharingError::new(&heads).unwrap();
-    let error =
-        Search::Grouping(&Failing).front(&heads, &fitness, &SearchSpace::equal(), Run::new(0)).unwrap_err();
+    let search = Search::Grouping(Arc::new(Failing));
+    let error = compress(search).plan(&model(), Run::new(0)).unwrap_err();
     assert_eq!(error.to_string(), "the moon is in the wrong phase");
 }

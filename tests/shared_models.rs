@@ -9,9 +9,13 @@ use std::path::{Path, PathBuf};
 
 use common::plain_wse;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::{
-    Exact, FitnessFn, Front, Nsga2, Optimizer, Run, Search, SearchSpace, UniformGqa, Ward, WeightSharingError,
-};
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::grouping::UniformGqa;
+use qcqa::optimizer::{Exact, Nsga2, Ward};
+use qcqa::partition::SearchSpace;
+use qcqa::pipeline::Search;
+use qcqa::{FitnessFn, Optimizer, Run};
 
 /// The model of that name among the shared ones; `None`, said aloud, where there are none here.
 fn shared(name: &str) -> Option<PathBuf> {

@@ -357,6 +357,15 @@ impl Searched<'_> {
         self.allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)
     }
 
+    /// The plan within a budget under costs from elsewhere: `costs` holds what each k of each layer loses, under the limits
+    /// (see [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
+    ///
+    /// # Errors
+    /// As [`Searched::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
+    pub fn plan_with_costs(&self, costs: &LayerCosts, budget: Budget, run: Run<'_>) -> Result<Plan> {
+        self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)
+    }
+
     fn allocated(
         &self,
         allocator: &dyn Allocator,
@@ -367,6 +376,10 @@ impl Searched<'_> {
     ) -> Result<Plan> {
         let (compress, heads) = (self.compress, self.source.architecture().kv_heads());
         let budget = if compress.preset == Some(Preset::Mqa) { Budget::Heads(heads.len()) } else { budget };
+        if costs.n_layers() != heads.len() {
+            let (what, expected, found) = ("layer costs", heads.len(), costs.n_layers());
+            return Err(Error::LayerCount { what, expected, found });
+        }
         let most = budget.kv_heads(&heads)?;
         let ks = allocator.allocate(costs, most, run)?;
         let point = |(front, &k): (&Front, &usize)| {

@@ -7,7 +7,10 @@ use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::StandardNormal;
 use proptest::prelude::*;
-use qcqa::{Heads, Partition, Pooled, Projection, Residuals, Rotation};
+use qcqa::fitness::Residuals;
+use qcqa::heads::{Heads, Pooled, Projection};
+use qcqa::model::Rotation;
+use qcqa::partition::Partition;
 use rand_chacha::ChaCha8Rng;
 
 /// A layer to be made.

@@ -8,7 +8,8 @@ use ndarray::{Array2, Array3, Axis};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::{Distribution, StandardNormal, Uniform};
-use qcqa::{Heads, Partition, Projection, Source};
+use qcqa::heads::{Heads, InMemory, Projection};
+use qcqa::partition::Partition;
 use rand_chacha::ChaCha8Rng;
 
 /// A layer of Gaussian heads, with biases if asked for.
@@ -72,16 +73,7 @@ pub fn all_partitions(n: usize) -> Vec<Partition> {
     found
 }
 
-/// What a plan says of tensors without a checkpoint.
-pub fn source(layers: usize, heads: usize, head_dim: usize, hidden: usize) -> Source {
-    Source {
-        model_type: "raw".into(),
-        layers,
-        query_heads: heads,
-        kv_heads: heads,
-        head_dim,
-        hidden,
-        dtype: "f32".into(),
-        fingerprint: None,
-    }
+/// A model of these layers.
+pub fn model(layers: impl IntoIterator<Item = Heads>) -> InMemory {
+    InMemory::new(layers.into_iter().collect()).unwrap()
 }

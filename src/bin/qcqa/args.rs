@@ -220,7 +220,8 @@ impl Asked {
         let [optimizer] = &self.options.optimizer[..] else {
             return Err(CliError::usage("one --optimizer at a time, but for compare"));
         };
-        let compress = self.options.compress(method, optimizer, target, calibration)?.budget(self.budget(method)?);
+        let compress =
+            self.options.compress(method, optimizer, target, calibration)?.budget(self.budget(method)?);
         Ok(match self.refit.asked() {
             Some(refit) => compress.refit(refit),
             None => compress,

@@ -102,7 +102,10 @@ pub(super) fn shared<'a>(
 }
 
 /// What is lost without a calibration, where the pooler would use one, or that one was given for nothing.
-pub(super) fn note(plan: &Plan, calibration: Option<&Calibration<'_>>) -> Result<Option<&'static str>, CliError> {
+pub(super) fn note(
+    plan: &Plan,
+    calibration: Option<&Calibration<'_>>,
+) -> Result<Option<&'static str>, CliError> {
     let calibrated = POOLERS.make(&plan.pooling.pooler)?.needs().moment;
     Ok(match calibration {
         None if calibrated => Some(

@@ -12,8 +12,8 @@ use super::methods::{AllocationName, MethodName, OptimizerName, PoolerName, name
 use super::output::{bytes, evaluation_json, gap, group_counts, is_wse, kv_bytes, merge, percent, table};
 use super::plot::Curve;
 use crate::checkpoint::Checkpoint;
-use crate::runtime::Evaluation;
 use crate::plan::{LayerPlan, Plan};
+use crate::runtime::Evaluation;
 
 /// A line of the comparison.
 pub(super) struct Line<'a> {
@@ -80,7 +80,11 @@ fn wse(plan: &Plan, error: f64) -> String {
     if is_wse(plan) { format!("{error:.4}") } else { "-".into() }
 }
 
-pub(super) fn model_table(checkpoint: &Checkpoint, lines: &[Line<'_>], source: Option<&Evaluation>) -> String {
+pub(super) fn model_table(
+    checkpoint: &Checkpoint,
+    lines: &[Line<'_>],
+    source: Option<&Evaluation>,
+) -> String {
     let heads = checkpoint.architecture().kv_heads();
     let all: usize = heads.iter().sum();
     let before = lines.first().map_or(0, |line| kv_bytes(checkpoint, &line.plan).0);

@@ -31,7 +31,8 @@ impl CliError {
 /// An error that names the file.
 pub(super) fn about(path: &Path, error: impl Into<CliError>) -> CliError {
     let (name, mut error) = (path.display().to_string(), error.into());
-    let known = error.message.starts_with(&format!("{name}:")) || error.message.contains(&format!(" {name}:"));
+    let known =
+        error.message.starts_with(&format!("{name}:")) || error.message.contains(&format!(" {name}:"));
     if !known && error.code != 130 {
         error.message = format!("{name}: {}", error.message);
     }
@@ -55,7 +56,8 @@ impl From<Error> for CliError {
             },
             error => of_library(error),
         };
-        let message = [Some(error.to_string()), hint.map(str::to_string)].into_iter().flatten().collect::<Vec<_>>();
+        let message =
+            [Some(error.to_string()), hint.map(str::to_string)].into_iter().flatten().collect::<Vec<_>>();
         Self { message: message.join(" "), code, moment: matches!(error, Error::Moment { .. }) }
     }
 }
@@ -67,12 +69,18 @@ fn of_library(error: &Error) -> (u8, Option<&'static str>) {
         Error::UnknownPlugin { .. } | Error::UnknownSetting { .. } => (2, None),
         Error::TargetMethod { .. } => (
             2,
-            Some("(--target stock): use --method low-rank or qcqa-ec, or --target expanded (for evaluation: saves no memory)"),
+            Some(
+                "(--target stock): use --method low-rank or qcqa-ec, or --target expanded (for evaluation: saves no memory)",
+            ),
         ),
-        Error::NeedsText { .. } => (2, Some("(`--calibration TEXT`; without one `--allocation exact`, `--refit none`)")),
+        Error::NeedsText { .. } => {
+            (2, Some("(`--calibration TEXT`; without one `--allocation exact`, `--refit none`)"))
+        }
         Error::RefitPooler { .. } => (2, Some("(`--pooler low-rank` or `procrustes`)")),
         Error::PlanRefit { .. } => (2, Some("(`--calibration TEXT`)")),
-        Error::PlanCalibration { expected: Some(_), found: Some(_) } => (2, Some("(`--calibration-windows`)")),
+        Error::PlanCalibration { expected: Some(_), found: Some(_) } => {
+            (2, Some("(`--calibration-windows`)"))
+        }
         Error::PlanCalibration { expected: Some(_), .. } => (2, Some("(`--calibration FILE`)")),
         Error::PlanCalibration { .. } => (2, Some("(leave `--calibration` out)")),
         Error::Moment { .. } => (1, Some(AGAIN)),
