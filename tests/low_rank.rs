@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::attention::{
     Shape, divided, from_first, inputs, losses, map, read_side, rounding, rows, same_loss, second, sum,
     whole, with_parts,
@@ -12,10 +10,11 @@ use common::attention::{
 use ndarray::{Array1, Array2, Array3, Axis, arr2, s};
 use proptest::prelude::*;
 use qcqa::fitness::{LowRankError, Residuals};
-use qcqa::heads::{Heads, Pooled, Projection};
+use qcqa::heads::{Heads, Moment, Pooled, Projection};
 use qcqa::model::Rotation;
 use qcqa::partition::Partition;
 use qcqa::pooler::{LowRankPooler, MeanPooler, ProcrustesPooler};
+use qcqa::spec::Spec;
 use qcqa::{FitnessFn, KvPooler};
 
 const UNRIDGED: LowRankPooler = LowRankPooler { ridge: 0.0 };
@@ -51,7 +50,7 @@ proptest! {
     fn residuals_are_what_the_pooled_layer_loses((shape, partition) in divided(), ridged: bool) {
         let heads = shape.layer();
         let pooler = if ridged { LowRankPooler::default() } else { UNRIDGED };
-        let (fitness, c) = (LowRankError::of(&heads, pooler).unwrap(), second(&heads, pooler.ridge));
+        let (fitness, c) = (LowRankError::with_ridge(&heads, pooler.ridge).unwrap(), second(&heads, pooler.ridge));
         let pooled = pooler.pool(&heads, &partition).unwrap();
         pooled.check(&heads, &partition).unwrap();
         let lost = losses(&heads, &partition, &pooled, &c);
@@ -150,12 +149,12 @@ proptest! {
             Projection::new(ndarray::stack(Axis(0), &all).unwrap(), None).unwrap()
         };
         let (d, twice) = (shape.inputs, |i: usize| i.min(shape.inputs));
-        let c = Array2::from_shape_fn((d + 2, d + 2), |(i, j)| c[[twice(i), twice(j)]]);
+        let c = Array2::from_shape_fn((d + 2, d + 2), |(i, j)| c.matrix()[[twice(i), twice(j)]]);
         let output = heads.output().unwrap().to_owned();
         let inputs = Heads::new(wide(heads.key()), wide(heads.value())).unwrap();
         let inputs = inputs.with_queries(wide(heads.query().unwrap()), output).unwrap();
-        let inputs = inputs.with_rotation(shape.rotation).unwrap().with_moment(Arc::new(c)).unwrap();
-        let [a, b] = [&heads, &inputs].map(|heads| LowRankError::of(heads, UNRIDGED).unwrap());
+        let inputs = inputs.with_rotation(shape.rotation).unwrap().with_moment(Moment::new(c).unwrap()).unwrap();
+        let [a, b] = [&heads, &inputs].map(|heads| LowRankError::with_ridge(heads, UNRIDGED.ridge).unwrap());
         let Residuals { values, keys } = a.energies();
         for members in partition.groups() {
             let (a, b) = (a.residuals(&members).unwrap(), b.residuals(&members).unwrap());
@@ -171,6 +170,10 @@ proptest! {
 struct WeightsOnly(Heads);
 
 impl KvPooler for WeightsOnly {
+    fn spec(&self) -> Spec {
+        Spec::new("weights-only")
+    }
+
     fn pool(&self, _: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         UNRIDGED.pool(&self.0, partition)
     }
@@ -201,7 +204,7 @@ fn shares(heads: &Heads, pooler: &dyn KvPooler) -> [f64; 2] {
 }
 
 fn found(heads: &Heads) -> [f64; 2] {
-    let fitness = LowRankError::of(heads, UNRIDGED).unwrap();
+    let fitness = LowRankError::with_ridge(heads, UNRIDGED.ridge).unwrap();
     let all: Vec<_> = (0..heads.n_heads()).collect();
     let (lost, whole) = (fitness.residuals(&all).unwrap(), fitness.energies());
     [lost.values / whole.values, lost.keys / whole.keys]
@@ -324,7 +327,7 @@ fn the_losses_are_those_of_scores_and_outputs() {
                 lost.keys += error.mapv(|e| e * e).sum() / (8.0 * 144.0);
             }
         }
-        let residuals = LowRankError::of(&heads, UNRIDGED).unwrap().residuals(&[0, 2]).unwrap();
+        let residuals = LowRankError::with_ridge(&heads, UNRIDGED.ridge).unwrap().residuals(&[0, 2]).unwrap();
         same_loss(residuals, lost, rounding(&heads, &second(&heads, 0.0), lost));
     }
 }

@@ -3,15 +3,13 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use common::all_partitions;
 use common::attention::{
     Shape, inputs, losses, moment, rounding, rows, same_loss, second, sum, whole, with_parts,
 };
 use ndarray::{Array2, Array3, Axis, s};
 use qcqa::fitness::{LowRankError, Residuals};
-use qcqa::heads::{Heads, Projection};
+use qcqa::heads::{Heads, Moment, Pooled, Projection};
 use qcqa::model::Rotation;
 use qcqa::optimizer::{Exact, Ward};
 use qcqa::partition::{Partition, SearchSpace};
@@ -33,7 +31,7 @@ fn labels(labels: &[usize]) -> Partition {
 
 /// The layer measured on other inputs.
 fn on(heads: Heads, moment: Array2<f64>) -> Heads {
-    heads.with_moment(Arc::new(moment)).unwrap()
+    heads.with_moment(Moment::new(moment).unwrap()).unwrap()
 }
 
 /// Inputs that leave directions unseen: what is found is what is lost, and nothing is out of all bounds.
@@ -57,7 +55,7 @@ fn singular_moments_are_no_trouble() {
                 let pooled = pooler.pool(&heads, &partition).unwrap();
                 pooled.check(&heads, &partition).unwrap();
                 let expected = sum(&losses(&heads, &partition, &pooled, &c), &[0, 1, 3]);
-                let fitness = LowRankError::of(&heads, pooler).unwrap();
+                let fitness = LowRankError::with_ridge(&heads, pooler.ridge).unwrap();
                 let found = fitness.residuals(&[0, 1, 3]).unwrap();
                 same_loss(found, expected, rounding(&heads, &c, expected));
                 let error = fitness.evaluate(&partition).unwrap();
@@ -118,7 +116,7 @@ fn a_silent_head_costs_nothing() {
             *query = Projection::new(weight, bias).unwrap();
             output.slice_mut(s![1, .., ..]).fill(0.0);
         });
-        let fitness = LowRankError::of(&heads, UNRIDGED).unwrap();
+        let fitness = LowRankError::with_ridge(&heads, UNRIDGED.ridge).unwrap();
         let (lost, energies) = (fitness.residuals(&[0, 1]).unwrap(), fitness.energies());
         assert!(lost.values <= 1e-12 * energies.values && lost.keys <= 1e-12 * energies.keys);
         let partition = labels(&[0, 0, 1]);
@@ -151,13 +149,23 @@ fn what_is_no_moment_is_refused() {
         spoilt((d, d), 4.0),
         asymmetric,
     ];
+    let mut seen_late = 0;
     for rotation in ROTATIONS {
         let shape = Shape { rotation, tokens: None, biases: [true; 4], ..Shape::new(3, 4, d) };
         for (i, moment) in bad.iter().enumerate() {
-            let heads = on(shape.layer(), moment.clone());
+            let moment = match Moment::new(moment.clone()) {
+                // All but eigenvalues is seen at once.
+                Err(error) => {
+                    assert!(matches!(error, Error::Moment { layer: None, .. }), "{i}: {error}");
+                    continue;
+                }
+                Ok(moment) => moment,
+            };
+            let heads = shape.layer().with_moment(moment).unwrap();
+            seen_late += 1;
             let partition = labels(&[0, 0, 1]);
             let refused = [
-                LowRankError::of(&heads, UNRIDGED).map(|_| ()),
+                LowRankError::with_ridge(&heads, UNRIDGED.ridge).map(|_| ()),
                 UNRIDGED.pool(&heads, &partition).map(|_| ()),
                 ProcrustesPooler { ridge: 0.0, rounds: 2 }.pool(&heads, &partition).map(|_| ()),
             ];
@@ -168,6 +176,7 @@ fn what_is_no_moment_is_refused() {
         // The ridge makes up for a hair.
         LowRankError::new(&on(shape.layer(), spoilt((d, d), 1.0 + 1e-9))).unwrap();
     }
+    assert_eq!(seen_late, 2 * ROTATIONS.len(), "a negative eigenvalue, and one out of range");
 }
 
 #[test]
@@ -309,7 +318,7 @@ fn threads_change_nothing() {
     let shape = Shape { rotation: Rotation::HalfSplit { dims: 32 }, ..Shape::new(6, 64, 288) };
     let heads = shape.layer();
     let partition = labels(&[0; 6]);
-    let work = || -> (qcqa::Pooled, qcqa::Pooled, Vec<f64>) {
+    let work = || -> (Pooled, Pooled, Vec<f64>) {
         let fitness = LowRankError::new(&heads).unwrap();
         let proxy = fitness.separable().unwrap().pairwise_proxy().unwrap().into_iter().copied();
         let Residuals { values, keys } = fitness.residuals(&[0, 1, 2, 3, 4, 5]).unwrap();
@@ -333,6 +342,6 @@ fn outputs_need_not_be_as_many_as_inputs() {
     let pooled = UNRIDGED.pool(&narrow, &partition).unwrap();
     assert_eq!(pooled.output.as_ref().map(Array3::dim), Some((3, 2, 4)));
     let lost = sum(&losses(&narrow, &partition, &pooled, &second(&narrow, 0.0)), &[0, 1, 2]);
-    let found = LowRankError::of(&narrow, UNRIDGED).unwrap().residuals(&[0, 1, 2]).unwrap();
+    let found = LowRankError::with_ridge(&narrow, UNRIDGED.ridge).unwrap().residuals(&[0, 1, 2]).unwrap();
     same_loss(found, lost, rounding(&narrow, &second(&narrow, 0.0), lost));
 }

@@ -95,11 +95,11 @@ fn group_counts_and_admission_agree_with_enumeration() {
 
 #[test]
 fn budgets_are_upper_bounds_and_hostile_ones_are_refused() {
-    let heads = |budget: Budget| budget.kv_heads(4, 8);
+    let heads = |budget: Budget| budget.kv_heads(&[8; 4]);
     assert_eq!(heads(Budget::Fraction(0.5)).unwrap(), 16);
     assert_eq!(heads(Budget::Fraction(0.49)).unwrap(), 15);
     assert_eq!(heads(Budget::Fraction(1.0)).unwrap(), 32);
-    assert_eq!(Budget::Fraction(0.29).kv_heads(10, 10).unwrap(), 29);
+    assert_eq!(Budget::Fraction(0.29).kv_heads(&[10; 10]).unwrap(), 29);
     assert_eq!(heads(Budget::Heads(5)).unwrap(), 5);
     for bad in [0.0, -0.5, 1.01, f64::NAN, f64::INFINITY] {
         assert!(matches!(heads(Budget::Fraction(bad)), Err(Error::BudgetRange(_))), "{bad}");

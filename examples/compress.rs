@@ -1,0 +1,32 @@
+//! The main job of the README in ten lines: what `qcqa compress` does, from a program.
+//!
+//! `cargo run --release --features runtime --example compress -- tests/data/novels-1m tests/data/novels-1m/calibration.txt target/half`
+
+use std::path::Path;
+
+use qcqa::budget::Budget;
+use qcqa::calibration::Calibration;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::WriteOptions;
+use qcqa::pipeline::{Compress, Preset};
+use qcqa::targets::Stock;
+use qcqa::{Result, Run};
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().collect();
+    let [_, model, text, out] = &args[..] else {
+        return Err(qcqa::Error::plugin("usage: compress MODEL TEXT OUT"));
+    };
+    let windows = std::env::var("WINDOWS").ok().and_then(|n| n.parse().ok()).unwrap_or(128);
+
+    let (model, run) = (Checkpoint::open(model)?, Run::new(0));
+    let text = Calibration::text(&model, Path::new(text), windows, run)?;
+    let compress =
+        Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock).calibration(&text);
+    let compressed = compress.run(&model, run)?;
+    if let Some(effect) = &compressed.effect {
+        println!("perplexity {:.2} → {:.2}", effect.before.perplexity(), effect.after.perplexity());
+    }
+    compressed.write(Path::new(out), WriteOptions::default(), run)?;
+    Ok(())
+}
