@@ -5,7 +5,7 @@
 use ndarray::Array3;
 use qcqa::{
     Allocator, CostScale, Error, ExactAllocation, FitnessFn, Heads, LayerCosts, LayerSelection, Limits,
-    Projection, Qcqa, Result, Run, Search, UniformAllocation, Ward, WeightSharingError, ndarray,
+    LocalSearch, Projection, Qcqa, Result, Run, Search, UniformAllocation, WeightSharingError, ndarray,
 };
 
 /// Starts without sharing and lowers the k whose cost rises least.
@@ -36,9 +36,9 @@ fn main() -> Result<()> {
         });
         Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)
     };
-    let ward = Ward::default();
+    let local = LocalSearch::default();
     let fronts =
-        Qcqa::new(Search::Optimizer(&ward), &UniformAllocation).fronts((0..4).map(layer), Run::new(0))?;
+        Qcqa::new(Search::Optimizer(&local), &UniformAllocation).fronts((0..4).map(layer), Run::new(0))?;
     let costs = LayerCosts::new(&fronts, CostScale::EnergyShare, &Limits::default())?;
     let allocators: [&dyn Allocator; 4] =
         [&UniformAllocation, &LayerSelection::default(), &Greedy, &ExactAllocation];

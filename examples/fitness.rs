@@ -4,8 +4,8 @@
 
 use ndarray::{Array2, Array3, Axis};
 use qcqa::{
-    Error, Exact, FitnessFn, Heads, Optimizer, Partition, Projection, Result, Run, SearchSpace,
-    SeparableFitness, Ward, ndarray,
+    Error, Exact, FitnessFn, Heads, LocalSearch, Optimizer, Partition, Projection, Result, Run, SearchSpace,
+    SeparableFitness, ndarray,
 };
 
 /// The largest distance between two keys of a group, summed over the groups.
@@ -53,7 +53,7 @@ fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((8, 2, 6), |(i, r, c)| ((5 * i + 7 * r + 3 * c) % 13) as f32);
     let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let fitness = KeyDiameter::new(&heads);
-    for optimizer in [&Ward::default() as &dyn Optimizer, &Exact::default()] {
+    for optimizer in [&LocalSearch::default() as &dyn Optimizer, &Exact::default()] {
         let front = optimizer.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
         for point in front.iter() {
             println!("{optimizer:?} k = {}: {:6.2}", point.partition.n_groups(), point.error);

@@ -123,7 +123,7 @@ pub enum Error {
     },
     /// An exact search of a layer with more heads than it accepts.
     #[error(
-        "exact search takes up to {max} heads, the layer has {n_heads}; use Ward, or raise the limit (each head triples the time)"
+        "exact search takes up to {max} heads, the layer has {n_heads}; use LocalSearch, or raise the limit (each head triples the time)"
     )]
     TooManyHeads {
         /// Heads of the layer.
@@ -132,7 +132,7 @@ pub enum Error {
         max: usize,
     },
     /// An optimizer that builds on groups was given a fitness that is not a sum over groups.
-    #[error("{optimizer} needs a fitness that is a sum over groups; use Ward or Nsga2")]
+    #[error("{optimizer} needs a fitness that is a sum over groups; use LocalSearch or Nsga2")]
     NotSeparable {
         /// The optimizer.
         optimizer: &'static str,

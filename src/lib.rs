@@ -21,7 +21,7 @@
 //! |---|---|---|
 //! | [`Grouping`] | groups by a rule | [`UniformGqa`] (k = 1 is MQA), [`KeyNorm`] |
 //! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`], `LowRankError` |
-//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`Ward`], [`Exact`] |
+//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`LocalSearch`], [`Exact`] |
 //! | [`Allocator`] | k of every layer | [`UniformAllocation`], [`LayerSelection`] (the paper), [`ExactAllocation`] |
 //! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`], `LowRankPooler`, `ProcrustesPooler` |
 //!
@@ -124,7 +124,7 @@ pub use heads::{Heads, Pooled, Projection, Rotation};
 #[cfg(feature = "linalg")]
 #[cfg_attr(docsrs, doc(cfg(feature = "linalg")))]
 pub use optimizer::spectral_bounds;
-pub use optimizer::{Exact, Nsga2, Optimizer, Ward, attach_bounds, nearest_bounds};
+pub use optimizer::{Exact, LocalSearch, Nsga2, Optimizer, attach_bounds, nearest_bounds};
 pub use partition::{Cardinality, Partition, SearchSpace};
 pub use pipeline::{MakeFitness, Qcqa, Search, optimize_layers};
 pub use plan::{LayerPlan, Method, Plan, PlanBudget, Source};

@@ -75,7 +75,7 @@ proptest! {
         let fitness = fitness_of(points);
         let k = points.len() / 2;
         let space = SearchSpace::equal();
-        let mut found = qcqa::Ward::default().optimize(&fitness, &space, Run::new(0)).unwrap();
+        let mut found = qcqa::LocalSearch::default().optimize(&fitness, &space, Run::new(0)).unwrap();
         let least = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap().error(k).unwrap();
         prop_assert!((found.error(k).unwrap() - least).abs() <= 1e-12 * least);
         attach_bounds(&mut found, &fitness, &space).unwrap();

@@ -59,12 +59,13 @@ pub(super) enum MethodName {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum OptimizerName {
-    /// Exact up to 12 heads (8 for low-rank), ward above
+    /// Exact up to 12 heads (8 for low-rank), local above
     Auto,
     /// The optimum, up to 16 heads
     Exact,
-    /// Agglomeration and local search
-    Ward,
+    /// Iterated local search, which starts from Ward's agglomeration
+    #[value(alias = "ward")]
+    Local,
     /// The paper's genetic search
     Nsga2,
 }

@@ -6,8 +6,8 @@ use crate::checkpoint::{Checkpoint, targets};
 use crate::runtime::{Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model};
 use crate::{
     Allocator, Budget, Cardinality, CostScale, Error, Exact, ExactAllocation, FitnessFn, Front, Grouping,
-    Heads, KeyNorm, KvPooler, LayerPlan, LayerSelection, Limits, LowRankError, Nsga2, Optimizer, Partition,
-    Plan, Qcqa, Run, Search, SearchSpace, UniformAllocation, UniformGqa, Ward, WeightSharingError,
+    Heads, KeyNorm, KvPooler, LayerPlan, LayerSelection, Limits, LocalSearch, LowRankError, Nsga2, Optimizer,
+    Partition, Plan, Qcqa, Run, Search, SearchSpace, UniformAllocation, UniformGqa, WeightSharingError,
     optimize_layers,
 };
 
@@ -64,7 +64,7 @@ impl<'a> Resolved<'a> {
         };
         let search: Box<dyn Optimizer> = match optimizer {
             OptimizerName::Auto if checkpoint.config().kv_heads <= cheap => Box::new(Exact::default()),
-            OptimizerName::Auto | OptimizerName::Ward => Box::new(Ward::default()),
+            OptimizerName::Auto | OptimizerName::Local => Box::new(LocalSearch::default()),
             OptimizerName::Exact => Box::new(Exact::default()),
             OptimizerName::Nsga2 => Box::new(nsga2),
         };

@@ -70,7 +70,7 @@ pub trait SeparableFitness: FitnessFn {
         1.0 / size as f64
     }
 
-    /// What a group of `size` heads costs of the questions that [`Ward`](crate::Ward) may ask: 1 where all are cheap.
+    /// What a group of `size` heads costs of the questions that [`LocalSearch`](crate::LocalSearch) may ask: 1 where all are cheap.
     fn group_cost(&self, _size: usize) -> u64 {
         1
     }

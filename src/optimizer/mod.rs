@@ -2,9 +2,9 @@
 
 mod bounds;
 mod exact;
+mod local_search;
 mod matching;
 mod nsga2;
-mod ward;
 
 use std::fmt::Debug;
 
@@ -15,9 +15,9 @@ use crate::{Front, Result, Run, SearchSpace};
 pub use bounds::spectral_bounds;
 pub use bounds::{attach_bounds, nearest_bounds};
 pub use exact::Exact;
+pub use local_search::LocalSearch;
 pub use nsga2::Nsga2;
 pub(crate) use nsga2::engine;
-pub use ward::Ward;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
 pub trait Optimizer: Debug + Send + Sync {

@@ -10,7 +10,7 @@ type Members = Box<[u64]>;
 /// A partition scored by asking the fitness: for groups, remembered by their heads, where it is a sum over groups,
 /// else for whole partitions, remembered too.
 #[derive(Debug)]
-pub(super) struct Asked<'a> {
+pub(super) struct Queried<'a> {
     fitness: &'a dyn FitnessFn,
     separable: Option<&'a dyn SeparableFitness>,
     group_errors: HashMap<Members, f64>,
@@ -26,7 +26,7 @@ pub(super) struct Asked<'a> {
     errors: Vec<f64>,
 }
 
-impl<'a> Asked<'a> {
+impl<'a> Queried<'a> {
     pub(super) fn new(fitness: &'a dyn FitnessFn, evaluations: u64) -> Self {
         Self {
             fitness,
@@ -155,7 +155,7 @@ fn listed(members: &Members) -> Vec<usize> {
     members.iter().enumerate().flat_map(heads).collect()
 }
 
-impl Moves for Asked<'_> {
+impl Moves for Queried<'_> {
     fn groups(&self) -> &Groups {
         &self.groups
     }

@@ -1,16 +1,16 @@
 //! Clustering: agglomeration, local search, iterated local search.
 
-mod asked;
 mod moves;
 mod pairs;
+mod queried;
 
 use ndarray::ArrayView2;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use self::asked::Asked;
 use self::moves::{Moves, descend, fuse, split};
 use self::pairs::Pairs;
+use self::queried::Queried;
 use super::Optimizer;
 use crate::fitness::{FitnessFn, SeparableFitness};
 use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
@@ -22,7 +22,7 @@ use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
 /// improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k
 /// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; heads of
 /// one group go to another together where the first alone would lose (a chain of moves, as in Kernighan & Lin 1970,
-/// doi:10.1002/j.1538-7305.1970.tb01770.x); and, where [`rounds`](Ward::rounds) ask for it, all is shaken and improved
+/// doi:10.1002/j.1538-7305.1970.tb01770.x); and, where [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved
 /// again (iterated local search, Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
 /// minimum-weight perfect matchings: exact with the feature `matching`.
 ///
@@ -30,7 +30,7 @@ use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
 /// O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the errors of all
 /// pairs of heads, and is asked for groups (once each), or for whole partitions where it is not a sum over groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ward {
+pub struct LocalSearch {
     /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at every
     /// fourth number of groups where their sizes are arbitrary.
     pub rounds: usize,
@@ -39,33 +39,33 @@ pub struct Ward {
     pub evaluations: u64,
 }
 
-impl Default for Ward {
+impl Default for LocalSearch {
     /// Local search alone: below a millisecond for 32 heads.
     fn default() -> Self {
         Self { rounds: 0, evaluations: 20_000 }
     }
 }
 
-impl Ward {
+impl LocalSearch {
     /// With 200 rounds of iterated local search: a hundred times slower, and nearly always optimal.
     pub fn thorough() -> Self {
         Self { rounds: 200, ..Self::default() }
     }
 }
 
-impl Optimizer for Ward {
+impl Optimizer for LocalSearch {
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         let front = Front::new(fitness)?;
         let counts = space.group_counts(fitness.n_heads())?;
         let separable = fitness.separable();
         let exact = separable.and_then(|s| s.pairwise());
         let rounds = if exact.is_some() { self.rounds } else { 0 };
-        let mut asked = Asked::new(fitness, self.evaluations);
+        let mut queried = Queried::new(fitness, self.evaluations);
         let proxy;
         let distances = match exact.or_else(|| separable.and_then(SeparableFitness::pairwise_proxy)) {
             Some(distances) => distances,
             None => {
-                proxy = asked.pair_distances()?;
+                proxy = queried.pair_distances()?;
                 proxy.view()
             }
         };
@@ -80,7 +80,7 @@ impl Optimizer for Ward {
         if exact.is_some() {
             return finish(front, fitness, &counts, &best);
         }
-        let mut search = Search::new(asked, space, &counts, run);
+        let mut search = Search::new(queried, space, &counts, run);
         search.adopt(&best)?;
         search.all(self.rounds)?;
         finish(front, fitness, &counts, &search.best)
@@ -92,7 +92,7 @@ fn finish(
     mut front: Front,
     fitness: &dyn FitnessFn,
     counts: &[usize],
-    best: &[Option<Found>],
+    best: &[Option<Candidate>],
 ) -> Result<Front> {
     for found in counts.iter().filter_map(|&k| best[k].as_ref()) {
         let partition = Partition::canonical(found.labels.clone().into(), found.labels.len());
@@ -103,7 +103,7 @@ fn finish(
 
 /// A partition and its error, as the search keeps it.
 #[derive(Debug, Clone)]
-struct Found {
+struct Candidate {
     error: f64,
     labels: Vec<u16>,
     /// Whether it was fused, and split, already.
@@ -116,7 +116,7 @@ struct Found {
 struct Search<'a, M> {
     moves: M,
     /// `best[k]`.
-    best: Vec<Option<Found>>,
+    best: Vec<Option<Candidate>>,
     /// The numbers of groups below H that are wanted, ascending.
     counts: Vec<usize>,
     cardinality: Cardinality,
@@ -137,7 +137,7 @@ impl<'a, M: Moves> Search<'a, M> {
         let n_heads = counts[counts.len() - 1];
         let labels = (0..n_heads).map(|head| head as u16).collect();
         let mut best = vec![None; n_heads + 1];
-        best[n_heads] = Some(Found { error: 0.0, labels, fused: false, split: false });
+        best[n_heads] = Some(Candidate { error: 0.0, labels, fused: false, split: false });
         let counts = counts[..counts.len() - 1].to_vec();
         let cap = space.size_at_most(n_heads);
         Self { moves, best, counts, cardinality: space.cardinality, n_heads, cap, rng: run.rng(), run }
@@ -169,13 +169,13 @@ impl<'a, M: Moves> Search<'a, M> {
                 found.labels.clone_from(labels);
             }
             Some(_) => return false,
-            none => *none = Some(Found { error, labels: labels.clone(), fused: false, split: false }),
+            none => *none = Some(Candidate { error, labels: labels.clone(), fused: false, split: false }),
         }
         true
     }
 
     /// Takes over partitions found with another measure, improved by this one; each may ask its share.
-    fn adopt(&mut self, best: &[Option<Found>]) -> Result<()> {
+    fn adopt(&mut self, best: &[Option<Candidate>]) -> Result<()> {
         for (i, k) in self.counts.clone().into_iter().enumerate() {
             if let Some(found) = &best[k] {
                 self.moves.ration(self.counts.len() - i);
@@ -212,7 +212,7 @@ impl<'a, M: Moves> Search<'a, M> {
             if self.cardinality == Cardinality::Arbitrary {
                 self.local()?;
             }
-            self.run.step("ward", course as u64 + 1, courses as u64)?;
+            self.run.step("local", course as u64 + 1, courses as u64)?;
         }
         Ok(())
     }
@@ -261,7 +261,7 @@ impl<'a, M: Moves> Search<'a, M> {
                 descend(&mut self.moves, true)?;
             }
             found |= self.offer();
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(found)
     }
@@ -294,7 +294,7 @@ impl<'a, M: Moves> Search<'a, M> {
             split(&mut self.moves)?;
             descend(&mut self.moves, true)?;
             found |= self.offer();
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(found)
     }
@@ -310,7 +310,7 @@ impl<'a, M: Moves> Search<'a, M> {
             descend(&mut self.moves, true)?;
             self.offer();
         }
-        self.run.step("ward", 0, 1)
+        self.run.step("local", 0, 1)
     }
 
     /// Iterated local search at every k: a few random moves, a descent, back when that is not better.
@@ -331,7 +331,7 @@ impl<'a, M: Moves> Search<'a, M> {
                     return Ok(());
                 }
             }
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(())
     }
@@ -349,7 +349,7 @@ impl<'a, M: Moves> Search<'a, M> {
                 descend(&mut self.moves, true)?;
                 self.offer();
             }
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(())
     }

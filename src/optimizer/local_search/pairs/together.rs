@@ -117,7 +117,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::optimizer::ward::moves::{Moves, descend, fuse};
+    use crate::optimizer::local_search::moves::{Moves, descend, fuse};
 
     /// Squared distances of points in the plane.
     fn distances(points: &[(f64, f64)]) -> Array2<f64> {
