@@ -91,6 +91,7 @@ pub mod checkpoint;
 #[doc(hidden)]
 pub mod cli;
 mod error;
+mod evolution;
 mod fitness;
 mod front;
 mod grouping;

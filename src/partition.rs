@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// An assignment of every KV head of a layer to one group; illegal ones cannot be built.
 ///
@@ -16,24 +16,6 @@ use crate::{Error, Result};
 pub struct Partition {
     n_groups: u16,
     labels: Box<[u16]>,
-}
-
-/// Some labels to work with, up to 128 on the stack: an allocation would take longer than the work.
-pub(crate) struct Scratch {
-    few: [u16; 128],
-    many: Vec<u16>,
-    len: usize,
-}
-
-impl Scratch {
-    pub(crate) fn new(len: usize, label: u16) -> Self {
-        let few = [label; 128];
-        Self { many: if len > few.len() { vec![label; len] } else { Vec::new() }, few, len }
-    }
-
-    pub(crate) fn as_mut(&mut self) -> &mut [u16] {
-        self.few.get_mut(..self.len).unwrap_or(&mut self.many)
-    }
 }
 
 /// A label that has no canonical one yet.
@@ -107,16 +89,15 @@ impl Partition {
 
     /// The partition of labels below `bound`: the searches' fast road in.
     pub(crate) fn canonical(mut labels: Box<[u16]>, bound: usize) -> Self {
-        let mut new_label = Scratch::new(bound, UNSEEN);
-        let new_label = new_label.as_mut();
+        let mut new_label = vec![UNSEEN; bound];
         let mut n_groups = 0;
         for label in &mut labels {
-            // Selections, no branch: which label is new cannot be predicted.
+            // No branch: which label is new cannot be predicted, and a wrong guess takes longer than the rest.
             let new = &mut new_label[usize::from(*label)];
             let unseen = *new == UNSEEN;
-            *label = if unseen { n_groups } else { *new };
-            *new = *label;
+            *new = if unseen { n_groups } else { *new };
             n_groups += u16::from(unseen);
+            *label = *new;
         }
         Self { n_groups, labels }
     }

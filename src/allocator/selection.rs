@@ -2,8 +2,9 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Allocator, LayerCosts};
-use crate::optimizer::engine::{Problem, Settings, evolve};
-use crate::{Result, Run};
+use crate::error::Result;
+use crate::evolution::{Problem, Settings, evolve};
+use crate::run::Run;
 
 /// The paper's stage 2 (arXiv 2406.10247, Algorithm 2): every layer either has k groups or stays MHA.
 ///

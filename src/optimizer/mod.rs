@@ -17,7 +17,6 @@ pub use bounds::{attach_bounds, nearest_bounds};
 pub use exact::Exact;
 pub use local_search::LocalSearch;
 pub use nsga2::Nsga2;
-pub(crate) use nsga2::engine;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
 pub trait Optimizer: Debug + Send + Sync {

@@ -180,7 +180,6 @@ impl<'a, M: Moves> Search<'a, M> {
             if let Some(found) = &best[k] {
                 self.moves.ration(self.counts.len() - i);
                 self.moves.load(&found.labels, k, self.cap(k))?;
-                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
@@ -253,10 +252,6 @@ impl<'a, M: Moves> Search<'a, M> {
             }
             self.load(k + 1, self.cap)?;
             fuse(&mut self.moves)?;
-            if k == most {
-                // What was only joined is not settled.
-                self.moves.groups_mut().unsettle();
-            }
             if k <= most {
                 descend(&mut self.moves, true)?;
             }
@@ -306,7 +301,6 @@ impl<'a, M: Moves> Search<'a, M> {
             while self.moves.groups().n_groups() > k {
                 fuse(&mut self.moves)?;
             }
-            self.moves.groups_mut().unsettle();
             descend(&mut self.moves, true)?;
             self.offer();
         }
@@ -379,7 +373,6 @@ impl Search<'_, Pairs> {
         if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
             if let Some(labels) = crate::optimizer::matching::pairs(distances) {
                 self.moves.load(&labels, k, 2)?;
-                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, true)?;
                 self.offer();
             }

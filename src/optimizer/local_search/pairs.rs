@@ -81,19 +81,6 @@ impl Pairs {
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
-    /// The relocation of `head` with the least change to a group that changed.
-    fn best_fresh_relocation(&self, head: usize, from: usize) -> (f64, usize) {
-        let mut best = (f64::INFINITY, from);
-        for &to in &self.groups.fresh {
-            let to = usize::from(to);
-            let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
-            if paid < best.0 {
-                best = (paid, to);
-            }
-        }
-        (best.0 - self.saved(head, from), best.1)
-    }
-
     fn refresh(&mut self, group: usize) {
         let size = self.groups.sizes[group];
         if size <= 1 {
@@ -109,10 +96,6 @@ impl Pairs {
 impl Moves for Pairs {
     fn groups(&self) -> &Groups {
         &self.groups
-    }
-
-    fn groups_mut(&mut self) -> &mut Groups {
-        &mut self.groups
     }
 
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
@@ -148,7 +131,6 @@ impl Moves for Pairs {
                 self.relocate(head, usize::from(label))?;
             }
         }
-        self.groups.settle();
         Ok(())
     }
 
@@ -268,9 +250,6 @@ impl Moves for Pairs {
         if self.groups.sizes[from] <= 1 {
             return Ok((f64::INFINITY, from));
         }
-        if !self.groups.is_fresh(from) {
-            return Ok(self.best_fresh_relocation(head, from));
-        }
         let k = self.groups.n_groups();
         let (sums, within) = (&self.sums[head * self.n..][..k], &self.within[..k]);
         let (joined, credit) = (&self.joined[..k], &self.credit[..k]);
@@ -292,12 +271,12 @@ impl Moves for Pairs {
         Ok((f64::INFINITY, from))
     }
 
-    fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
+    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)> {
         let (n, a) = (self.n, self.groups.of(i));
         let (row, in_a) = (&self.distances[i * n..][..n], &self.by_group[a * n..][..n]);
         let (sums, share, own) = (&self.sums[i * n..][..n], self.shares[a], self.sum(i, a));
         let mut best = (-self.tolerance, i);
-        for j in 0..n {
+        for j in first..n {
             let b = self.groups.of(j);
             let change = (in_a[j] - own - row[j]) * share
                 + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];

@@ -160,10 +160,6 @@ impl Moves for Queried<'_> {
         &self.groups
     }
 
-    fn groups_mut(&mut self) -> &mut Groups {
-        &mut self.groups
-    }
-
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
         self.groups.load(labels, n_groups, cap);
         self.members = vec![self.nobody(); n_groups];

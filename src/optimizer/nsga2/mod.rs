@@ -1,17 +1,18 @@
 //! The paper's stage 1: NSGA-II over partitions.
 
-pub(crate) mod engine;
-mod sort;
 mod variation;
 
 use rand_chacha::ChaCha8Rng;
 
-use self::engine::{Problem, Settings, evolve};
 use self::variation::Variation;
 use super::Optimizer;
+use crate::error::Result;
+use crate::evolution::{Problem, Settings, evolve};
 use crate::fitness::FitnessFn;
+use crate::front::Front;
 use crate::grouping::UniformGqa;
-use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
+use crate::partition::{Cardinality, Partition, SearchSpace};
+use crate::run::Run;
 
 /// NSGA-II over the partitions of one layer, objectives (k/H, error): stage 1 of QCQA (arXiv 2406.10247,
 /// Algorithm 1; NSGA-II: Deb et al. 2002, doi:10.1109/4235.996017).

@@ -160,7 +160,6 @@ mod tests {
             let (distances, n) = (distances(&points), points.len());
             let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
             pairs.load(&(0..n).map(|head| (head % k) as u16).collect::<Vec<_>>(), k, n).unwrap();
-            pairs.groups.unsettle();
             while pairs.groups.n_groups() > 1 {
                 descend(&mut pairs, true).unwrap();
                 check_settled(&pairs, &distances);
@@ -172,7 +171,6 @@ mod tests {
                 check_settled(&pairs, &distances);
                 let (k, labels) = (pairs.groups.n_groups(), &pairs.groups.labels);
                 prop_assert!((pairs.error() - error(&distances, labels, k)).abs() < 1e-9);
-                // Half of the heads at rest: what the next descent may skip.
                 pairs.load(&labels.clone(), k, n).unwrap();
                 fuse(&mut pairs).unwrap();
             }
@@ -186,7 +184,6 @@ mod tests {
         let distances = distances(&points);
         let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
         pairs.load(&[0, 0, 0, 0, 1, 1, 1], 2, 7).unwrap();
-        pairs.groups.unsettle();
         descend(&mut pairs, true).unwrap();
         let alone = pairs.groups.labels.clone();
         assert_eq!(alone, [0, 0, 0, 0, 1, 1, 1]);
