@@ -1,5 +1,5 @@
-//! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017): the engine that the search
-//! over partitions and the selection of layers share.
+//! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017): the engine that
+//! the search over partitions and the selection of layers share.
 
 mod sort;
 
@@ -77,7 +77,8 @@ impl Known {
 /// Evolves `first`, filled up with random individuals, and shows every individual to `visit` once evaluated.
 ///
 /// Variation is serial and evaluation may be parallel, so the threads do not change what is found. Only
-/// offspring are evaluated, and only ones that never were before; it ends early when none are left to be found.
+/// offspring are evaluated, and only ones that never were before; it ends early when none are left to be
+/// found.
 pub(crate) fn evolve<P: Problem>(
     problem: &P,
     first: Vec<P::Genome>,

@@ -9,9 +9,22 @@ use crate::partition::Partition;
 /// The weight-sharing error of the paper (arXiv 2406.10247):
 /// `WSE(P) = Σ_g Σ_{i∈g} ‖K_i − K̄_g‖² + ‖V_i − V̄_g‖²`, with `K̄_g`, `V̄_g` the group means.
 ///
-/// Evaluated from the squared distances `D_ij = ‖K_i − K_j‖² + ‖V_i − V_j‖²` alone, as
-/// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`: the weights are read once, then no evaluation depends on d or h. Biases count as
-/// one more input column. Unit: squared weights.
+/// Evaluated from the squared distances `D_ij = ‖K_i − K_j‖² + ‖V_i − V_j‖²` alone, as `Σ_g Σ_{i,j∈g} D_ij /
+/// 2|g|`: the weights are read once, then no evaluation depends on d or h. Biases count as one more input
+/// column. Unit: squared weights.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{FitnessFn, Partition, WeightSharingError};
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+/// let error = fitness.evaluate(&Partition::from_labels(&[0, 0, 1, 1])?)?;
+/// assert_eq!(error, 1.0); // two groups, each head ½ from its mean
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct WeightSharingError {
     distances: Array2<f64>,
@@ -25,21 +38,22 @@ impl WeightSharingError {
     /// The WSE of a layer, from its [`Heads`] or any other rows.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32; [`Error::HeadCount`].
+    /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32;
+    /// [`Error::HeadCount`].
     pub fn new(rows: &dyn HeadRows) -> Result<Self> {
         let (distances, energy) = squared_distances(rows)?;
         Self::from_distances(distances, energy)
     }
 
-    /// The same error on calibration data: of what the heads compute instead of what they are,
+    /// The weight-sharing error on calibration data: of what the heads compute instead of what they are,
     /// `Σ_g Σ_{i∈g} E‖(K_i − K̄_g) x‖² + E‖(V_i − V̄_g) x‖²` over the layer's inputs x.
     ///
-    /// With the input moment `C̃` of the layer, `D_ij = tr((K_i − K_j) C̃ (K_i − K_j)ᵀ)` and the same for values;
-    /// f64 throughout. Unit: squared keys and values.
+    /// With the input moment `C̃` of the layer, `D_ij = tr((K_i − K_j) C̃ (K_i − K_j)ᵀ)` and the same for
+    /// values; f64 throughout. Unit: squared keys and values.
     ///
     /// # Errors
-    /// [`Error::NoMoment`] when the layer carries none; [`Error::Moment`] when that is no second moment: some squared
-    /// distance would be negative.
+    /// [`Error::NoMoment`] when the layer carries none; [`Error::Moment`] when that is no second moment: some
+    /// squared distance would be negative.
     pub fn calibrated(heads: &Heads) -> Result<Self> {
         let moment = heads.moment().ok_or(Error::NoMoment)?;
         let n = heads.n_heads();
@@ -91,9 +105,9 @@ impl WeightSharingError {
         Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
     }
 
-    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head meets all earlier ones, those of other groups with
-    /// weight 0. The genetic search spends a quarter of its time here, so four sums run side by side and nothing
-    /// branches on the partition.
+    /// `Σ_g Σ_{i,j∈g} D_ij / 2|g|`, each pair once: every head meets all earlier ones, those of other groups
+    /// with weight 0. The genetic search spends a quarter of its time here, so four sums run side by side and
+    /// nothing branches on the partition.
     fn error_of(&self, partition: &Partition) -> Result<f64> {
         const LANES: usize = 4;
         if self.n_heads() > MANY {

@@ -8,8 +8,11 @@ mod nsga2;
 
 use std::fmt::Debug;
 
+use crate::error::Result;
 use crate::fitness::FitnessFn;
-use crate::{Front, Result, Run, SearchSpace};
+use crate::front::Front;
+use crate::partition::SearchSpace;
+use crate::run::Run;
 
 #[cfg(feature = "linalg")]
 pub use bounds::spectral_bounds;
@@ -19,10 +22,34 @@ pub use local_search::LocalSearch;
 pub use nsga2::Nsga2;
 
 /// A search for the best partition of a layer at every number of groups that the space holds.
+///
+/// An optimizer sees neither tensors nor files: it scores partitions by the fitness and offers them to a
+/// front.
+///
+/// ```
+/// use qcqa::{FitnessFn, Front, Optimizer, Partition, Result, Run, SearchSpace};
+///
+/// /// Neighbouring heads share, whatever that costs.
+/// #[derive(Debug)]
+/// struct Neighbours;
+///
+/// impl Optimizer for Neighbours {
+///     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, _: Run<'_>) -> Result<Front> {
+///         let mut front = Front::new(fitness)?;
+///         let n = fitness.n_heads();
+///         for k in space.group_counts(n)? {
+///             let labels: Vec<usize> = (0..n).map(|head| head * k / n).collect();
+///             let partition = Partition::from_labels(&labels)?;
+///             front.offer(&partition, fitness.evaluate(&partition)?)?;
+///         }
+///         Ok(front)
+///     }
+/// }
+/// ```
 pub trait Optimizer: Debug + Send + Sync {
     /// The best partition found for each k of the space; k = H, no sharing, always among them.
     ///
-    /// The same seed gives the same front on any number of threads.
+    /// A seed gives one front, on any number of threads.
     ///
     /// # Errors
     /// [`Error::Setting`](crate::Error::Setting) for settings out of range,

@@ -1,4 +1,4 @@
-//! Clustering: agglomeration, local search, iterated local search.
+//! Iterated local search from Ward's agglomeration.
 
 mod moves;
 mod pairs;
@@ -11,31 +11,50 @@ use rand_chacha::ChaCha8Rng;
 use self::moves::{Moves, descend, fuse, split};
 use self::pairs::Pairs;
 use self::queried::Queried;
-use super::Optimizer;
+use super::{Optimizer, matching};
+use crate::error::Result;
 use crate::fitness::{FitnessFn, SeparableFitness};
-use crate::{Cardinality, Front, Partition, Result, Run, SearchSpace};
+use crate::front::Front;
+use crate::partition::{Cardinality, Partition, SearchSpace};
+use crate::run::Run;
 
-/// Agglomeration and local search, for all numbers of groups in one go.
+/// Iterated local search that starts from Ward's agglomeration, for all numbers of groups in one go.
 ///
-/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads the
-/// cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition on the way
-/// improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k
-/// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; heads of
-/// one group go to another together where the first alone would lose (a chain of moves, as in Kernighan & Lin 1970,
-/// doi:10.1002/j.1538-7305.1970.tb01770.x); and, where [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved
-/// again (iterated local search, Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
-/// minimum-weight perfect matchings: exact with the feature `matching`.
+/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads
+/// the cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition
+/// on the way improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830).
+/// Then the best with k groups is split towards k + 1 and joined towards k − 1 and improved again, up and
+/// down until neither helps; heads of one group go to another together where the first alone would lose (a
+/// chain of moves, as in Kernighan & Lin 1970, doi:10.1002/j.1538-7305.1970.tb01770.x); and, where
+/// [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved again (iterated local search,
+/// Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal
+/// cardinality, k = H/2) are minimum-weight perfect matchings: exact with the feature `matching`.
 ///
-/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move takes
-/// O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the errors of all
-/// pairs of heads, and is asked for groups (once each), or for whole partitions where it is not a sum over groups.
+/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move
+/// takes O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the
+/// errors of all pairs of heads, and is asked for groups (once each), or for whole partitions where it is not
+/// a sum over groups.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{LocalSearch, Optimizer, Run, SearchSpace, WeightSharingError};
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+///
+/// let front = LocalSearch::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+/// assert_eq!(front.get(2).unwrap().partition.groups(), [[0, 1], [2, 3]]);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LocalSearch {
-    /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at every
-    /// fourth number of groups where their sizes are arbitrary.
+    /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at
+    /// every fourth number of groups where their sizes are arbitrary.
     pub rounds: usize,
-    /// The most questions to a fitness without pairwise distances, those aside that complete the front; a question counts
-    /// as [`group_cost`](SeparableFitness::group_cost) many.
+    /// The most questions to a fitness without pairwise distances, those aside that complete the front; one
+    /// about a group counts as [`group_cost`](SeparableFitness::group_cost) many.
     pub evaluations: u64,
 }
 
@@ -370,12 +389,11 @@ impl Search<'_, Pairs> {
     /// Equal groups of two are a matching, which has an exact answer.
     fn pairs_of_heads(&mut self, distances: ArrayView2<'_, f64>) -> Result<()> {
         let k = self.n_heads / 2;
-        if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
-            if let Some(labels) = crate::optimizer::matching::pairs(distances) {
-                self.moves.load(&labels, k, 2)?;
-                descend(&mut self.moves, true)?;
-                self.offer();
-            }
+        let wanted = self.cardinality == Cardinality::Equal && self.counts.contains(&k);
+        if let Some(labels) = wanted.then(|| matching::pairs(distances)).flatten() {
+            self.moves.load(&labels, k, 2)?;
+            descend(&mut self.moves, true)?;
+            self.offer();
         }
         Ok(())
     }

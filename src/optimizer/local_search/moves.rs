@@ -1,4 +1,4 @@
-use crate::Result;
+use crate::error::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
 #[derive(Debug, Clone, Default)]
@@ -204,7 +204,7 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
         }
         let mut swapped = false;
         for i in 0..if exchanges { n } else { 0 } {
-            // Until heads trade places, the earlier ones know already that nothing is to be gained with this one.
+            // Until heads trade places, the earlier ones have seen that they gain nothing with this one.
             let (change, j) = moves.best_exchange(i, if swapped { 0 } else { i + 1 })?;
             if change < -moves.tolerance() {
                 moves.swap(i, j)?;
@@ -217,8 +217,8 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     }
 }
 
-/// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt out
-/// to those with room.
+/// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt
+/// out to those with room.
 pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
     let k = moves.groups().n_groups();
     let (change, a, b) = moves.best_union()?;

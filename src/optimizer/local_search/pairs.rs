@@ -3,19 +3,19 @@ mod together;
 use ndarray::ArrayView2;
 
 use super::moves::{Groups, Moves};
-use crate::Result;
+use crate::error::Result;
 
 /// A partition scored by squared distances D: every change in O(1) from maintained sums.
 ///
-/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `c_|g| W_g`, `c_m = 1/m` where D is exact; head i
-/// joining it makes that `c_{|g|+1} (W_g + s_ig)`, leaving it `c_{|g|−1} (W_g − s_ig)`.
+/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `c_|g| W_g`, `c_m = 1/m` where D is
+/// exact; head i joining it makes that `c_{|g|+1} (W_g + s_ig)`, leaving it `c_{|g|−1} (W_g − s_ig)`.
 #[derive(Debug)]
 pub(super) struct Pairs {
     n: usize,
     distances: Vec<f64>,
     largest: f64,
     groups: Groups,
-    /// s, (head, group), and the same as (group, head): each loop reads along its rows.
+    /// s as (head, group) and as (group, head): each loop reads along its rows.
     sums: Vec<f64>,
     by_group: Vec<f64>,
     /// `c_|g|` of each group.
@@ -81,6 +81,23 @@ impl Pairs {
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
+    /// s and W from the definition.
+    fn sum_up(&mut self, labels: &[u16], n_groups: usize) {
+        let n = self.n;
+        self.by_group[..n_groups * n].fill(0.0);
+        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
+            let sums = &mut self.by_group[usize::from(label) * n..][..n];
+            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
+        }
+        self.within.fill(0.0);
+        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
+            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
+        }
+        for (head, &label) in labels.iter().enumerate() {
+            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        }
+    }
+
     fn refresh(&mut self, group: usize) {
         let size = self.groups.sizes[group];
         if size <= 1 {
@@ -102,23 +119,8 @@ impl Moves for Pairs {
         // What was found last is often what comes next: its sums are there.
         let known = self.groups.n_groups() == n_groups && self.groups.labels == labels;
         self.groups.load(labels, n_groups, cap);
-        if known {
-            (0..n_groups).for_each(|group| self.refresh(group));
-            self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
-            return Ok(());
-        }
-        let n = self.n;
-        self.by_group[..n_groups * n].fill(0.0);
-        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
-            let sums = &mut self.by_group[usize::from(label) * n..][..n];
-            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
-        }
-        self.within.fill(0.0);
-        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
-            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
-        }
-        for (head, &label) in labels.iter().enumerate() {
-            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        if !known {
+            self.sum_up(labels, n_groups);
         }
         (0..n_groups).for_each(|group| self.refresh(group));
         self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;

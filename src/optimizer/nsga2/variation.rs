@@ -194,8 +194,8 @@ fn toss(n: usize, rng: &mut ChaCha8Rng) -> Vec<u16> {
     coins
 }
 
-/// `a` where the coin shows 0, else `b`. A branch would be guessed wrong every other time: with one, the search took a
-/// seventh longer.
+/// `a` where the coin shows 0, else `b`. A branch would be guessed wrong every other time: with one, the
+/// search took a seventh longer.
 fn either(coin: u16, a: u16, b: u16) -> u16 {
     a.wrapping_add(b.wrapping_sub(a).wrapping_mul(coin))
 }

@@ -25,9 +25,9 @@ impl Pairs {
         best.1
     }
 
-    /// For every two groups the head that goes from one to the other at the least loss, then those that gain by
-    /// following it: the best such heads and where they go, if they gain. Two groups are shared out anew that way,
-    /// which takes several relocations of which the first loses.
+    /// For every two groups the head that goes from one to the other at the least loss, then those that gain
+    /// by following it: the best such heads and where they go, if they gain. Two groups are shared out anew
+    /// that way, which takes several relocations of which the first loses.
     pub(super) fn migration(&mut self) -> (usize, Vec<usize>) {
         let k = self.groups.n_groups();
         let (mut best, mut leaving) = ((-self.tolerance, 0, Vec::new()), Vec::with_capacity(self.n));
@@ -65,8 +65,8 @@ impl Pairs {
         self.members.extend((0..self.n).filter(|&head| self.groups.of(head) == group));
     }
 
-    /// `first` leaves `from`, whose members are listed, for the group `to` or for a new one; then the heads that
-    /// gain by following. What the error changes by; `leaving` are those heads.
+    /// `first` leaves `from`, whose members are listed, for the group `to` or for a new one; then the heads
+    /// that gain by following. What the error changes by; `leaving` are those heads.
     fn follow(&mut self, from: usize, to: Option<usize>, first: usize, leaving: &mut Vec<usize>) -> f64 {
         let mut staying = std::mem::take(&mut self.staying);
         staying.clone_from(&self.members);
