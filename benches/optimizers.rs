@@ -4,10 +4,11 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ndarray::Array2;
-use qcqa::{
-    Exact, ExactAllocation, LayerCosts, Optimizer, Run, SearchSpace, Ward, WeightSharingError, attach_bounds,
-    ndarray, nearest_bounds,
-};
+use qcqa::{Optimizer, Run, ndarray};
+use qcqa::allocator::{ExactAllocation, LayerCosts};
+use qcqa::fitness::WeightSharingError;
+use qcqa::optimizer::{Exact, LocalSearch, attach_bounds, nearest_bounds};
+use qcqa::partition::SearchSpace;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -45,8 +46,8 @@ fn optimizers(c: &mut Criterion) {
                         b.iter(|| optimizer.optimize(black_box(&fitness), &space, Run::new(7)));
                     });
                 };
-                bench("ward", &Ward::default());
-                bench("ward thorough", &Ward::thorough());
+                bench("local", &LocalSearch::default());
+                bench("local thorough", &LocalSearch::thorough());
                 if n <= Exact::default().max_heads {
                     bench("exact", &Exact::default());
                 }
@@ -60,7 +61,7 @@ fn bounds(c: &mut Criterion) {
     let space = SearchSpace::arbitrary();
     for n in SIZES {
         let fitness = instance(n, n / 4);
-        let front = Ward::default().optimize(&fitness, &space, Run::new(7)).expect("a front");
+        let front = LocalSearch::default().optimize(&fitness, &space, Run::new(7)).expect("a front");
         group.bench_function(BenchmarkId::new("attach", n), |b| {
             b.iter(|| attach_bounds(&mut front.clone(), black_box(&fitness), &space));
         });

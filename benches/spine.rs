@@ -13,7 +13,7 @@ use qcqa::fitness::{LowRankError, WeightSharingError, squared_distances};
 use qcqa::front::Front;
 use qcqa::heads::{Heads, Projection};
 use qcqa::model::Rotation;
-use qcqa::optimizer::{Nsga2, Ward};
+use qcqa::optimizer::{LocalSearch, Nsga2};
 use qcqa::partition::SearchSpace;
 use qcqa::pooler::LowRankPooler;
 use qcqa::{KvPooler, Optimizer, Run};
@@ -92,14 +92,14 @@ fn low_rank(c: &mut Criterion) {
     let heads = heads.with_rotation(Rotation::HalfSplit { dims: 32 }).expect("an even number");
     let fitness = LowRankError::new(&heads).expect("queries and outputs");
     let space = SearchSpace::equal();
-    let front = Ward::default().optimize(&fitness, &space, Run::new(0)).expect("a front");
+    let front = LocalSearch::default().optimize(&fitness, &space, Run::new(0)).expect("a front");
     let half = &front.get(6).expect("six groups").partition;
     let mut group = c.benchmark_group("low-rank, layer of 12 heads, 32 x 384");
     group.sample_size(10);
     group.bench_function("errors of pairs", |b| b.iter(|| LowRankError::new(black_box(&heads))));
     group.bench_function("errors and front of equal groups", |b| {
         // Groups are remembered: a new one each time.
-        b.iter(|| Ward::default().optimize(&LowRankError::new(&heads)?, &space, Run::new(0)))
+        b.iter(|| LocalSearch::default().optimize(&LowRankError::new(&heads)?, &space, Run::new(0)))
     });
     group.bench_function("pooling into 6", |b| b.iter(|| LowRankPooler::default().pool(&heads, half)));
     group.finish();

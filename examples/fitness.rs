@@ -5,7 +5,7 @@
 use ndarray::{Array2, Array3, Axis};
 use qcqa::fitness::SeparableFitness;
 use qcqa::heads::{Heads, Projection};
-use qcqa::optimizer::{Exact, Ward};
+use qcqa::optimizer::{Exact, LocalSearch};
 use qcqa::partition::{Partition, SearchSpace};
 use qcqa::{Error, FitnessFn, Optimizer, Result, Run, ndarray};
 
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     let weight = Array3::from_shape_fn((8, 2, 6), |(i, r, c)| ((5 * i + 7 * r + 3 * c) % 13) as f32);
     let heads = Heads::new(Projection::new(weight.clone(), None)?, Projection::new(weight, None)?)?;
     let fitness = KeyDiameter::new(&heads);
-    for optimizer in [&Ward::default() as &dyn Optimizer, &Exact::default()] {
+    for optimizer in [&LocalSearch::default() as &dyn Optimizer, &Exact::default()] {
         let front = optimizer.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
         for point in front.iter() {
             println!("{optimizer:?} k = {}: {:6.2}", point.partition.n_groups(), point.error);

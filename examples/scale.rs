@@ -23,7 +23,7 @@ use qcqa::checkpoint::{Checkpoint, LayerRows};
 use qcqa::fitness::{LowRankError, WeightSharingError};
 use qcqa::heads::{Heads, Projection};
 use qcqa::model::Rotation;
-use qcqa::optimizer::Ward;
+use qcqa::optimizer::LocalSearch;
 use qcqa::partition::SearchSpace;
 use qcqa::pipeline::Search;
 use qcqa::pooler::LowRankPooler;
@@ -127,10 +127,10 @@ fn measure(model: &Path) -> Outcome<()> {
         let fitness = (0..layers).map(distances).collect::<Outcome<Vec<_>>>()?;
         lap(&mut laps);
         let fitness: Vec<&dyn FitnessFn> = fitness.iter().map(|f| f as &dyn FitnessFn).collect();
-        let ward = Ward::default();
-        let fronts = optimize_layers(&ward, &fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+        let local = LocalSearch::default();
+        let fronts = optimize_layers(&local, &fitness, &SearchSpace::arbitrary(), Run::new(0))?;
         lap(&mut laps);
-        let qcqa = Qcqa::new(Search::Optimizer(&ward), &UniformAllocation);
+        let qcqa = Qcqa::new(Search::Optimizer(&local), &UniformAllocation);
         let plan = qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(0))?;
         lap(&mut laps);
         assert_eq!(plan.layers.len(), layers);
@@ -187,7 +187,7 @@ fn low_rank() -> Outcome<()> {
     let fitness = LowRankError::new(&heads)?;
     lap("Gram and Hermitian matrices");
     for (what, space) in [("any groups", SearchSpace::arbitrary()), ("equal groups", SearchSpace::equal())] {
-        let front = Ward::default().optimize(&fitness, &space, Run::new(0))?;
+        let front = LocalSearch::default().optimize(&fitness, &space, Run::new(0))?;
         lap(&format!("front of all k, {what}"));
         for k in [HEADS / 2, HEADS / 4] {
             let point = front.get(k).ok_or("a front of all k")?;

@@ -34,6 +34,26 @@ pub(crate) fn gap(error: f64, lower_bound: Option<f64>) -> Option<f64> {
 }
 
 /// The best partition found for each number of groups k. k = H, no sharing, is always there.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::FitnessFn;
+/// use qcqa::fitness::WeightSharingError;
+/// use qcqa::front::Front;
+/// use qcqa::partition::Partition;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+/// let mut front = Front::new(&fitness)?;
+/// for labels in [[0, 1, 0, 1], [0, 0, 1, 1]] {
+///     let partition = Partition::from_labels(&labels)?;
+///     assert!(front.offer(&partition, fitness.evaluate(&partition)?)?, "better than before");
+/// }
+/// assert_eq!((front.error(2), front.error(4), front.error(3)), (Some(1.0), Some(0.0), None));
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Front {
     points: Vec<Option<FrontPoint>>,
@@ -57,8 +77,8 @@ impl Front {
     /// Takes the partition in when it is better than the one held for its k; tells whether it did.
     ///
     /// # Errors
-    /// [`Error::InvalidFitness`] when the error is NaN, infinite or negative, [`Error::PartitionSize`] when the
-    /// partition is of another number of heads.
+    /// [`Error::InvalidFitness`] when the error is NaN, infinite or negative, [`Error::PartitionSize`] when
+    /// the partition is of another number of heads.
     pub fn offer(&mut self, partition: &Partition, error: f64) -> Result<bool> {
         let k = partition.n_groups();
         if !(error.is_finite() && error >= 0.0) {
@@ -122,8 +142,8 @@ impl Front {
             .collect()
     }
 
-    /// The area that the front dominates in the plane (k/H, error), as a share of the rectangle from the origin
-    /// to `reference`; larger is better. With NSGA-II one takes (1 + 1/H, 1.01 · error at k = 1).
+    /// The area that the front dominates in the plane (k/H, error), as a share of the rectangle from the
+    /// origin to `reference`; larger is better. With NSGA-II one takes (1 + 1/H, 1.01 · error at k = 1).
     pub fn hypervolume(&self, reference: [f64; 2]) -> f64 {
         let h = self.n_heads() as f64;
         let mut corners: Vec<_> =

@@ -21,7 +21,7 @@
 //! |---|---|---|
 //! | [`Grouping`] | groups by a rule | [`UniformGqa`] (k = 1 is MQA), [`KeyNorm`] |
 //! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`], `LowRankError` |
-//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`Ward`], [`Exact`] |
+//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`LocalSearch`], [`Exact`] |
 //! | [`Allocator`] | k of every layer | [`UniformAllocation`], [`LayerSelection`] (the paper), [`ExactAllocation`] |
 //! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`], `LowRankPooler`, `ProcrustesPooler` |
 //!
@@ -38,7 +38,12 @@
 //!
 //! ```
 //! use qcqa::ndarray::Array3;
-//! use qcqa::{Exact, KvPooler, Heads, MeanPooler, Optimizer, Projection, Run, SearchSpace, WeightSharingError};
+//! use qcqa::{KvPooler, Optimizer, Run};
+//! use qcqa::fitness::WeightSharingError;
+//! use qcqa::heads::{Heads, Projection};
+//! use qcqa::optimizer::Exact;
+//! use qcqa::partition::SearchSpace;
+//! use qcqa::pooler::MeanPooler;
 //!
 //! # fn main() -> qcqa::Result<()> {
 //! // Four heads of 2 × 3; heads 0 and 2 are alike, and so are 1 and 3.
@@ -88,6 +93,7 @@ pub mod budget;
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod checkpoint;
 mod error;
+mod evolution;
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod families;

@@ -9,31 +9,23 @@ use crate::error::{Error, Result};
 /// An assignment of every KV head of a layer to one group; illegal ones cannot be built.
 ///
 /// Stored as canonical labels (a restricted growth string): head 0 has label 0 and every new group takes the
-/// next number, so groups are ordered by their smallest head and relabelled partitions are equal. Serde writes
-/// lists of heads: `[[0,3],[1,2]]`.
+/// next number, so groups are ordered by their smallest head and relabelled partitions are equal. Serde
+/// writes lists of heads: `[[0,3],[1,2]]`.
+///
+/// ```
+/// use qcqa::partition::Partition;
+///
+/// let partition = Partition::from_labels(&[7, 4, 4, 7])?;
+/// assert_eq!((partition.n_heads(), partition.n_groups()), (4, 2));
+/// assert_eq!(partition.labels(), [0, 1, 1, 0]);
+/// assert_eq!(partition.groups(), [[0, 3], [1, 2]]);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Vec<usize>>", into = "Vec<Vec<usize>>")]
 pub struct Partition {
     n_groups: u16,
     labels: Box<[u16]>,
-}
-
-/// Some labels to work with, up to 128 on the stack: an allocation would take longer than the work.
-pub(crate) struct Scratch {
-    few: [u16; 128],
-    many: Vec<u16>,
-    len: usize,
-}
-
-impl Scratch {
-    pub(crate) fn new(len: usize, label: u16) -> Self {
-        let few = [label; 128];
-        Self { many: if len > few.len() { vec![label; len] } else { Vec::new() }, few, len }
-    }
-
-    pub(crate) fn as_mut(&mut self) -> &mut [u16] {
-        self.few.get_mut(..self.len).unwrap_or(&mut self.many)
-    }
 }
 
 /// A label that has no canonical one yet.
@@ -61,6 +53,12 @@ impl Partition {
 
     /// The partition in which heads with equal labels share a group; any labels will do.
     ///
+    /// ```
+    /// # use qcqa::Partition;
+    /// assert_eq!(Partition::from_labels(&[1, 0, 1])?, Partition::from_labels(&[5, 9, 5])?);
+    /// # Ok::<(), qcqa::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// [`Error::HeadCount`], as [`Partition::singletons`].
     pub fn from_labels(labels: &[usize]) -> Result<Self> {
@@ -80,6 +78,14 @@ impl Partition {
     }
 
     /// The partition with these groups; their order and the order within them do not matter.
+    ///
+    /// ```
+    /// # use qcqa::{Error, Partition};
+    /// let partition = Partition::from_groups(3, &[vec![1], vec![2, 0]])?;
+    /// assert_eq!(partition.labels(), [0, 1, 0]);
+    /// assert!(matches!(Partition::from_groups(3, &[[0, 1]]), Err(Error::HeadMissing { head: 2, .. })));
+    /// # Ok::<(), Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::EmptyGroup`], [`Error::HeadOutOfRange`], [`Error::HeadTwice`], [`Error::HeadMissing`],
@@ -107,16 +113,16 @@ impl Partition {
 
     /// The partition of labels below `bound`: the searches' fast road in.
     pub(crate) fn canonical(mut labels: Box<[u16]>, bound: usize) -> Self {
-        let mut new_label = Scratch::new(bound, UNSEEN);
-        let new_label = new_label.as_mut();
+        let mut new_label = vec![UNSEEN; bound];
         let mut n_groups = 0;
         for label in &mut labels {
-            // Selections, no branch: which label is new cannot be predicted.
+            // No branch: which label is new cannot be predicted, and a wrong guess takes longer than the
+            // rest.
             let new = &mut new_label[usize::from(*label)];
             let unseen = *new == UNSEEN;
-            *label = if unseen { n_groups } else { *new };
-            *new = *label;
+            *new = if unseen { n_groups } else { *new };
             n_groups += u16::from(unseen);
+            *label = *new;
         }
         Self { n_groups, labels }
     }
@@ -215,6 +221,15 @@ pub enum Cardinality {
 /// Which partitions of a layer a search may return.
 ///
 /// The partition without sharing (k = H) always belongs to it.
+///
+/// ```
+/// use qcqa::partition::{Partition, SearchSpace};
+///
+/// let space = SearchSpace { max_group_size: Some(4), ..SearchSpace::equal() };
+/// assert_eq!(space.group_counts(8)?, [2, 4, 8]);
+/// assert!(!space.admits(&Partition::one_group(8)?));
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SearchSpace {
@@ -237,7 +252,8 @@ impl SearchSpace {
         Self { cardinality: Cardinality::Equal, ..Self::default() }
     }
 
-    /// The group counts k for which the space holds a partition of `n_heads` heads, ascending; H is always last.
+    /// The group counts k for which the space holds a partition of `n_heads` heads, ascending; H is always
+    /// last.
     ///
     /// # Errors
     /// [`Error::Setting`] when a limit is 0.

@@ -2,10 +2,10 @@
 
 use ndarray::Array2;
 use proptest::prelude::*;
-use qcqa::{
-    Cardinality, Exact, Optimizer, Run, SearchSpace, WeightSharingError, attach_bounds, ndarray,
-    nearest_bounds,
-};
+use qcqa::{Optimizer, Run, ndarray};
+use qcqa::fitness::WeightSharingError;
+use qcqa::optimizer::{Exact, attach_bounds, nearest_bounds};
+use qcqa::partition::{Cardinality, SearchSpace};
 
 fn fitness_of(points: &[Vec<f64>]) -> WeightSharingError {
     let square = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
@@ -75,7 +75,7 @@ proptest! {
         let fitness = fitness_of(points);
         let k = points.len() / 2;
         let space = SearchSpace::equal();
-        let mut found = qcqa::Ward::default().optimize(&fitness, &space, Run::new(0)).unwrap();
+        let mut found = qcqa::LocalSearch::default().optimize(&fitness, &space, Run::new(0)).unwrap();
         let least = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap().error(k).unwrap();
         prop_assert!((found.error(k).unwrap() - least).abs() <= 1e-12 * least);
         attach_bounds(&mut found, &fitness, &space).unwrap();

@@ -80,7 +80,7 @@ fn every_method_optimizer_and_allocation_keeps_its_budget() {
         [("gqa", "0.6", 16), ("key-norm", "0.6", 16), ("qcqa-ec", "0.6", 16), ("qcqa-ac", "0.6", 16)]
     {
         for allocation in ["uniform", "selection", "exact"] {
-            for optimizer in ["auto", "exact", "ward", "nsga2"] {
+            for optimizer in ["auto", "exact", "local", "nsga2"] {
                 let args =
                     ["--method", method, "--kv", kv, "--allocation", allocation, "--optimizer", optimizer];
                 let value = json(&[&base[..], &args].concat());

@@ -11,7 +11,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use qcqa::fitness::{LowRankError, Residuals};
 use qcqa::heads::{Heads, Moment, Pooled, Projection};
 use qcqa::model::Rotation;
-use qcqa::optimizer::{Exact, Ward};
+use qcqa::optimizer::{Exact, LocalSearch};
 use qcqa::partition::{Partition, SearchSpace};
 use qcqa::pooler::{LowRankPooler, ProcrustesPooler};
 use qcqa::{Error, FitnessFn, KvPooler, Optimizer, Run};
@@ -226,12 +226,12 @@ fn searches_run_on_it_unchanged() {
         let search = |optimizer: &dyn Optimizer| {
             optimizer.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(3)).unwrap()
         };
-        let (exact, ward) = (search(&Exact::default()), search(&Ward::default()));
+        let (exact, local) = (search(&Exact::default()), search(&LocalSearch::default()));
         let all = all_partitions(heads);
         for k in 1..=heads {
             let of_k = all.iter().filter(|p| p.n_groups() == k);
             let least = of_k.map(|p| fitness.evaluate(p).unwrap()).fold(f64::INFINITY, f64::min);
-            let (best, near) = (exact.error(k).unwrap(), ward.error(k).unwrap());
+            let (best, near) = (exact.error(k).unwrap(), local.error(k).unwrap());
             assert!((best - least).abs() <= 1e-12, "{k}: {best} {least}");
             assert!(near >= best - 1e-12 && near <= 1.5 * best + 1e-12, "{k}: {near} {best}");
         }

@@ -7,10 +7,13 @@ use std::ops::ControlFlow;
 
 use common::{all_partitions, integer_layer, layer, plain_wse};
 use proptest::prelude::*;
-use qcqa::{
-    Cardinality, Error, FitnessFn, Front, Heads, Nsga2, Optimizer, Partition, Progress, Result, Run,
-    SearchSpace, UniformGqa, WeightSharingError,
-};
+use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run};
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::grouping::UniformGqa;
+use qcqa::heads::Heads;
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::{Cardinality, Partition, SearchSpace};
 
 const SHORT: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
 

@@ -1,4 +1,4 @@
-//! Ward and Exact against brute force, on pairwise and on other people's fitness functions.
+//! LocalSearch and Exact against brute force, on pairwise and on other people's fitness functions.
 
 mod common;
 
@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::all_partitions;
 use ndarray::{Array2, ArrayView2};
 use proptest::prelude::*;
-use qcqa::{
-    Cardinality, Error, Exact, FitnessFn, Front, Optimizer, Partition, Progress, Result, Run, SearchSpace,
-    SeparableFitness, Ward, WeightSharingError, ndarray,
-};
+use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run, ndarray};
+use qcqa::fitness::{SeparableFitness, WeightSharingError};
+use qcqa::front::Front;
+use qcqa::optimizer::{Exact, LocalSearch};
+use qcqa::partition::{Cardinality, Partition, SearchSpace};
 
 /// Squared distances and energy of points, from the definition.
 fn fitness_of(points: &[Vec<f64>]) -> WeightSharingError {
@@ -223,12 +224,12 @@ proptest! {
     }
 
     #[test]
-    fn ward_is_complete_admissible_and_never_below_exact(
+    fn local_search_is_complete_admissible_and_never_below_exact(
         points in points(2usize..12), space in spaces(), seed: u64, rounds in 0usize..6,
     ) {
         let fitness = fitness_of(&points);
-        let ward = Ward { rounds, ..Ward::default() };
-        let front = ward.optimize(&fitness, &space, Run::new(seed)).unwrap();
+        let local = LocalSearch { rounds, ..LocalSearch::default() };
+        let front = local.optimize(&fitness, &space, Run::new(seed)).unwrap();
         check_front(&front, &fitness, &space);
         let best = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap();
         for point in front.iter() {
@@ -236,22 +237,22 @@ proptest! {
             let (found, least) = (point.error, best.error(k).unwrap());
             prop_assert!(found >= least || close(found, least), "k = {k}: {found} below {least}");
         }
-        prop_assert_eq!(front, ward.optimize(&fitness, &space, Run::new(seed)).unwrap());
+        prop_assert_eq!(front, local.optimize(&fitness, &space, Run::new(seed)).unwrap());
     }
 
     #[test]
-    fn ward_serves_any_fitness(points in points(2usize..9), space in spaces(), evaluations in 0u64..400) {
+    fn local_search_serves_any_fitness(points in points(2usize..9), space in spaces(), evaluations in 0u64..400) {
         let distances = fitness_of(&points).distances().to_owned();
-        let ward = Ward { rounds: 3, evaluations };
+        let local = LocalSearch { rounds: 3, evaluations };
         let fitnesses: [Box<dyn FitnessFn>; 3] = [
             Box::new(Radius(distances.clone())),
             Box::new(Hinted(Radius(distances))),
             Box::new(WorstGroup(fitness_of(&points))),
         ];
         for fitness in fitnesses {
-            let front = ward.optimize(&*fitness, &space, Run::new(1)).unwrap();
+            let front = local.optimize(&*fitness, &space, Run::new(1)).unwrap();
             check_front(&front, &*fitness, &space);
-            prop_assert_eq!(&front, &ward.optimize(&*fitness, &space, Run::new(1)).unwrap());
+            prop_assert_eq!(&front, &local.optimize(&*fitness, &space, Run::new(1)).unwrap());
         }
     }
 }
@@ -266,12 +267,16 @@ fn fixed_points(n: usize, seed: u64) -> Vec<Vec<f64>> {
     (0..n).map(|_| (0..8).map(|_| uniform()).collect()).collect()
 }
 
-/// On how many k Ward finds the optimum, of how many.
-fn optima(ward: Ward, space: &SearchSpace, fitness_at: impl Fn(u64) -> Box<dyn FitnessFn>) -> (usize, usize) {
+/// On how many k LocalSearch finds the optimum, of how many.
+fn optima(
+    local: LocalSearch,
+    space: &SearchSpace,
+    fitness_at: impl Fn(u64) -> Box<dyn FitnessFn>,
+) -> (usize, usize) {
     let (mut met, mut all) = (0, 0);
     for seed in 0..8 {
         let fitness = fitness_at(seed);
-        let found = ward.optimize(&*fitness, space, Run::new(seed)).unwrap();
+        let found = local.optimize(&*fitness, space, Run::new(seed)).unwrap();
         let least = brute_force(&*fitness, space);
         met += found.iter().filter(|p| close(p.error, least[p.partition.n_groups() - 1].unwrap())).count();
         all += found.iter().count();
@@ -280,7 +285,7 @@ fn optima(ward: Ward, space: &SearchSpace, fitness_at: impl Fn(u64) -> Box<dyn F
 }
 
 #[test]
-fn ward_finds_most_optima() {
+fn local_search_finds_most_optima() {
     let pairwise = |n: usize| move |seed| Box::new(fitness_of(&fixed_points(n, seed))) as Box<dyn FitnessFn>;
     let radius = |seed| {
         Box::new(Radius(fitness_of(&fixed_points(8, seed)).distances().to_owned())) as Box<dyn FitnessFn>
@@ -288,28 +293,28 @@ fn ward_finds_most_optima() {
     let worst = |seed| Box::new(WorstGroup(fitness_of(&fixed_points(8, seed)))) as Box<dyn FitnessFn>;
     let share = |(met, all): (usize, usize)| met as f64 / all as f64;
     let arbitrary = SearchSpace::arbitrary();
-    assert!(share(optima(Ward::default(), &arbitrary, pairwise(9))) >= 0.9);
-    assert_eq!(share(optima(Ward::thorough(), &arbitrary, pairwise(9))), 1.0);
-    assert_eq!(share(optima(Ward::thorough(), &SearchSpace::equal(), pairwise(8))), 1.0);
-    assert!(share(optima(Ward::default(), &arbitrary, radius)) >= 0.7);
-    assert!(share(optima(Ward { rounds: 30, ..Ward::default() }, &arbitrary, radius)) >= 0.9);
-    assert!(share(optima(Ward { rounds: 30, ..Ward::default() }, &arbitrary, worst)) >= 0.9);
+    assert!(share(optima(LocalSearch::default(), &arbitrary, pairwise(9))) >= 0.9);
+    assert_eq!(share(optima(LocalSearch::thorough(), &arbitrary, pairwise(9))), 1.0);
+    assert_eq!(share(optima(LocalSearch::thorough(), &SearchSpace::equal(), pairwise(8))), 1.0);
+    assert!(share(optima(LocalSearch::default(), &arbitrary, radius)) >= 0.7);
+    assert!(share(optima(LocalSearch { rounds: 30, ..LocalSearch::default() }, &arbitrary, radius)) >= 0.9);
+    assert!(share(optima(LocalSearch { rounds: 30, ..LocalSearch::default() }, &arbitrary, worst)) >= 0.9);
 }
 
 /// A proxy that is the error itself finds what there is to find, whatever its scale, and asks for what it scores.
 #[test]
-fn ward_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
+fn local_search_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
     let pairs = |n, seed| {
         let distances = fitness_of(&fixed_points(n, seed)).distances().to_owned();
         Pairs { distances, dear: false, spent: AtomicU64::new(0) }
     };
-    let few = Ward { evaluations: 0, ..Ward::default() };
+    let few = LocalSearch { evaluations: 0, ..LocalSearch::default() };
     let (met, all) = optima(few, &SearchSpace::arbitrary(), |seed| Box::new(pairs(9, seed)));
     assert!(met as f64 >= 0.9 * all as f64, "{met} of {all}");
     let spent = |evaluations| {
         let fitness = pairs(20, 3);
-        let ward = Ward { rounds: 2, evaluations };
-        let front = ward.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0)).unwrap();
+        let local = LocalSearch { rounds: 2, evaluations };
+        let front = local.optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0)).unwrap();
         assert_eq!(front.iter().count(), 20);
         fitness.spent.into_inner()
     };
@@ -321,7 +326,7 @@ fn ward_searches_by_the_scale_of_a_proxy_and_within_its_budget() {
     assert!(spent(30_000) > owed);
     // However dear what is owed, every k has its share.
     let fitness = Pairs { dear: true, ..pairs(40, 3) };
-    let front = Ward::default().optimize(&fitness, &SearchSpace::equal(), Run::new(0)).unwrap();
+    let front = LocalSearch::default().optimize(&fitness, &SearchSpace::equal(), Run::new(0)).unwrap();
     let owed: u64 = front
         .iter()
         .map(|p| p.partition.n_groups() as u64 * fitness.group_cost(40 / p.partition.n_groups()))
@@ -335,7 +340,7 @@ fn exact_names_its_limit_and_the_way_out() {
     let space = SearchSpace::arbitrary();
     let error = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap_err();
     assert!(matches!(error, Error::TooManyHeads { n_heads: 17, max: 16 }), "{error}");
-    assert!(error.to_string().contains("Ward"));
+    assert!(error.to_string().contains("LocalSearch"));
     let error = Exact { max_heads: 40 }.optimize(&fitness, &space, Run::new(0)).unwrap_err();
     assert!(matches!(error, Error::Setting { name: "max_heads", .. }), "{error}");
     let whole = WorstGroup(fitness_of(&fixed_points(6, 1)));
@@ -346,7 +351,8 @@ fn exact_names_its_limit_and_the_way_out() {
 #[test]
 fn identical_heads_cost_nothing() {
     let fitness = fitness_of(&vec![vec![1.5, -2.0]; 12]);
-    let optimizers: [&dyn Optimizer; 3] = [&Ward::default(), &Ward::thorough(), &Exact::default()];
+    let optimizers: [&dyn Optimizer; 3] =
+        [&LocalSearch::default(), &LocalSearch::thorough(), &Exact::default()];
     for optimizer in optimizers {
         for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {
             let front = optimizer.optimize(&fitness, &space, Run::new(3)).unwrap();
@@ -362,7 +368,7 @@ fn observers_stop_every_search() {
     let run = Run::new(0).with_observer(&stop);
     let pairs = fitness_of(&fixed_points(12, 2));
     let groups = Radius(pairs.distances().to_owned());
-    let optimizers: [&dyn Optimizer; 2] = [&Ward::default(), &Exact::default()];
+    let optimizers: [&dyn Optimizer; 2] = [&LocalSearch::default(), &Exact::default()];
     for optimizer in optimizers {
         for fitness in [&pairs as &dyn FitnessFn, &groups] {
             for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {

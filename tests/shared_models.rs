@@ -12,7 +12,7 @@ use qcqa::checkpoint::Checkpoint;
 use qcqa::fitness::WeightSharingError;
 use qcqa::front::Front;
 use qcqa::grouping::UniformGqa;
-use qcqa::optimizer::{Exact, Nsga2, Ward};
+use qcqa::optimizer::{Exact, LocalSearch, Nsga2};
 use qcqa::partition::SearchSpace;
 use qcqa::pipeline::Search;
 use qcqa::{FitnessFn, Optimizer, Run};
@@ -47,7 +47,7 @@ fn methods_are_ordered_and_honest(model: &Path) {
             }
         };
         honest(&gqa);
-        let optimizers: [&dyn Optimizer; 3] = [&Nsga2::default(), &Ward::default(), &Exact::default()];
+        let optimizers: [&dyn Optimizer; 3] = [&Nsga2::default(), &LocalSearch::default(), &Exact::default()];
         for optimizer in optimizers {
             let run = Run::new(0).fork(i as u64);
             let search = |space| optimizer.optimize(&fitness, &space, run).unwrap();
@@ -62,26 +62,28 @@ fn methods_are_ordered_and_honest(model: &Path) {
     }
 }
 
-/// Exact never loses, and Ward equals it on most k.
-fn ward_is_nearly_exact(model: &Path) {
+/// Exact never loses, and LocalSearch equals it on most k.
+fn local_search_is_nearly_exact(model: &Path) {
     let checkpoint = Checkpoint::open(model).unwrap();
     let (mut equal, mut all) = (0, 0);
     for i in 0..checkpoint.config().n_layers {
         let fitness = WeightSharingError::new(&checkpoint.rows(i).unwrap()).unwrap();
         for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {
-            let optimizers: [&dyn Optimizer; 3] = [&Exact::default(), &Ward::default(), &Nsga2::default()];
-            let [exact, ward, nsga2] = optimizers.map(|o| o.optimize(&fitness, &space, Run::new(1)).unwrap());
+            let optimizers: [&dyn Optimizer; 3] =
+                [&Exact::default(), &LocalSearch::default(), &Nsga2::default()];
+            let [exact, local, nsga2] =
+                optimizers.map(|o| o.optimize(&fitness, &space, Run::new(1)).unwrap());
             for point in exact.iter() {
                 let k = point.partition.n_groups();
                 let tolerance = 1e-12 * fitness.energy().unwrap();
-                let [ward, nsga2] = [&ward, &nsga2].map(|front| front.error(k).unwrap());
-                assert!(point.error <= ward.min(nsga2) + tolerance, "layer {i}, k = {k}");
-                equal += usize::from(ward <= point.error + tolerance);
+                let [local, nsga2] = [&local, &nsga2].map(|front| front.error(k).unwrap());
+                assert!(point.error <= local.min(nsga2) + tolerance, "layer {i}, k = {k}");
+                equal += usize::from(local <= point.error + tolerance);
                 all += 1;
             }
         }
     }
-    println!("Ward equals Exact on {equal} of {all} k");
+    println!("LocalSearch equals Exact on {equal} of {all} k");
     assert!(10 * equal >= 9 * all, "{equal} of {all}");
 }
 
@@ -89,13 +91,13 @@ fn ward_is_nearly_exact(model: &Path) {
 fn novels_1m() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/novels-1m");
     methods_are_ordered_and_honest(&model);
-    ward_is_nearly_exact(&model);
+    local_search_is_nearly_exact(&model);
 }
 
 #[test]
 fn novels_14m() {
     if let Some(model) = shared("novels-14m") {
         methods_are_ordered_and_honest(&model);
-        ward_is_nearly_exact(&model);
+        local_search_is_nearly_exact(&model);
     }
 }

@@ -3,18 +3,18 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Allocator, LayerCosts};
 use crate::error::Result;
-use crate::optimizer::engine::{Problem, Settings, evolve};
+use crate::evolution::{Problem, Settings, evolve};
 use crate::run::Run;
 use crate::spec::Spec;
 
 /// The paper's stage 2 (arXiv 2406.10247, Algorithm 2): every layer either has k groups or stays MHA.
 ///
-/// For each k an NSGA-II over one bit a layer (two-point crossover, bit flips; objectives: KV heads, summed cost)
-/// finds what to group; the choice of least summed cost within the budget wins, over all k. A layer that cannot
-/// have k groups, or cannot stay MHA (a fixed one), has no bit.
+/// For each k an NSGA-II over one bit a layer (two-point crossover, bit flips; objectives: KV heads, summed
+/// cost) finds what to group; the choice of least summed cost within the budget wins, over all k. A layer
+/// that cannot have k groups, or cannot stay MHA (a fixed one), has no bit.
 ///
-/// Every grouped layer saves the same H − k heads, so the least cost for each number of grouped layers is had by
-/// grouping the cheapest ones. The first population holds those: stage 2 never ends above them.
+/// Every grouped layer saves the same H − k heads, so the least cost for each number of grouped layers is had
+/// by grouping the cheapest ones. The first population holds those: stage 2 never ends above them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerSelection {
     /// Individuals.

@@ -1,4 +1,4 @@
-use super::{Exact, Optimizer, Ward};
+use super::{Exact, LocalSearch, Optimizer};
 use crate::error::Result;
 use crate::fitness::FitnessFn;
 use crate::front::Front;
@@ -35,7 +35,7 @@ impl Optimizer for Auto {
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         match fitness.n_heads() {
             n if n <= self.exact_heads => Exact { max_heads: n }.optimize(fitness, space, run),
-            _ => Ward::default().optimize(fitness, space, run),
+            _ => LocalSearch::default().optimize(fitness, space, run),
         }
     }
 }

@@ -9,16 +9,36 @@ use crate::front::Front;
 use crate::low_rank::eigenvalues;
 use crate::partition::{Cardinality, SearchSpace};
 
-/// Attaches certified lower bounds to every point of a front of a pairwise fitness; other fronts stay as they are.
+/// Attaches certified lower bounds to every point of a front of a pairwise fitness; other fronts stay as they
+/// are.
 ///
 /// Each point gets the largest of: the spectral bound ([`spectral_bounds`], feature `linalg`), the bound from
-/// nearest heads ([`nearest_bounds`]), the exact value where it is known (k = 1, k = H − 1, pairs of heads with the
-/// feature `matching`), and, with arbitrary cardinality, the bound for k + 1: some head of every group leaves it
-/// without loss, so the optimum never rises with k.
+/// nearest heads ([`nearest_bounds`]), the exact value where it is known (k = 1, k = H − 1, pairs of heads
+/// with the feature `matching`), and, with arbitrary cardinality, the bound for k + 1: some head of every
+/// group leaves it without loss, so the optimum never rises with k.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{Optimizer, Run};
+/// use qcqa::fitness::WeightSharingError;
+/// use qcqa::optimizer::{LocalSearch, attach_bounds};
+/// use qcqa::partition::SearchSpace;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+///
+/// let space = SearchSpace::arbitrary();
+/// let mut front = LocalSearch::default().optimize(&fitness, &space, Run::new(0))?;
+/// attach_bounds(&mut front, &fitness, &space)?;
+/// assert!(front.iter().all(|point| point.lower_bound.is_some_and(|bound| bound <= point.error)));
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 ///
 /// # Errors
-/// [`Error::PartitionSize`] for a front of another number of heads, [`Error::Setting`] and [`Error::NotFinite`] as
-/// the bounds themselves.
+/// [`Error::PartitionSize`] for a front of another number of heads, [`Error::Setting`] and
+/// [`Error::NotFinite`] as the bounds themselves.
 pub fn attach_bounds(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchSpace) -> Result<()> {
     let n = fitness.n_heads();
     if front.n_heads() != n {
@@ -55,11 +75,26 @@ pub fn attach_bounds(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchS
 }
 
 /// For k = 1…H at index k − 1: the sum of all but the k − 1 largest eigenvalues of the centred Gram matrix
-/// `−½ J D J` (Zha et al. 2001; Ding & He 2004, doi:10.1145/1015330.1015408), less what rounding may have added.
+/// `−½ J D J` (Zha et al. 2001; Ding & He 2004, doi:10.1145/1015330.1015408), less what rounding may have
+/// added.
 ///
-/// With the normalised group indicators Y (H × k, orthonormal columns that span the ones), the error is
-/// `½ tr(Yᵀ D Y) = tr B − tr(P B)` for B = −½ J D J and P a projection of rank k − 1: Ky Fan bounds the last term.
-/// This holds for any symmetric D of zero diagonal, and for every cardinality.
+/// With the normalised group indicators Y (H × k, orthonormal columns that span the ones), the error is `½
+/// tr(Yᵀ D Y) = tr B − tr(P B)` for B = −½ J D J and P a projection of rank k − 1: Ky Fan bounds the last
+/// term. This holds for any symmetric D of zero diagonal, and for every cardinality.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::optimizer::spectral_bounds;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+///
+/// let bounds = spectral_bounds(distances.view())?;
+/// // All heads in one group have the error 26; on a line nothing is left for more groups.
+/// assert!((bounds[0] - 26.0).abs() < 1e-9 && bounds[1] < 1e-9);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Shape`] unless D is square, [`Error::NotFinite`].
@@ -74,7 +109,8 @@ pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
     // Without convergence nothing is known but that errors are not negative.
     let Some(mut values) = eigenvalues(gram.as_ref()) else { return Ok(vec![0.0; n]) };
     values.reverse();
-    // Backward stable: every eigenvalue is off by less than a small multiple of H·ε·‖B‖, a sum of H by H times that.
+    // Backward stable: every eigenvalue is off by less than a small multiple of H·ε·‖B‖, a sum of H by H
+    // times that.
     let largest = distances.iter().copied().fold(0.0, f64::max);
     let doubt = margin(n) * size * (gram.norm_l2() + largest);
     let mut bounds = vec![0.0; n];
@@ -88,10 +124,25 @@ pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
 
 /// For k = 1…H at index k − 1: a bound from the distances of every head to its nearest heads.
 ///
-/// In a group of m heads, head i pays half the mean of its m distances, at least
-/// `c_i(m) = 1/2m · (sum of its m − 1 smallest D_ij)`. Sizes obey `Σ_i 1/m_i = k`, so for every μ the error is at least
-/// `Σ_i min_m (c_i(m) + μ/m) − μ k`; the best μ is found by bisection. m keeps to the sizes of the space. It is strong
-/// where the spectral bound is weak: for equal and for small groups. D must be at least 0.
+/// In a group of m heads, head i pays half the mean of its m distances, at least `c_i(m) = 1/2m · (sum of its
+/// m − 1 smallest D_ij)`. Sizes obey `Σ_i 1/m_i = k`, so for every μ the error is at least `Σ_i min_m (c_i(m)
+/// + μ/m) − μ k`; the best μ is found by bisection. m keeps to the sizes of the space. It is strong where the
+/// spectral bound is weak: for equal and for small groups. D must be at least 0.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::optimizer::nearest_bounds;
+/// use qcqa::partition::SearchSpace;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+///
+/// let bounds = nearest_bounds(distances.view(), &SearchSpace::equal())?;
+/// // Each head pays at least a quarter of the distance to its neighbour, 1: the error of two pairs.
+/// assert!((bounds[1] - 1.0).abs() < 1e-9);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Shape`] unless D is square, [`Error::NotFinite`], [`Error::Setting`] for a limit of 0.

@@ -13,11 +13,29 @@ use crate::spec::Spec;
 /// The optimum for every number of groups, by dynamic programming over subsets of heads.
 ///
 /// `f(S, k) = min_A e(A) + f(S∖A, k − 1)` over the A ⊆ S that hold the lowest head of S (Jensen 1969,
-/// doi:10.1287/opre.17.6.1034). What is left of all heads never holds head 0, so (3^(H−1) − 1)/2 + 2^(H−1) pairs
-/// (S, A) are looked at, for all k at once: each head more triples the time. A fitness without pairwise distances
-/// is asked for every group that may be formed, up to 2^H of them.
+/// doi:10.1287/opre.17.6.1034). What is left of all heads never holds head 0, so (3^(H−1) − 1)/2 + 2^(H−1)
+/// pairs (S, A) are looked at, for all k at once: each head more triples the time. A fitness without pairwise
+/// distances is asked for every group that may be formed, up to 2^H of them.
 ///
 /// Every point carries its own error as lower bound.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{Optimizer, Run};
+/// use qcqa::fitness::WeightSharingError;
+/// use qcqa::optimizer::Exact;
+/// use qcqa::partition::SearchSpace;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+///
+/// let front = Exact::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+/// assert_eq!(front.error(2), Some(1.0));
+/// assert_eq!(front.get(2).unwrap().gap(), Some(0.0));
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exact {
     /// The most heads of a layer; at most [`Exact::MOST`].
@@ -49,8 +67,8 @@ impl Optimizer for Exact {
     }
 
     /// # Errors
-    /// [`Error::TooManyHeads`] above the limit, [`Error::NotSeparable`] for a fitness that is not a sum over groups,
-    /// [`Error::Setting`] for a limit above [`Exact::MOST`].
+    /// [`Error::TooManyHeads`] above the limit, [`Error::NotSeparable`] for a fitness that is not a sum over
+    /// groups, [`Error::Setting`] for a limit above [`Exact::MOST`].
     fn optimize(&self, fitness: &dyn FitnessFn, space: &SearchSpace, run: Run<'_>) -> Result<Front> {
         let (n, max) = (fitness.n_heads(), self.max_heads);
         if max > Self::MOST {
@@ -137,7 +155,8 @@ impl Table {
         let mut labels = vec![0; self.n];
         let (mut set, mut error) = ((1 << self.n) - 1, self.whole[k]);
         for label in 0..k {
-            // Adding the same numbers again gives the same sum: the group that gave the least is found by equality.
+            // Adding the same numbers again gives the same sum: the group that gave the least is found by
+            // equality.
             let left = k - 1 - label;
             let gives =
                 |&group: &usize| self.errors[group] + self.rest[(set ^ group) / 2 * width + left] == error;
@@ -186,7 +205,8 @@ fn best_first_groups(set: usize, errors: &[f64], rest: &[f64], least: &mut [f64]
 fn pair_sums(distances: ArrayView2<'_, f64>) -> Vec<f64> {
     let n = distances.nrows();
     let mut sums = vec![0.0; 1 << n];
-    // From the last head down: those above it are done. `row[T]` is Σ_{j∈T} D_ij over sets T of heads above i.
+    // From the last head down: those above it are done. `row[T]` is Σ_{j∈T} D_ij over sets T of heads above
+    // i.
     for i in (0..n).rev() {
         let mut row = vec![0.0; 1 << (n - 1 - i)];
         for above in 1..row.len() {

@@ -6,8 +6,8 @@ use ndarray::ArrayView2;
 #[cfg(feature = "matching")]
 const MAX_HEADS: usize = 512;
 
-/// Labels 0…H/2−1 of the partition into pairs with the least `Σ D_ij`; `None` for odd H, for too many heads and
-/// without the feature `matching`.
+/// Labels 0…H/2−1 of the partition into pairs with the least `Σ D_ij`; `None` for odd H, for too many heads
+/// and without the feature `matching`.
 ///
 /// Exact but for weights that differ by less than 2⁻⁹⁶ of the largest: D is scaled to integers of 96 bits.
 #[cfg(feature = "matching")]
@@ -17,7 +17,8 @@ pub(crate) fn pairs(distances: ArrayView2<'_, f64>) -> Option<Vec<u16>> {
         return None;
     }
     let largest = distances.iter().copied().fold(0.0, f64::max);
-    // A power of two, so that scaling rounds nothing but what falls below 1. Two steps: 2^96 / 1e-308 overflows.
+    // A power of two, so that scaling rounds nothing but what falls below 1. Two steps: 2^96 / 1e-308
+    // overflows.
     let exponent = if largest > 0.0 { largest.log2().ceil() } else { 0.0 };
     let scaled = |d: &f64| (d * (-exponent / 2.0).exp2() * (-exponent / 2.0).exp2() * 96f64.exp2()) as i128;
     let costs: Vec<i128> = distances.iter().map(scaled).collect();

@@ -14,7 +14,8 @@
 //! ```no_run
 //! use qcqa::checkpoint::{Checkpoint, read_plan};
 //! use qcqa::runtime::{Model, Vocabulary, Windows, evaluate_against, read_text};
-//! use qcqa::{MeanPooler, Run};
+//! use qcqa::Run;
+//! use qcqa::pooler::MeanPooler;
 //!
 //! # fn main() -> Result<(), qcqa::runtime::RuntimeError> {
 //! let checkpoint = Checkpoint::open("model")?;

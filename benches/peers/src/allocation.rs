@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use qcqa::{
-    CostScale, ExactAllocation, Front, LayerCosts, Limits, Optimizer, Run, SearchSpace, Ward,
+    CostScale, ExactAllocation, Front, LayerCosts, Limits, LocalSearch, Optimizer, Run, SearchSpace,
     WeightSharingError,
 };
 
@@ -19,7 +19,7 @@ fn costs(heads: usize, seed: u64) -> LayerCosts {
         let make: fn(usize, u64) -> WeightSharingError =
             if layer % 2 == 0 { instances::iid } else { instances::prototypes };
         let fitness = make(heads, seed + layer as u64);
-        Ward::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(seed)).expect("a front")
+        LocalSearch::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(seed)).expect("a front")
     };
     let fronts: Vec<_> = (0..heads).map(front).collect();
     LayerCosts::new(&fronts, CostScale::EnergyShare, &Limits::default()).expect("energies")

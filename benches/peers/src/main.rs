@@ -11,7 +11,7 @@ use std::hint::black_box;
 use std::rc::Rc;
 use std::time::Instant;
 
-use qcqa::{FitnessFn, Front, Optimizer, Run, SearchSpace, Ward, WeightSharingError};
+use qcqa::{FitnessFn, Front, LocalSearch, Optimizer, Run, SearchSpace, WeightSharingError};
 
 use crate::instances::Set;
 use crate::methods::{ALL, Method};
@@ -83,7 +83,7 @@ fn main() {
     }
 }
 
-/// The least error of every k: by `Exact`, or by all runs and a Ward of many rounds from three seeds.
+/// The least error of every k: by `Exact`, or by all runs and a `LocalSearch` of many rounds from three seeds.
 fn best_known(layer: &WeightSharingError, fronts: &[Front], quick: bool) -> Vec<f64> {
     let heads = layer.n_heads();
     let mut best = vec![f64::INFINITY; heads + 1];
@@ -96,16 +96,16 @@ fn best_known(layer: &WeightSharingError, fronts: &[Front], quick: bool) -> Vec<
     fronts.iter().for_each(&mut take);
     if !Method::Exact.serves(heads) {
         for seed in 0..if quick { 1 } else { 3 } {
-            let ward = Ward { rounds: 3000, ..Ward::default() };
+            let search = LocalSearch { rounds: 3000, ..LocalSearch::default() };
             let run = Run::new(1 << 32 | seed);
-            take(&ward.optimize(layer, &SearchSpace::arbitrary(), run).expect("a front"));
+            take(&search.optimize(layer, &SearchSpace::arbitrary(), run).expect("a front"));
         }
     }
     best
 }
 
 fn compare(set: &Set, asked: &Asked) {
-    let ours = [Method::Ward, Method::WardThorough, Method::Exact, Method::Nsga2(100), Method::Nsga2(500)];
+    let ours = [Method::Local, Method::LocalThorough, Method::Exact, Method::Nsga2(100), Method::Nsga2(500)];
     let methods: Vec<Method> = ALL
         .into_iter()
         .filter(|m| m.serves(set.heads) && (!asked.ours || ours.contains(m)) && !(asked.quick && m.is_slow()))

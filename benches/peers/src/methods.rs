@@ -14,7 +14,7 @@ use puggles::core::Problem;
 use puggles::gatypes::{Integer, SolutionDataTypes};
 use puggles::genetic_algorithms_v2::{ExecutionMode, NSGAII};
 use qcqa::{
-    Exact, FitnessFn, Front, Nsga2, Optimizer, Partition, Run, SearchSpace, Ward, WeightSharingError,
+    Exact, FitnessFn, Front, LocalSearch, Nsga2, Optimizer, Partition, Run, SearchSpace, WeightSharingError,
 };
 
 const POPULATION: usize = 100;
@@ -26,14 +26,14 @@ pub enum Method {
     MoorsUniform(usize),
     MoorsSbx(usize),
     Puggles(usize),
-    Ward,
-    WardThorough,
+    Local,
+    LocalThorough,
     Exact,
 }
 
 pub const ALL: [Method; 11] = [
-    Method::Ward,
-    Method::WardThorough,
+    Method::Local,
+    Method::LocalThorough,
     Method::Exact,
     Method::Nsga2(100),
     Method::MoorsUniform(100),
@@ -52,8 +52,8 @@ impl Method {
             Self::MoorsUniform(g) => format!("moors, uniform + reset, {POPULATION} × {g}"),
             Self::MoorsSbx(g) => format!("moors, SBX + Gaussian, {POPULATION} × {g}"),
             Self::Puggles(g) => format!("puggles, {POPULATION} × {g}"),
-            Self::Ward => "**Ward**".into(),
-            Self::WardThorough => "**Ward**, thorough".into(),
+            Self::Local => "**LocalSearch**".into(),
+            Self::LocalThorough => "**LocalSearch**, thorough".into(),
             Self::Exact => "**Exact**".into(),
         }
     }
@@ -64,7 +64,7 @@ impl Method {
 
     /// Timed calls in a row, so that short ones fill the clock.
     pub fn calls(self) -> usize {
-        if self == Self::Ward { 50 } else { 1 }
+        if self == Self::Local { 50 } else { 1 }
     }
 
     /// Whether one call takes a good part of a second.
@@ -82,8 +82,8 @@ impl Method {
             Self::Nsga2(generations) => {
                 ours(&Nsga2 { population: POPULATION, generations, ..Nsga2::default() })
             }
-            Self::Ward => ours(&Ward::default()),
-            Self::WardThorough => ours(&Ward::thorough()),
+            Self::Local => ours(&LocalSearch::default()),
+            Self::LocalThorough => ours(&LocalSearch::thorough()),
             Self::Exact => ours(&Exact::default()),
             Self::MoorsUniform(generations) => moors_uniform(layer, generations, seed),
             Self::MoorsSbx(generations) => moors_sbx(layer, generations, seed),

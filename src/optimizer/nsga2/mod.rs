@@ -1,15 +1,13 @@
 //! The paper's stage 1: NSGA-II over partitions.
 
-pub(crate) mod engine;
-mod sort;
 mod variation;
 
 use rand_chacha::ChaCha8Rng;
 
-use self::engine::{Problem, Settings, evolve};
 use self::variation::Variation;
 use super::Optimizer;
 use crate::error::Result;
+use crate::evolution::{Problem, Settings, evolve};
 use crate::fitness::FitnessFn;
 use crate::front::Front;
 use crate::grouping::UniformGqa;
@@ -20,12 +18,30 @@ use crate::spec::Spec;
 /// NSGA-II over the partitions of one layer, objectives (k/H, error): stage 1 of QCQA (arXiv 2406.10247,
 /// Algorithm 1; NSGA-II: Deb et al. 2002, doi:10.1109/4235.996017).
 ///
-/// With [`Cardinality::Arbitrary`] it is QCQA-AC, with [`Cardinality::Equal`] QCQA-EC. The best partition seen
-/// for **every** k is kept, whatever the population later does with it. The genome is a partition, so
+/// With [`Cardinality::Arbitrary`] it is QCQA-AC, with [`Cardinality::Equal`] QCQA-EC. The best partition
+/// seen for **every** k is kept, whatever the population later does with it. The genome is a partition, so
 /// relabelled individuals are one individual and all operators act on groups.
 ///
-/// The first population holds the GQA partitions; for arbitrary cardinality also the result of the equal search
-/// with the same settings and seed: QCQA-AC ≤ QCQA-EC ≤ GQA at every k.
+/// The first population holds the GQA partitions; for arbitrary cardinality also the result of the equal
+/// search with the same settings and seed: QCQA-AC ≤ QCQA-EC ≤ GQA at every k.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{Optimizer, Run};
+/// use qcqa::fitness::WeightSharingError;
+/// use qcqa::optimizer::Nsga2;
+/// use qcqa::partition::SearchSpace;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+///
+/// let search = Nsga2 { generations: 10, ..Nsga2::default() };
+/// let front = search.optimize(&fitness, &SearchSpace::equal(), Run::new(0))?;
+/// assert_eq!(front.get(2).unwrap().partition.groups(), [[0, 1], [2, 3]]);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Nsga2 {
     /// Individuals; 100 in the paper's published experiments.
@@ -143,8 +159,8 @@ impl Problem for Stage1<'_> {
 
 /// Makes the front fall: where k groups beat k + 1, a group of theirs is split as well as one head can leave.
 ///
-/// Splitting never raises the WSE, so afterwards its front is monotone; other fitness functions are offered the
-/// same partitions and keep what is better.
+/// Splitting never raises the WSE, so afterwards its front is monotone; other fitness functions are offered
+/// the same partitions and keep what is better.
 fn fall(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchSpace) -> Result<()> {
     for k in space.group_counts(fitness.n_heads())? {
         let Some(held) = front.get(k) else { continue };

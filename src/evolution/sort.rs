@@ -1,17 +1,19 @@
 //! Ranks and crowding distances of points with two objectives.
 
+use crate::front::dominates;
+
 /// Where an individual stands in its population.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Standing {
+pub(super) struct Standing {
     /// Index of its non-dominated front, 0 for the best.
-    pub(crate) rank: usize,
+    pub(super) rank: usize,
     /// Crowding distance within that front; infinite at the ends.
-    pub(crate) crowding: f64,
+    pub(super) crowding: f64,
 }
 
 impl Standing {
     /// The crowded-comparison operator of NSGA-II: lower rank first, then the lonelier one.
-    pub(crate) fn beats(&self, other: &Self) -> bool {
+    pub(super) fn beats(&self, other: &Self) -> bool {
         self.rank < other.rank || (self.rank == other.rank && self.crowding > other.crowding)
     }
 }
@@ -21,29 +23,18 @@ impl Standing {
 /// With two objectives a sweep does it in O(n log n) (Jensen 2003, doi:10.1109/TEVC.2003.817234): in
 /// lexicographic order a point belongs to the first front whose last member does not dominate it, and every
 /// front comes out sorted by both objectives, so that neighbours for the crowding distance lie side by side.
-///
-/// `order` is left in that order, by index, with a key of both objectives; members of before come first in it, and
-/// points new since then are sorted in.
-pub(crate) fn standings(points: &[[f64; 2]], order: &mut Vec<(u128, usize)>) -> Vec<Standing> {
-    let known = order.len();
-    order.extend(points.iter().enumerate().skip(known).map(|(i, point)| (key(*point), i)));
-    // Stable, so that it meets the sorted part as one run; ties fall by index.
-    order[known..].sort_unstable();
-    order.sort();
+pub(super) fn standings(points: &[[f64; 2]]) -> Vec<Standing> {
+    let mut order: Vec<([f64; 2], usize)> = points.iter().copied().zip(0..).collect();
+    order.sort_unstable_by(|(a, i), (b, j)| a[0].total_cmp(&b[0]).then(a[1].total_cmp(&b[1])).then(i.cmp(j)));
     let mut fronts: Vec<Sweep> = Vec::new();
-    // Of the last member of each front, by the second objective first: what the search below reads, side by side.
-    let mut ends: Vec<u128> = Vec::new();
     // The neighbours of a point in its front; itself at the ends.
     let mut neighbours = vec![[0; 2]; points.len()];
     let mut standings = vec![Standing { rank: 0, crowding: f64::INFINITY }; points.len()];
-    for &(key, i) in order.iter() {
-        let (point, end) = (points[i], key.rotate_left(64));
-        let rank = ends.partition_point(|&last| last < end);
+    for (point, i) in order {
+        let rank = fronts.partition_point(|front| dominates(front.end, point));
         if rank == fronts.len() {
             fronts.push(Sweep { start: point, end: point, last: i });
-            ends.push(end);
         }
-        ends[rank] = end;
         let front = &mut fronts[rank];
         let before = std::mem::replace(&mut front.last, i);
         front.end = point;
@@ -73,16 +64,6 @@ struct Sweep {
     end: [f64; 2],
     /// Index of the point at the end.
     last: usize,
-}
-
-/// A number that sorts as the point does lexicographically.
-fn key(point: [f64; 2]) -> u128 {
-    let [x, y] = point.map(|x| {
-        // Both zeros are one.
-        let bits = (x + 0.0).to_bits();
-        u128::from(if bits >> 63 == 0 { bits | 1 << 63 } else { !bits })
-    });
-    x << 64 | y
 }
 
 #[cfg(test)]
@@ -125,14 +106,14 @@ mod tests {
         #[test]
         fn ranks_agree_with_peeling(raw in prop::collection::vec((0u8..12, 0u8..12), 1..60)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [f64::from(a), f64::from(b)]).collect();
-            let ranks: Vec<_> = standings(&points, &mut Vec::new()).iter().map(|s| s.rank).collect();
+            let ranks: Vec<_> = standings(&points).iter().map(|s| s.rank).collect();
             prop_assert_eq!(ranks, ranks_by_peeling(&points));
         }
 
         #[test]
         fn crowding_agrees_with_sorting(raw in prop::collection::vec((0f64..1.0, 0f64..1.0), 1..40)) {
             let points: Vec<_> = raw.iter().map(|&(a, b)| [a, b]).collect();
-            let found = standings(&points, &mut Vec::new());
+            let found = standings(&points);
             let ranks = ranks_by_peeling(&points);
             for (i, standing) in found.iter().enumerate() {
                 let expected = crowding_by_sorting(&points, &ranks, i);

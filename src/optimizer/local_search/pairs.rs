@@ -7,15 +7,15 @@ use crate::error::Result;
 
 /// A partition scored by squared distances D: every change in O(1) from maintained sums.
 ///
-/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `c_|g| W_g`, `c_m = 1/m` where D is exact; head i
-/// joining it makes that `c_{|g|+1} (W_g + s_ig)`, leaving it `c_{|g|−1} (W_g − s_ig)`.
+/// With `W_g = Σ_{i<j∈g} D_ij` and `s_ig = Σ_{j∈g} D_ij`, group g costs `c_|g| W_g`, `c_m = 1/m` where D is
+/// exact; head i joining it makes that `c_{|g|+1} (W_g + s_ig)`, leaving it `c_{|g|−1} (W_g − s_ig)`.
 #[derive(Debug)]
 pub(super) struct Pairs {
     n: usize,
     distances: Vec<f64>,
     largest: f64,
     groups: Groups,
-    /// s, (head, group), and the same as (group, head): each loop reads along its rows.
+    /// s as (head, group) and as (group, head): each loop reads along its rows.
     sums: Vec<f64>,
     by_group: Vec<f64>,
     /// `c_|g|` of each group.
@@ -81,17 +81,21 @@ impl Pairs {
         self.errors[from] - (self.within[from] - self.sum(head, from)) * rest
     }
 
-    /// The relocation of `head` with the least change to a group that changed.
-    fn best_fresh_relocation(&self, head: usize, from: usize) -> (f64, usize) {
-        let mut best = (f64::INFINITY, from);
-        for &to in &self.groups.fresh {
-            let to = usize::from(to);
-            let paid = (self.within[to] + self.sum(head, to)) * self.joined[to] + self.credit[to];
-            if paid < best.0 {
-                best = (paid, to);
-            }
+    /// s and W from the definition.
+    fn sum_up(&mut self, labels: &[u16], n_groups: usize) {
+        let n = self.n;
+        self.by_group[..n_groups * n].fill(0.0);
+        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
+            let sums = &mut self.by_group[usize::from(label) * n..][..n];
+            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
         }
-        (best.0 - self.saved(head, from), best.1)
+        self.within.fill(0.0);
+        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
+            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
+        }
+        for (head, &label) in labels.iter().enumerate() {
+            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        }
     }
 
     fn refresh(&mut self, group: usize) {
@@ -111,31 +115,12 @@ impl Moves for Pairs {
         &self.groups
     }
 
-    fn groups_mut(&mut self) -> &mut Groups {
-        &mut self.groups
-    }
-
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {
         // What was found last is often what comes next: its sums are there.
         let known = self.groups.n_groups() == n_groups && self.groups.labels == labels;
         self.groups.load(labels, n_groups, cap);
-        if known {
-            (0..n_groups).for_each(|group| self.refresh(group));
-            self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
-            return Ok(());
-        }
-        let n = self.n;
-        self.by_group[..n_groups * n].fill(0.0);
-        for (&label, row) in labels.iter().zip(self.distances.chunks_exact(n)) {
-            let sums = &mut self.by_group[usize::from(label) * n..][..n];
-            sums.iter_mut().zip(row).for_each(|(sum, distance)| *sum += distance);
-        }
-        self.within.fill(0.0);
-        for (group, sums) in self.by_group.chunks_exact(n).enumerate().take(n_groups) {
-            self.sums.iter_mut().skip(group).step_by(n).zip(sums).for_each(|(t, &s)| *t = s);
-        }
-        for (head, &label) in labels.iter().enumerate() {
-            self.within[usize::from(label)] += 0.5 * self.sum(head, usize::from(label));
+        if !known {
+            self.sum_up(labels, n_groups);
         }
         (0..n_groups).for_each(|group| self.refresh(group));
         self.tolerance = 1e-12 * self.error() + 1e-15 * self.largest;
@@ -148,7 +133,6 @@ impl Moves for Pairs {
                 self.relocate(head, usize::from(label))?;
             }
         }
-        self.groups.settle();
         Ok(())
     }
 
@@ -268,9 +252,6 @@ impl Moves for Pairs {
         if self.groups.sizes[from] <= 1 {
             return Ok((f64::INFINITY, from));
         }
-        if !self.groups.is_fresh(from) {
-            return Ok(self.best_fresh_relocation(head, from));
-        }
         let k = self.groups.n_groups();
         let (sums, within) = (&self.sums[head * self.n..][..k], &self.within[..k]);
         let (joined, credit) = (&self.joined[..k], &self.credit[..k]);
@@ -292,12 +273,12 @@ impl Moves for Pairs {
         Ok((f64::INFINITY, from))
     }
 
-    fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
+    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)> {
         let (n, a) = (self.n, self.groups.of(i));
         let (row, in_a) = (&self.distances[i * n..][..n], &self.by_group[a * n..][..n]);
         let (sums, share, own) = (&self.sums[i * n..][..n], self.shares[a], self.sum(i, a));
         let mut best = (-self.tolerance, i);
-        for j in 0..n {
+        for j in first..n {
             let b = self.groups.of(j);
             let change = (in_a[j] - own - row[j]) * share
                 + (sums[b] - self.by_group[b * n + j] - row[j]) * self.shares[b];

@@ -1,21 +1,11 @@
 use crate::error::Result;
 
 /// Heads in groups: labels in no particular order, sizes, and the most heads that a group may hold.
-///
-/// They know what is settled: where two groups are as they were after a descent, no move between them gains.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Groups {
     pub(super) labels: Vec<u16>,
     pub(super) sizes: Vec<usize>,
     pub(super) cap: usize,
-    /// Changes so far; how many there had been when each group last changed, when each head was last offered
-    /// exchanges, and when all was settled.
-    clock: u32,
-    changed: Vec<u32>,
-    offered: Vec<u32>,
-    settled: u32,
-    /// The groups that changed since all was settled.
-    pub(super) fresh: Vec<u16>,
 }
 
 impl Groups {
@@ -28,48 +18,11 @@ impl Groups {
             self.sizes[usize::from(label)] += 1;
         }
         self.cap = cap;
-        self.clock = 0;
-        self.changed.clear();
-        self.changed.resize(n_groups, 0);
-        self.settle();
-    }
-
-    /// Declares that no move gains.
-    pub(super) fn settle(&mut self) {
-        self.settled = self.clock;
-        self.offered.clear();
-        self.offered.resize(self.labels.len(), self.clock);
-        self.fresh.clear();
-    }
-
-    /// Declares that any move may gain.
-    pub(super) fn unsettle(&mut self) {
-        (0..self.n_groups()).for_each(|group| self.touch(group));
-    }
-
-    /// Whether the group changed since all was settled.
-    pub(super) fn is_fresh(&self, group: usize) -> bool {
-        self.changed[group] > self.settled
-    }
-
-    /// Whether the group of `head` changed since this was last asked.
-    pub(super) fn is_open(&mut self, head: usize) -> bool {
-        let last = std::mem::replace(&mut self.offered[head], self.clock);
-        self.changed[usize::from(self.labels[head])] > last
-    }
-
-    fn touch(&mut self, group: usize) {
-        if !self.is_fresh(group) {
-            self.fresh.push(group as u16);
-        }
-        self.clock += 1;
-        self.changed[group] = self.clock;
     }
 
     /// Adds an empty group.
     pub(super) fn open_group(&mut self) {
         self.sizes.push(0);
-        self.changed.push(0);
     }
 
     pub(super) fn n_heads(&self) -> usize {
@@ -93,20 +46,12 @@ impl Groups {
         self.sizes[from] -= 1;
         self.sizes[to] += 1;
         self.labels[head] = to as u16;
-        self.touch(from);
-        self.touch(to);
     }
 
     /// Gives the last group the number of an empty one.
     pub(super) fn drop_empty(&mut self, group: usize) {
         let last = self.n_groups() - 1;
         self.sizes.swap_remove(group);
-        self.changed.swap_remove(group);
-        self.fresh.retain(|&fresh| usize::from(fresh) != group);
-        self.fresh
-            .iter_mut()
-            .filter(|fresh| usize::from(**fresh) == last)
-            .for_each(|fresh| *fresh = group as u16);
         for label in &mut self.labels {
             if usize::from(*label) == last {
                 *label = group as u16;
@@ -121,9 +66,7 @@ impl Groups {
 pub(super) trait Moves {
     fn groups(&self) -> &Groups;
 
-    fn groups_mut(&mut self) -> &mut Groups;
-
-    /// Starts from this partition, all of it settled.
+    /// Starts from this partition.
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()>;
 
     /// Goes back to a partition from which the one at hand came by a few moves.
@@ -169,16 +112,14 @@ pub(super) trait Moves {
     /// Closes an empty group; the last group takes its number.
     fn drop_empty(&mut self, group: usize);
 
-    /// The relocation of `head` with the least change, of those not settled; where there is room and its group keeps
-    /// a head.
+    /// The relocation of `head` with the least change, where there is room and its group keeps a head.
     fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
         let from = self.groups().of(head);
         let mut best = (f64::INFINITY, from);
         if self.groups().sizes[from] > 1 {
             for to in 0..self.groups().n_groups() {
                 let groups = self.groups();
-                let may_gain = groups.is_fresh(from) || groups.is_fresh(to);
-                if to != from && may_gain && groups.has_room(to) {
+                if to != from && groups.has_room(to) {
                     let change = self.relocation(head, to)?;
                     if change < best.0 {
                         best = (change, to);
@@ -189,10 +130,10 @@ pub(super) trait Moves {
         Ok(best)
     }
 
-    /// The exchange of `i` that has the least change.
-    fn best_exchange(&mut self, i: usize) -> Result<(f64, usize)> {
+    /// The exchange of `i` with a head from `first` on that has the least change.
+    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)> {
         let mut best = (f64::INFINITY, i);
-        for j in 0..self.groups().n_heads() {
+        for j in first..self.groups().n_heads() {
             if self.groups().labels[i] != self.groups().labels[j] {
                 let change = self.exchange(i, j)?;
                 if change < best.0 {
@@ -246,8 +187,8 @@ pub(super) trait Moves {
     }
 }
 
-/// Relocations, then exchanges, where they are not settled, each taken when it gains, until none does (Hartigan &
-/// Wong 1979, doi:10.2307/2346830).
+/// Relocations, then exchanges, each taken when it gains, until none does (Hartigan & Wong 1979,
+/// doi:10.2307/2346830).
 pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     let n = moves.groups().n_heads();
     loop {
@@ -263,12 +204,11 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
         }
         let mut swapped = false;
         for i in 0..if exchanges { n } else { 0 } {
-            if moves.groups_mut().is_open(i) {
-                let (change, j) = moves.best_exchange(i)?;
-                if change < -moves.tolerance() {
-                    moves.swap(i, j)?;
-                    swapped = true;
-                }
+            // Until heads trade places, the earlier ones have seen that they gain nothing with this one.
+            let (change, j) = moves.best_exchange(i, if swapped { 0 } else { i + 1 })?;
+            if change < -moves.tolerance() {
+                moves.swap(i, j)?;
+                swapped = true;
             }
         }
         if !swapped {
@@ -277,8 +217,8 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     }
 }
 
-/// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt out
-/// to those with room.
+/// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt
+/// out to those with room.
 pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
     let k = moves.groups().n_groups();
     let (change, a, b) = moves.best_union()?;

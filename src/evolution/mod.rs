@@ -1,4 +1,7 @@
-//! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017).
+//! NSGA-II over any genome with two objectives (Deb et al. 2002, doi:10.1109/4235.996017): the engine that
+//! the search over partitions and the selection of layers share.
+
+mod sort;
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, Hash};
@@ -7,7 +10,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rustc_hash::FxBuildHasher;
 
-use super::sort::{Standing, standings};
+use self::sort::{Standing, standings};
 use crate::error::{Error, Result};
 use crate::run::Run;
 
@@ -74,7 +77,8 @@ impl Known {
 /// Evolves `first`, filled up with random individuals, and shows every individual to `visit` once evaluated.
 ///
 /// Variation is serial and evaluation may be parallel, so the threads do not change what is found. Only
-/// offspring are evaluated, and only ones that never were before; it ends early when none are left to be found.
+/// offspring are evaluated, and only ones that never were before; it ends early when none are left to be
+/// found.
 pub(crate) fn evolve<P: Problem>(
     problem: &P,
     first: Vec<P::Genome>,
@@ -94,8 +98,7 @@ pub(crate) fn evolve<P: Problem>(
     for (genome, &point) in genomes.iter().zip(&points) {
         visit(genome, point)?;
     }
-    let mut order = Vec::new();
-    let mut standing = survive(&mut genomes, &mut points, &mut order, population);
+    let mut standing = survive(&mut genomes, &mut points, population);
 
     for generation in 0..generations {
         run.step(stage, generation as u64, generations as u64)?;
@@ -115,7 +118,7 @@ pub(crate) fn evolve<P: Problem>(
         }
         genomes.append(&mut offspring);
         points.extend(scores);
-        standing = survive(&mut genomes, &mut points, &mut order, population);
+        standing = survive(&mut genomes, &mut points, population);
     }
     run.step(stage, generations as u64, generations as u64)
 }
@@ -134,13 +137,8 @@ fn fill<G: Hash>(genomes: &mut Vec<G>, known: &mut Known, wanted: usize, mut dra
 }
 
 /// Keeps the `population` best by rank, of the last front that fits in part the loneliest; the order stays.
-fn survive<G>(
-    genomes: &mut Vec<G>,
-    points: &mut Vec<[f64; 2]>,
-    order: &mut Vec<(u128, usize)>,
-    population: usize,
-) -> Vec<Standing> {
-    let mut standing = standings(points, order);
+fn survive<G>(genomes: &mut Vec<G>, points: &mut Vec<[f64; 2]>, population: usize) -> Vec<Standing> {
+    let mut standing = standings(points);
     if genomes.len() <= population {
         return standing;
     }
@@ -158,17 +156,6 @@ fn survive<G>(
     last.sort_unstable_by(|&i, &j| standing[j].crowding.total_cmp(&standing[i].crowding).then(i.cmp(&j)));
     let mut stays: Vec<bool> = standing.iter().map(|s| s.rank < whole).collect();
     last.iter().take(population - kept).for_each(|&i| stays[i] = true);
-    // How many of those before each one stay is where it goes.
-    let places = stays.iter().scan(0, |kept, &stays| {
-        *kept += usize::from(stays);
-        Some(*kept - usize::from(stays))
-    });
-    let places: Vec<usize> = places.collect();
-    order.retain_mut(|(_, i)| {
-        let stays = stays[*i];
-        *i = places[*i];
-        stays
-    });
     let mut flags = stays.iter().cycle();
     let mut keep = || flags.next().copied().unwrap_or(false);
     genomes.retain(|_| keep());

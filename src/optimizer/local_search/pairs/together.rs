@@ -25,9 +25,9 @@ impl Pairs {
         best.1
     }
 
-    /// For every two groups the head that goes from one to the other at the least loss, then those that gain by
-    /// following it: the best such heads and where they go, if they gain. Two groups are shared out anew that way,
-    /// which takes several relocations of which the first loses.
+    /// For every two groups the head that goes from one to the other at the least loss, then those that gain
+    /// by following it: the best such heads and where they go, if they gain. Two groups are shared out anew
+    /// that way, which takes several relocations of which the first loses.
     pub(super) fn migration(&mut self) -> (usize, Vec<usize>) {
         let k = self.groups.n_groups();
         let (mut best, mut leaving) = ((-self.tolerance, 0, Vec::new()), Vec::with_capacity(self.n));
@@ -65,8 +65,8 @@ impl Pairs {
         self.members.extend((0..self.n).filter(|&head| self.groups.of(head) == group));
     }
 
-    /// `first` leaves `from`, whose members are listed, for the group `to` or for a new one; then the heads that
-    /// gain by following. What the error changes by; `leaving` are those heads.
+    /// `first` leaves `from`, whose members are listed, for the group `to` or for a new one; then the heads
+    /// that gain by following. What the error changes by; `leaving` are those heads.
     fn follow(&mut self, from: usize, to: Option<usize>, first: usize, leaving: &mut Vec<usize>) -> f64 {
         let mut staying = std::mem::take(&mut self.staying);
         staying.clone_from(&self.members);
@@ -117,7 +117,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::optimizer::ward::moves::{Moves, descend, fuse};
+    use crate::optimizer::local_search::moves::{Moves, descend, fuse};
 
     /// Squared distances of points in the plane.
     fn distances(points: &[(f64, f64)]) -> Array2<f64> {
@@ -160,7 +160,6 @@ mod tests {
             let (distances, n) = (distances(&points), points.len());
             let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
             pairs.load(&(0..n).map(|head| (head % k) as u16).collect::<Vec<_>>(), k, n).unwrap();
-            pairs.groups.unsettle();
             while pairs.groups.n_groups() > 1 {
                 descend(&mut pairs, true).unwrap();
                 check_settled(&pairs, &distances);
@@ -172,7 +171,6 @@ mod tests {
                 check_settled(&pairs, &distances);
                 let (k, labels) = (pairs.groups.n_groups(), &pairs.groups.labels);
                 prop_assert!((pairs.error() - error(&distances, labels, k)).abs() < 1e-9);
-                // Half of the heads at rest: what the next descent may skip.
                 pairs.load(&labels.clone(), k, n).unwrap();
                 fuse(&mut pairs).unwrap();
             }
@@ -186,7 +184,6 @@ mod tests {
         let distances = distances(&points);
         let mut pairs = Pairs::new(distances.view(), |size| 1.0 / size as f64);
         pairs.load(&[0, 0, 0, 0, 1, 1, 1], 2, 7).unwrap();
-        pairs.groups.unsettle();
         descend(&mut pairs, true).unwrap();
         let alone = pairs.groups.labels.clone();
         assert_eq!(alone, [0, 0, 0, 0, 1, 1, 1]);

@@ -8,10 +8,10 @@ use crate::partition::Partition;
 /// A set of heads, one bit each.
 type Members = Box<[u64]>;
 
-/// A partition scored by asking the fitness: for groups, remembered by their heads, where it is a sum over groups,
-/// else for whole partitions, remembered too.
+/// A partition scored by questions to the fitness: about groups, whose answers are remembered by their heads,
+/// where it is a sum over groups, else about whole partitions, remembered too.
 #[derive(Debug)]
-pub(super) struct Asked<'a> {
+pub(super) struct Queried<'a> {
     fitness: &'a dyn FitnessFn,
     separable: Option<&'a dyn SeparableFitness>,
     group_errors: HashMap<Members, f64>,
@@ -27,7 +27,7 @@ pub(super) struct Asked<'a> {
     errors: Vec<f64>,
 }
 
-impl<'a> Asked<'a> {
+impl<'a> Queried<'a> {
     pub(super) fn new(fitness: &'a dyn FitnessFn, evaluations: u64) -> Self {
         Self {
             fitness,
@@ -43,7 +43,8 @@ impl<'a> Asked<'a> {
         }
     }
 
-    /// D for a start: twice the error of every pair alone, which is D itself where the error is a sum over pairs.
+    /// D for a start: twice the error of every pair alone, which is D itself where the error is a sum over
+    /// pairs.
     pub(super) fn pair_distances(&mut self) -> Result<ndarray::Array2<f64>> {
         let n = self.fitness.n_heads();
         let singletons: Vec<u16> = (0..n).map(|head| head as u16).collect();
@@ -79,8 +80,8 @@ impl<'a> Asked<'a> {
         members
     }
 
-    /// Takes a question from the budget; the answer to a `needed` one is owed in any case. Scoring a partition that comes
-    /// from elsewhere completes the front and is free.
+    /// Takes a question from the budget; the answer to a `needed` one is owed in any case. Scoring a
+    /// partition that comes from elsewhere completes the front and is free.
     fn may_ask(&mut self, cost: u64, needed: bool) -> bool {
         let may = needed || self.loading || self.ration.min(self.left) >= cost;
         if may && !self.loading {
@@ -156,13 +157,9 @@ fn listed(members: &Members) -> Vec<usize> {
     members.iter().enumerate().flat_map(heads).collect()
 }
 
-impl Moves for Asked<'_> {
+impl Moves for Queried<'_> {
     fn groups(&self) -> &Groups {
         &self.groups
-    }
-
-    fn groups_mut(&mut self) -> &mut Groups {
-        &mut self.groups
     }
 
     fn load(&mut self, labels: &[u16], n_groups: usize, cap: usize) -> Result<()> {

@@ -1,17 +1,17 @@
-//! Clustering: agglomeration, local search, iterated local search.
+//! Iterated local search from Ward's agglomeration.
 
-mod asked;
 mod moves;
 mod pairs;
+mod queried;
 
 use ndarray::ArrayView2;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use self::asked::Asked;
 use self::moves::{Moves, descend, fuse, split};
 use self::pairs::Pairs;
-use super::Optimizer;
+use self::queried::Queried;
+use super::{Optimizer, matching};
 use crate::error::Result;
 use crate::fitness::{FitnessFn, SeparableFitness};
 use crate::front::Front;
@@ -19,45 +19,64 @@ use crate::partition::{Cardinality, Partition, SearchSpace};
 use crate::run::Run;
 use crate::spec::Spec;
 
-/// Agglomeration and local search, for all numbers of groups in one go.
+/// Iterated local search that starts from Ward's agglomeration, for all numbers of groups in one go.
 ///
-/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads the
-/// cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition on the way
-/// improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k
-/// groups is split towards k + 1 and joined towards k − 1 and improved again, up and down until neither helps; heads of
-/// one group go to another together where the first alone would lose (a chain of moves, as in Kernighan & Lin 1970,
-/// doi:10.1002/j.1538-7305.1970.tb01770.x); and, where [`rounds`](Ward::rounds) ask for it, all is shaken and improved
-/// again (iterated local search, Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
-/// minimum-weight perfect matchings: exact with the feature `matching`.
+/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads
+/// the cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition
+/// on the way improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830).
+/// Then the best with k groups is split towards k + 1 and joined towards k − 1 and improved again, up and
+/// down until neither helps; heads of one group go to another together where the first alone would lose (a
+/// chain of moves, as in Kernighan & Lin 1970, doi:10.1002/j.1538-7305.1970.tb01770.x); and, where
+/// [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved again (iterated local search,
+/// Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal
+/// cardinality, k = H/2) are minimum-weight perfect matchings: exact with the feature `matching`.
 ///
-/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move takes
-/// O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the errors of all
-/// pairs of heads, and is asked for groups (once each), or for whole partitions where it is not a sum over groups.
+/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move
+/// takes O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the
+/// errors of all pairs of heads, and is asked for groups (once each), or for whole partitions where it is not
+/// a sum over groups.
+///
+/// ```
+/// use qcqa::ndarray::Array2;
+/// use qcqa::{Optimizer, Run};
+/// use qcqa::fitness::WeightSharingError;
+/// use qcqa::optimizer::LocalSearch;
+/// use qcqa::partition::SearchSpace;
+///
+/// // Four heads on a line.
+/// let at = [0.0, 1.0, 5.0, 6.0];
+/// let distances = Array2::from_shape_fn((4, 4), |(i, j)| f64::powi(at[i] - at[j], 2));
+/// let fitness = WeightSharingError::from_distances(distances, 62.0)?;
+///
+/// let front = LocalSearch::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+/// assert_eq!(front.get(2).unwrap().partition.groups(), [[0, 1], [2, 3]]);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ward {
-    /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at every
-    /// fourth number of groups where their sizes are arbitrary.
+pub struct LocalSearch {
+    /// Rounds of iterated local search for each number of groups; 0: local search alone, with four rounds at
+    /// every fourth number of groups where their sizes are arbitrary.
     pub rounds: usize,
-    /// The most questions to a fitness without pairwise distances, those aside that complete the front; a question counts
-    /// as [`group_cost`](SeparableFitness::group_cost) many.
+    /// The most questions to a fitness without pairwise distances, those aside that complete the front; one
+    /// about a group counts as [`group_cost`](SeparableFitness::group_cost) many.
     pub evaluations: u64,
 }
 
-impl Default for Ward {
+impl Default for LocalSearch {
     /// Local search alone: below a millisecond for 32 heads.
     fn default() -> Self {
         Self { rounds: 0, evaluations: 20_000 }
     }
 }
 
-impl Ward {
+impl LocalSearch {
     /// With 200 rounds of iterated local search: a hundred times slower, and nearly always optimal.
     pub fn thorough() -> Self {
         Self { rounds: 200, ..Self::default() }
     }
 }
 
-impl Ward {
+impl LocalSearch {
     pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
         spec.only(&["rounds", "evaluations"])?;
         let own = Self::default();
@@ -68,7 +87,7 @@ impl Ward {
     }
 }
 
-impl Optimizer for Ward {
+impl Optimizer for LocalSearch {
     fn spec(&self) -> Spec {
         Spec::new("local").with("rounds", self.rounds).with("evaluations", self.evaluations)
     }
@@ -79,12 +98,12 @@ impl Optimizer for Ward {
         let separable = fitness.separable();
         let exact = separable.and_then(|s| s.pairwise());
         let rounds = if exact.is_some() { self.rounds } else { 0 };
-        let mut asked = Asked::new(fitness, self.evaluations);
+        let mut queried = Queried::new(fitness, self.evaluations);
         let proxy;
         let distances = match exact.or_else(|| separable.and_then(SeparableFitness::pairwise_proxy)) {
             Some(distances) => distances,
             None => {
-                proxy = asked.pair_distances()?;
+                proxy = queried.pair_distances()?;
                 proxy.view()
             }
         };
@@ -99,7 +118,7 @@ impl Optimizer for Ward {
         if exact.is_some() {
             return finish(front, fitness, &counts, &best);
         }
-        let mut search = Search::new(asked, space, &counts, run);
+        let mut search = Search::new(queried, space, &counts, run);
         search.adopt(&best)?;
         search.all(self.rounds)?;
         finish(front, fitness, &counts, &search.best)
@@ -111,7 +130,7 @@ fn finish(
     mut front: Front,
     fitness: &dyn FitnessFn,
     counts: &[usize],
-    best: &[Option<Found>],
+    best: &[Option<Candidate>],
 ) -> Result<Front> {
     for found in counts.iter().filter_map(|&k| best[k].as_ref()) {
         let partition = Partition::canonical(found.labels.clone().into(), found.labels.len());
@@ -122,7 +141,7 @@ fn finish(
 
 /// A partition and its error, as the search keeps it.
 #[derive(Debug, Clone)]
-struct Found {
+struct Candidate {
     error: f64,
     labels: Vec<u16>,
     /// Whether it was fused, and split, already.
@@ -135,7 +154,7 @@ struct Found {
 struct Search<'a, M> {
     moves: M,
     /// `best[k]`.
-    best: Vec<Option<Found>>,
+    best: Vec<Option<Candidate>>,
     /// The numbers of groups below H that are wanted, ascending.
     counts: Vec<usize>,
     cardinality: Cardinality,
@@ -156,7 +175,7 @@ impl<'a, M: Moves> Search<'a, M> {
         let n_heads = counts[counts.len() - 1];
         let labels = (0..n_heads).map(|head| head as u16).collect();
         let mut best = vec![None; n_heads + 1];
-        best[n_heads] = Some(Found { error: 0.0, labels, fused: false, split: false });
+        best[n_heads] = Some(Candidate { error: 0.0, labels, fused: false, split: false });
         let counts = counts[..counts.len() - 1].to_vec();
         let cap = space.size_at_most(n_heads);
         Self { moves, best, counts, cardinality: space.cardinality, n_heads, cap, rng: run.rng(), run }
@@ -188,18 +207,17 @@ impl<'a, M: Moves> Search<'a, M> {
                 found.labels.clone_from(labels);
             }
             Some(_) => return false,
-            none => *none = Some(Found { error, labels: labels.clone(), fused: false, split: false }),
+            none => *none = Some(Candidate { error, labels: labels.clone(), fused: false, split: false }),
         }
         true
     }
 
     /// Takes over partitions found with another measure, improved by this one; each may ask its share.
-    fn adopt(&mut self, best: &[Option<Found>]) -> Result<()> {
+    fn adopt(&mut self, best: &[Option<Candidate>]) -> Result<()> {
         for (i, k) in self.counts.clone().into_iter().enumerate() {
             if let Some(found) = &best[k] {
                 self.moves.ration(self.counts.len() - i);
                 self.moves.load(&found.labels, k, self.cap(k))?;
-                self.moves.groups_mut().unsettle();
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
@@ -231,7 +249,7 @@ impl<'a, M: Moves> Search<'a, M> {
             if self.cardinality == Cardinality::Arbitrary {
                 self.local()?;
             }
-            self.run.step("ward", course as u64 + 1, courses as u64)?;
+            self.run.step("local", course as u64 + 1, courses as u64)?;
         }
         Ok(())
     }
@@ -272,15 +290,11 @@ impl<'a, M: Moves> Search<'a, M> {
             }
             self.load(k + 1, self.cap)?;
             fuse(&mut self.moves)?;
-            if k == most {
-                // What was only joined is not settled.
-                self.moves.groups_mut().unsettle();
-            }
             if k <= most {
                 descend(&mut self.moves, true)?;
             }
             found |= self.offer();
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(found)
     }
@@ -313,7 +327,7 @@ impl<'a, M: Moves> Search<'a, M> {
             split(&mut self.moves)?;
             descend(&mut self.moves, true)?;
             found |= self.offer();
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(found)
     }
@@ -325,11 +339,10 @@ impl<'a, M: Moves> Search<'a, M> {
             while self.moves.groups().n_groups() > k {
                 fuse(&mut self.moves)?;
             }
-            self.moves.groups_mut().unsettle();
             descend(&mut self.moves, true)?;
             self.offer();
         }
-        self.run.step("ward", 0, 1)
+        self.run.step("local", 0, 1)
     }
 
     /// Iterated local search at every k: a few random moves, a descent, back when that is not better.
@@ -350,7 +363,7 @@ impl<'a, M: Moves> Search<'a, M> {
                     return Ok(());
                 }
             }
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(())
     }
@@ -368,7 +381,7 @@ impl<'a, M: Moves> Search<'a, M> {
                 descend(&mut self.moves, true)?;
                 self.offer();
             }
-            self.run.step("ward", 0, 1)?;
+            self.run.step("local", 0, 1)?;
         }
         Ok(())
     }
@@ -395,13 +408,11 @@ impl Search<'_, Pairs> {
     /// Equal groups of two are a matching, which has an exact answer.
     fn pairs_of_heads(&mut self, distances: ArrayView2<'_, f64>) -> Result<()> {
         let k = self.n_heads / 2;
-        if self.cardinality == Cardinality::Equal && self.counts.contains(&k) && self.n_heads == 2 * k {
-            if let Some(labels) = crate::optimizer::matching::pairs(distances) {
-                self.moves.load(&labels, k, 2)?;
-                self.moves.groups_mut().unsettle();
-                descend(&mut self.moves, true)?;
-                self.offer();
-            }
+        let wanted = self.cardinality == Cardinality::Equal && self.counts.contains(&k);
+        if let Some(labels) = wanted.then(|| matching::pairs(distances)).flatten() {
+            self.moves.load(&labels, k, 2)?;
+            descend(&mut self.moves, true)?;
+            self.offer();
         }
         Ok(())
     }
