@@ -4,11 +4,11 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ndarray::Array2;
-use qcqa::{Optimizer, Run, ndarray};
 use qcqa::allocator::{ExactAllocation, LayerCosts};
 use qcqa::fitness::WeightSharingError;
 use qcqa::optimizer::{Exact, LocalSearch, attach_bounds, nearest_bounds};
 use qcqa::partition::SearchSpace;
+use qcqa::{Optimizer, Run, ndarray};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;

@@ -2,10 +2,10 @@
 
 use ndarray::Array2;
 use proptest::prelude::*;
-use qcqa::{Optimizer, Run, ndarray};
 use qcqa::fitness::WeightSharingError;
 use qcqa::optimizer::{Exact, attach_bounds, nearest_bounds};
 use qcqa::partition::{Cardinality, SearchSpace};
+use qcqa::{Optimizer, Run, ndarray};
 
 fn fitness_of(points: &[Vec<f64>]) -> WeightSharingError {
     let square = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum::<f64>();

@@ -2,18 +2,18 @@
 
 mod common;
 
-use std::cell::Cell;
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use common::{all_partitions, integer_layer, layer, plain_wse};
 use proptest::prelude::*;
-use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run};
 use qcqa::fitness::WeightSharingError;
 use qcqa::front::Front;
 use qcqa::grouping::UniformGqa;
 use qcqa::heads::Heads;
 use qcqa::optimizer::Nsga2;
 use qcqa::partition::{Cardinality, Partition, SearchSpace};
+use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run};
 
 const SHORT: Nsga2 = Nsga2 { population: 20, generations: 10, crossover: 0.9 };
 
@@ -85,10 +85,10 @@ fn hidden_groups_are_found() {
     // Four prototypes, four noisy copies of each, shuffled by a stride.
     let prototypes = layer(7, 4, 4, 30, false);
     let noise = layer(8, 16, 4, 30, false);
-    let copy = |p: &qcqa::Projection, e: &qcqa::Projection| {
+    let copy = |p: &qcqa::heads::Projection, e: &qcqa::heads::Projection| {
         let order: Vec<_> = (0..16).map(|i| i % 4).collect();
         let weight = p.weight().select(ndarray::Axis(0), &order) + &e.weight() * 0.1;
-        qcqa::Projection::new(weight, None).unwrap()
+        qcqa::heads::Projection::new(weight, None).unwrap()
     };
     let heads =
         Heads::new(copy(prototypes.key(), noise.key()), copy(prototypes.value(), noise.value())).unwrap();
@@ -130,15 +130,15 @@ const PINNED: [&str; 8] = [
 fn an_observer_sees_every_generation_and_can_stop() {
     let heads = layer(1, 8, 2, 5, false);
     let fitness = WeightSharingError::new(&heads).unwrap();
-    let seen = Cell::new(0);
+    let seen = AtomicU32::new(0);
     let count = |progress: &Progress<'_>| {
         assert_eq!((progress.stage, progress.total), ("nsga2", 10));
-        seen.set(seen.get() + 1);
+        seen.fetch_add(1, Ordering::Relaxed);
         ControlFlow::Continue(())
     };
     let run = Run::new(0).with_observer(&count);
     SHORT.optimize(&fitness, &SearchSpace::arbitrary(), run).unwrap();
-    assert!(seen.get() >= 11);
+    assert!(seen.into_inner() >= 11);
     let stop = |_: &Progress<'_>| ControlFlow::Break(());
     let stopped = SHORT.optimize(&fitness, &SearchSpace::equal(), Run::new(0).with_observer(&stop));
     assert!(matches!(stopped, Err(Error::Cancelled)));

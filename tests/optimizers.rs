@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::all_partitions;
 use ndarray::{Array2, ArrayView2};
 use proptest::prelude::*;
-use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run, ndarray};
 use qcqa::fitness::{SeparableFitness, WeightSharingError};
 use qcqa::front::Front;
 use qcqa::optimizer::{Exact, LocalSearch};
 use qcqa::partition::{Cardinality, Partition, SearchSpace};
+use qcqa::{Error, FitnessFn, Optimizer, Progress, Result, Run, ndarray};
 
 /// Squared distances and energy of points, from the definition.
 fn fitness_of(points: &[Vec<f64>]) -> WeightSharingError {

@@ -6,10 +6,10 @@ use approx::assert_relative_eq;
 use common::{integer_layer, layer, plain_wse};
 use ndarray::{Array2, Array3, Axis, s};
 use proptest::prelude::*;
-use qcqa::{Error, FitnessFn};
 use qcqa::fitness::WeightSharingError;
 use qcqa::heads::{HeadRows, Heads, Projection};
 use qcqa::partition::Partition;
+use qcqa::{Error, FitnessFn};
 
 fn wse(heads: &Heads, partition: &Partition) -> f64 {
     WeightSharingError::new(heads).unwrap().evaluate(partition).unwrap()
