@@ -48,10 +48,10 @@ proptest! {
             let k = point.partition.n_groups();
             prop_assert!(nearest[k - 1] <= point.error, "nearest, k = {k}");
             #[cfg(feature = "linalg")]
-            prop_assert!(qcqa::spectral_bounds(fitness.distances()).unwrap()[k - 1] <= point.error, "spectral, k = {k}");
+            prop_assert!(qcqa::optimizer::spectral_bounds(fitness.distances()).unwrap()[k - 1] <= point.error, "spectral, k = {k}");
         }
         // A front that is deliberately poor shows bounds that are not cut at the error.
-        let mut poor = qcqa::Front::new(&fitness).unwrap();
+        let mut poor = qcqa::front::Front::new(&fitness).unwrap();
         for point in optimum.iter().filter(|p| p.error > 0.0) {
             poor.offer(&point.partition, 2.0 * point.error).unwrap();
         }
@@ -75,7 +75,7 @@ proptest! {
         let fitness = fitness_of(points);
         let k = points.len() / 2;
         let space = SearchSpace::equal();
-        let mut found = qcqa::LocalSearch::default().optimize(&fitness, &space, Run::new(0)).unwrap();
+        let mut found = qcqa::optimizer::LocalSearch::default().optimize(&fitness, &space, Run::new(0)).unwrap();
         let least = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap().error(k).unwrap();
         prop_assert!((found.error(k).unwrap() - least).abs() <= 1e-12 * least);
         attach_bounds(&mut found, &fitness, &space).unwrap();
@@ -89,6 +89,6 @@ fn bounds_refuse_what_is_no_distance_matrix() {
     assert!(nearest_bounds(Array2::zeros((2, 3)).view(), &space).is_err());
     assert!(nearest_bounds(Array2::from_elem((2, 2), f64::NAN).view(), &space).is_err());
     assert!(nearest_bounds(Array2::zeros((0, 0)).view(), &space).is_err());
-    let mut front = qcqa::Front::new(&fitness_of(&[vec![0.0], vec![1.0]])).unwrap();
+    let mut front = qcqa::front::Front::new(&fitness_of(&[vec![0.0], vec![1.0]])).unwrap();
     assert!(attach_bounds(&mut front, &fitness_of(&[vec![0.0], vec![1.0], vec![2.0]]), &space).is_err());
 }

@@ -154,7 +154,7 @@ fn hostile_weights_and_shapes_are_refused() {
     ));
     assert!(matches!(layer().with_queries(query(6), Array3::zeros((6, 2, 4))), Err(Error::Shape { .. })));
     assert_eq!(layer().with_queries(query(6), Array3::zeros((6, 4, 2))).unwrap().queries_per_head(), 2);
-    assert!(layer().with_rotation(qcqa::Rotation::HalfSplit { dims: 4 }).is_err());
+    assert!(layer().with_rotation(qcqa::model::Rotation::HalfSplit { dims: 4 }).is_err());
     let asymmetric = ndarray::arr2(&[[0.0, 1.0], [2.0, 0.0]]);
     assert!(WeightSharingError::from_distances(asymmetric, 1.0).is_err());
     let fitness = WeightSharingError::new(&layer()).unwrap();
