@@ -11,9 +11,10 @@ use proptest::prelude::*;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::files::WriteOptions;
-use qcqa::heads::HeadSource;
+use qcqa::heads::{HeadSource, InMemory};
+use qcqa::output;
 use qcqa::partition::Partition;
-use qcqa::plan::{Plan, read_plan};
+use qcqa::plan::{Plan, SharedHeads, read_plan};
 use qcqa::targets::{Expanded, Stock};
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -237,6 +238,13 @@ fn plans_for_another_model() {
     says(&with(|p| p.source.fingerprint = None), &["fingerprint", "none"]);
     says(&with(|p| p.version = 3), &["version 3", "reads version 2"]);
     says(&with(|p| drop(p.layers.pop())), &["groups for 1 layers", "has 2"]);
+    // Heads that come from elsewhere.
+    let elsewhere = InMemory::new(vec![source.heads(0).unwrap(), source.heads(1).unwrap()]).unwrap();
+    let plan = same_plan(&elsewhere, &[&[0, 1, 2], &[3, 4, 5]]);
+    let shared = SharedHeads::new(&plan, &elsewhere).unwrap();
+    let error =
+        output::convert(&source, &shared, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap_err();
+    says(&error.to_string(), &["another model", "model_type is raw", "is llama"]);
 }
 
 #[test]
