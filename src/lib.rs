@@ -108,12 +108,18 @@ pub mod heads;
 mod low_rank;
 pub mod model;
 pub mod optimizer;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod output;
 pub mod partition;
 pub mod pipeline;
 pub mod plan;
 pub mod pooler;
 mod run;
 pub mod spec;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod targets;
 #[cfg(feature = "testing")]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
