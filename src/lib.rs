@@ -84,10 +84,12 @@
 
 pub mod allocator;
 pub mod budget;
+// MOD calibration
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod checkpoint;
 mod error;
+// MOD evaluation
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub mod families;
@@ -105,8 +107,15 @@ pub mod optimizer;
 pub mod partition;
 pub mod plan;
 pub mod pooler;
+// MOD refit
 mod run;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub mod runtime;
 pub mod spec;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub mod text;
 
 pub use ndarray;
 
