@@ -111,7 +111,9 @@ pub mod optimizer;
 pub mod partition;
 pub mod plan;
 pub mod pooler;
-// MOD refit
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub mod refit;
 mod run;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]

@@ -60,9 +60,12 @@ impl Moments {
         let n_layers = tensors.names().iter().filter(|name| name.starts_with("layers.")).count();
         file.same("number of layers", &id.layers.len(), &n_layers)?;
         let (tokens, own) = (file.tokens(&tensors)?, file.digest(&tensors)?);
-        let layers = (0..n_layers).map(|i| file.layer(&tensors, i, id.hidden)).collect::<Result<Vec<_>, _>>()?;
+        let layers =
+            (0..n_layers).map(|i| file.layer(&tensors, i, id.hidden)).collect::<Result<Vec<_>, _>>()?;
         let contents = || {
-            sha256([tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(|m| Stored(m).bytes())))
+            sha256(
+                [tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(|m| Stored(m).bytes())),
+            )
         };
         let digest = own.unwrap_or_else(contents);
         Ok(Self { layers, tokens, model, digest })
@@ -85,8 +88,10 @@ impl Moments {
         let tokens = self.tokens.to_le_bytes();
         let tokens = TensorView::new(Dtype::I64, vec![], &tokens).map_err(header)?;
         let own = TensorView::new(Dtype::U8, vec![32], &self.digest).map_err(header)?;
-        let layers = self.layers.iter().enumerate().map(|(i, moment)| (name(i), Tensor::Layer(Stored(moment))));
-        let tensors = [(TOKENS.to_string(), Tensor::Small(tokens)), (CALIBRATION.to_string(), Tensor::Small(own))];
+        let layers =
+            self.layers.iter().enumerate().map(|(i, moment)| (name(i), Tensor::Layer(Stored(moment))));
+        let tensors =
+            [(TOKENS.to_string(), Tensor::Small(tokens)), (CALIBRATION.to_string(), Tensor::Small(own))];
         // One key at most: several would be written in any order.
         let metadata = self.model.clone().map(|f| HashMap::from([(FINGERPRINT.to_string(), f)]));
         let bytes = safetensors::serialize(tensors.into_iter().chain(layers), metadata).map_err(header)?;
@@ -231,7 +236,11 @@ impl File<'_> {
         let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
         let numbers = stored.data().chunks_exact(8).map(number).collect();
         let matrix = Array2::from_shape_vec((size, size), numbers).map_err(Error::plugin)?;
-        Moment::new(matrix).map_err(|source| FileError::Moment { path: self.path.to_path_buf(), tensor, source })
+        Moment::new(matrix).map_err(|source| FileError::Moment {
+            path: self.path.to_path_buf(),
+            tensor,
+            source,
+        })
     }
 }
 

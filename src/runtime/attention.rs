@@ -111,7 +111,10 @@ impl Attention {
         Ok(Self {
             qkv: tensor(rows(false), &[all, inputs])?,
             bias: any_bias.then(|| tensor(rows(true), &[all])).transpose()?,
-            output: tensor(columns.iter().copied().collect(), &[output.dim().1, query_order.len() * head_dim])?,
+            output: tensor(
+                columns.iter().copied().collect(),
+                &[output.dim().1, query_order.len() * head_dim],
+            )?,
             output_bias: output_bias.map(|b| tensor(b.to_vec(), &[b.len()])).transpose()?,
             blocks,
             query_heads: query_order.len(),
