@@ -108,6 +108,9 @@ pub mod heads;
 mod low_rank;
 pub mod model;
 pub mod optimizer;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod output;
 pub mod partition;
 pub mod plan;
 pub mod pooler;
@@ -119,6 +122,9 @@ mod run;
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
 pub mod runtime;
 pub mod spec;
+#[cfg(feature = "checkpoint")]
+#[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+pub mod targets;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
 pub mod text;

@@ -239,6 +239,14 @@ pub enum FileError {
         /// What is wrong.
         found: String,
     },
+    /// A target describes an output that cannot be.
+    #[error("target {target} describes an output that cannot be: {found}")]
+    TargetOutput {
+        /// The target.
+        target: &'static str,
+        /// What is wrong.
+        found: String,
+    },
     /// Something is already where the output should go.
     #[error("{} exists and is not replaced unless that is asked for", path.display())]
     OutputExists {

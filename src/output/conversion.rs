@@ -1,4 +1,4 @@
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -6,25 +6,17 @@ use std::path::{Path, PathBuf};
 use safetensors::{SafeTensorError, View};
 use serde_json::{Map, Value, json};
 
+use super::check::check;
 use super::copy::{self, Extra, PROVENANCE, same_permissions};
-use super::families::Part;
-use super::output::{Destination, Staging, sync_directory};
-use super::read::CONFIG;
-use super::shards::INDEX;
-use super::targets::Layout;
-use super::views::{HeadsOf, Job, Tensor};
-use super::{Checkpoint, FileError, Target};
-use crate::error::shown;
-use crate::{KvPooler, Plan, PoolLayer, Run, kv_bytes_per_token};
-
-/// How to write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct WriteOptions {
-    /// Replace a model that is already there, once the new one is whole.
-    pub force: bool,
-    /// Check everything and write nothing.
-    pub dry_run: bool,
-}
+use super::staging::{Destination, Staging};
+use super::views::{Job, Made, Numbers, Tensor};
+use super::{Content, OutputModel, OutputTensor, Target};
+use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
+use crate::files::{FileError, WriteOptions, parent_of, sync_directory};
+use crate::heads::HeadSource;
+use crate::model::Axis;
+use crate::plan::SharedHeads;
+use crate::run::Run;
 
 /// What was written or, in a dry run, would be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,77 +32,86 @@ pub struct Report {
     pub files: Vec<PathBuf>,
 }
 
-/// Writes the model that `plan` makes of `source`, in the form of `target`.
+/// Writes what a plan makes of `source`, in the form of `target`.
 ///
-/// Everything is checked before anything is written: the plan, that it was made for this source, what the target
-/// can hold, the place and the room there. The output appears whole or not at all: it is written to a hidden
-/// directory beside `out`, config.json last, and renamed. Tensors without KV heads are copied bit for bit, query
-/// heads and output columns reordered without decoding unless the pooler changed them; at most one layer is in
-/// memory as f32. Other files are copied, but not other weight files. `qcqa.json` tells how the model was made.
+/// Everything is checked before anything is written: that the plan was made for this source, what the target can hold and
+/// says, the place and the room there. The output appears whole or not at all: it is written to a hidden directory beside
+/// `out`, config.json last, and renamed. Tensors without heads are copied bit for bit, and heads that no pooler changed keep
+/// their bits; at most one layer is in memory as f32. Other files are copied, but not other weight files. `qcqa.json` tells
+/// how the model was made: the plan with what was done, and `planned_pooling`, what the plan asks for, where that differs.
 /// Progress is reported as stage `"write"`.
 ///
-/// # Errors
-/// One [`FileError`] for each rule; [`Error::Cancelled`](crate::Error::Cancelled) through
-/// [`FileError::Core`]. After an error `out` is as it was.
-pub fn convert(
-    source: &Checkpoint,
-    plan: &Plan,
-    pooler: &dyn KvPooler,
-    target: &dyn Target,
-    out: &Path,
-    options: WriteOptions,
-    run: Run<'_>,
-) -> Result<Report, FileError> {
-    let pool = |i: usize, heads: &crate::Heads| pooler.pool(heads, &plan.layers[i].groups);
-    convert_with(source, plan, &pool, target, out, options, run)
-}
-
-/// The same for layers that are pooled with more than a pooler knows, for example the moments of their inputs:
-/// `pool(i, heads)` gives the shared heads of layer i, one for each group of the plan.
+/// ```
+/// use qcqa::Run;
+/// use qcqa::checkpoint::Checkpoint;
+/// use qcqa::files::WriteOptions;
+/// use qcqa::heads::HeadSource;
+/// use qcqa::output::convert;
+/// use qcqa::partition::Partition;
+/// use qcqa::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+/// use qcqa::spec::Spec;
+/// use qcqa::targets::Stock;
+///
+/// let source = Checkpoint::open("tests/data/novels-1m")?;
+/// // Neighbours share, two and two, in each of the four layers.
+/// let pairs = LayerPlan::new(Partition::from_labels(&[0, 0, 1, 1, 2, 2, 3, 3])?, 0.0);
+/// let by_hand = Method::new("by hand", Spec::new("none"), Spec::new("none"), Spec::new("none"));
+/// let plan = Plan::new(source.id()?, by_hand, Pooling::new(Spec::new("mean")), vec![pairs; 4], 0.5, 0)?;
+///
+/// let shared = SharedHeads::new(&plan, &source)?;
+/// let only_check = WriteOptions::default().dry_run(true);
+/// let report = convert(&source, &shared, &Stock, "novels-1m-half".as_ref(), only_check, Run::new(0))?;
+/// assert_eq!(report.kv_bytes_after, report.kv_bytes_before / 2);
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 ///
 /// # Errors
-/// As [`convert`], and what `pool` reports.
-pub fn convert_with(
+/// One [`FileError`] for each rule; [`Error::PlanSource`](crate::Error::PlanSource) and
+/// [`Error::Cancelled`](crate::Error::Cancelled), among others, through [`FileError::Core`]. After an error `out` is as it was.
+pub fn convert(
     source: &Checkpoint,
-    plan: &Plan,
-    pool: &PoolLayer<'_>,
+    shared: &SharedHeads<'_>,
     target: &dyn Target,
     out: &Path,
     options: WriteOptions,
     run: Run<'_>,
 ) -> Result<Report, FileError> {
-    plan.check()?;
-    same_source(source, plan)?;
-    target.check(plan)?;
-    let layouts = layouts(source, plan, target)?;
+    let (plan, model) = (shared.plan(), source.architecture());
+    plan.source.check_same(&source.id()?)?;
+    let unfit = |source| FileError::TargetPlan { target: target.name(), source };
+    target.limits(model).check(plan.groups()).map_err(unfit)?;
+    let output = target.output(model, source.config().raw(), plan).map_err(unfit)?;
+    check(source, plan, target.name(), &output)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let extras = copy::list(source.path())?;
+    let mut extras = copy::list(source.path())?;
     let shards = source.files().files.iter().map(|shard| &shard.path);
     shards.chain(extras.iter().map(|e| &e.from)).try_for_each(|file| destination.spare(file))?;
+    extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
 
-    let total = source.files().tensors.len() + extras.len();
-    let job = Job::new(source, plan, pool, &layouts, total as u64, run);
-    let shards = outputs(&job);
-    let small = small_files(source, plan, target, &shards)?;
-    let mut report = report(source, &layouts, &shards, &extras, &small);
+    let copied = copied(source, &output);
+    let total = copied.len() + output.tensors.len() + extras.len();
+    let job = Job::new(source, shared, total as u64, run);
+    let shards = outputs(source, &job, target.name(), copied, &output)?;
+    let small = small_files(source, shared, target, &output, &shards)?;
+    let mut report = report(source, kv_bytes(source, &output), &shards, &extras, &small);
     destination.check_space(report.bytes)?;
-    run.step("write", 0, job.total)?;
+    job.start()?;
     if options.dry_run {
         return Ok(report);
     }
 
     let staging = Staging::new(&destination)?;
     let path = staging.path();
-    write_shards(&job, shards, &path)?;
+    write_shards(source, &job, shards, &path)?;
     for extra in &extras {
         extra.copy(&path)?;
         job.step()?;
     }
     for (name, bytes) in &small {
         let file = path.join(name);
-        let written =
-            File::create_new(&file).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
-        written.map_err(|e| FileError::io("write", &file, e))?;
+        let failed = |e| FileError::io("write", &file, e);
+        let made = fs::create_dir_all(parent_of(&file)).and_then(|()| File::create_new(&file));
+        made.and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all())).map_err(failed)?;
     }
     let directories: BTreeSet<_> = report.files.iter().flat_map(|f| f.ancestors().skip(1)).collect();
     directories.into_iter().try_for_each(|d| sync_directory(&path.join(d)))?;
@@ -120,70 +121,84 @@ pub fn convert_with(
     Ok(report)
 }
 
-/// Checks the place that [`convert`] would write to, as far as that can be without a plan.
-#[cfg(feature = "cli")]
-pub(crate) fn check_output(source: &Checkpoint, out: &Path, force: bool) -> Result<(), FileError> {
-    Destination::check(out, source.path(), force).map(drop)
-}
-
-/// Checks that the plan was made for this checkpoint; the message names the field that differs.
-pub(crate) fn same_source(source: &Checkpoint, plan: &Plan) -> Result<(), FileError> {
-    let (planned, found) = (&plan.source, source.source()?);
-    let print = |f: &Option<String>| f.as_deref().map_or("none".to_string(), shown);
-    let fields = [
-        ("model_type", shown(&planned.model_type), shown(&found.model_type)),
-        ("number of layers", planned.layers.to_string(), found.layers.to_string()),
-        ("number of query heads", planned.query_heads.to_string(), found.query_heads.to_string()),
-        ("number of KV heads", planned.kv_heads.to_string(), found.kv_heads.to_string()),
-        ("head_dim", planned.head_dim.to_string(), found.head_dim.to_string()),
-        ("hidden size", planned.hidden.to_string(), found.hidden.to_string()),
-        ("dtype", shown(&planned.dtype), shown(&found.dtype)),
-        ("fingerprint of keys and values", print(&planned.fingerprint), print(&found.fingerprint)),
-    ];
-    match fields.into_iter().find(|(_, planned, found)| planned != found) {
-        None => Ok(()),
-        Some((field, expected, found)) => {
-            Err(FileError::PlanSource { path: source.path().to_path_buf(), field, expected, found })
-        }
-    }
-}
-
-fn layouts(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<Vec<Layout>, FileError> {
-    let queries = source.config().queries_per_head();
-    let checked = |(layer, groups)| {
-        let layout = target.layout(groups, queries);
-        let wrong = |found| FileError::Layout { target: target.name(), layer, found };
-        layout.check(groups, queries).map_err(wrong).map(|()| layout)
-    };
-    plan.layers.iter().map(|l| &l.groups).enumerate().map(checked).collect()
-}
-
 /// The tensors of one output file, by name.
 type Outputs<'a> = Vec<(&'a str, Tensor<'a>)>;
 
-/// The tensors of every output file, lazily, in the sharding of the source.
-fn outputs<'a>(job: &'a Job<'a>) -> Vec<Outputs<'a>> {
-    let config = job.source.config();
-    let mut heads = HashMap::new();
-    for layer in 0..config.n_layers {
-        for (name, part, bias) in job.source.head_tensors(layer) {
-            heads.insert(name, HeadsOf { layer, part, bias });
-        }
-    }
-    let mut shards: Vec<Vec<_>> = job.source.files().files.iter().map(|_| Vec::new()).collect();
-    for (name, entry) in &job.source.files().tensors {
-        let heads = heads.get(name).copied();
-        let mut shape = entry.shape.clone();
-        if let Some(HeadsOf { layer, part: Part::Key | Part::Value, .. }) = heads {
-            shape[0] = job.layouts[layer].kv_rows.len() * config.head_dim;
-        }
-        shards[entry.shard].push((&**name, Tensor { job, name, entry, heads, shape }));
-    }
-    shards
+/// Tensors of the source of which nothing is said.
+fn copied<'a>(source: &'a Checkpoint, output: &OutputModel) -> Vec<(&'a str, &'a Entry)> {
+    let named = output.tensors.iter().map(|tensor| &tensor.name);
+    let said: BTreeSet<&String> = named.chain(&output.left_out).collect();
+    let all = source.files().tensors.iter().filter(|(name, _)| !said.contains(name));
+    all.map(|(name, entry)| (name.as_str(), entry)).collect()
 }
 
-fn write_shards(job: &Job<'_>, shards: Vec<Outputs<'_>>, directory: &Path) -> Result<(), FileError> {
-    for (shard, tensors) in job.source.files().files.iter().zip(shards) {
+/// The tensors of every output file, lazily, in the sharding of the source.
+fn outputs<'a>(
+    source: &'a Checkpoint,
+    job: &'a Job<'a>,
+    target: &'static str,
+    copied: Vec<(&'a str, &'a Entry)>,
+    output: &'a OutputModel,
+) -> Result<Vec<Outputs<'a>>, FileError> {
+    let mut shards: Vec<Outputs<'a>> = source.files().files.iter().map(|_| Vec::new()).collect();
+    for (name, entry) in copied {
+        let (dtype, numbers) = (entry.dtype, Numbers::Stored(entry));
+        shards[entry.shard].push((name, Tensor { job, name, shape: entry.shape.clone(), dtype, numbers }));
+    }
+    for OutputTensor { name, content } in &output.tensors {
+        let invalid = |found| FileError::TargetOutput { target, found };
+        let like = |like: &str| {
+            let entry = source.files().tensors.get(like);
+            entry.ok_or_else(|| invalid(format!("{name} is to be as {like}, which the source does not have")))
+        };
+        let (shard, dtype, shape, numbers) = match content {
+            Content::Copied(from) => {
+                let entry = like(from)?;
+                (entry.shard, entry.dtype, entry.shape.clone(), Numbers::Stored(entry))
+            }
+            Content::Heads { like: of, layer, axis, pieces } => {
+                let (entry, model) = (like(of)?, source.architecture());
+                let (extent, width) = (pieces.len() * model.layers[*layer].head_dim, model.hidden);
+                let shape = match axis {
+                    Some(Axis::Rows) => vec![extent, width],
+                    Some(Axis::Columns) => vec![width, extent],
+                    None => vec![extent],
+                };
+                let made = Made::Heads(*axis, pieces);
+                (entry.shard, entry.dtype, shape, Numbers::Made(source.float(of, entry)?, *layer, made))
+            }
+            Content::OutputBias(layer) => {
+                let bias = source.stored(*layer)?.output.bias.as_ref();
+                let bias =
+                    bias.ok_or_else(|| invalid(format!("{name} is an output bias, and there is none")))?;
+                let entry = like(bias)?;
+                let numbers = Numbers::Made(source.float(bias, entry)?, *layer, Made::OutputBias);
+                (entry.shard, entry.dtype, entry.shape.clone(), numbers)
+            }
+            Content::Made { layer, shape, dtype, make } => {
+                let keys = like(&source.stored(*layer)?.key.tensor)?;
+                let stored = match dtype {
+                    Dtype::Bf16 => safetensors::Dtype::BF16,
+                    Dtype::F16 => safetensors::Dtype::F16,
+                    Dtype::F32 => safetensors::Dtype::F32,
+                };
+                (keys.shard, stored, shape.clone(), Numbers::Made(*dtype, *layer, Made::By(make)))
+            }
+        };
+        let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &size| bits.checked_mul(size));
+        bits.ok_or_else(|| invalid(format!("{name} of shape {shape:?} is too large")))?;
+        shards[shard].push((name, Tensor { job, name, shape, dtype, numbers }));
+    }
+    Ok(shards)
+}
+
+fn write_shards(
+    source: &Checkpoint,
+    job: &Job<'_>,
+    shards: Vec<Outputs<'_>>,
+    directory: &Path,
+) -> Result<(), FileError> {
+    for (shard, tensors) in source.files().files.iter().zip(shards) {
         let path = directory.join(&shard.file);
         let written = safetensors::serialize_to_file(tensors, shard.metadata.clone(), &path);
         job.outcome()?;
@@ -198,51 +213,70 @@ fn write_shards(job: &Job<'_>, shards: Vec<Outputs<'_>>, directory: &Path) -> Re
     Ok(())
 }
 
-/// The small JSON files, config.json last: without it nothing looks like a model.
+/// The target's files and the small JSON files, config.json last: without it nothing looks like a model.
 fn small_files(
     source: &Checkpoint,
-    plan: &Plan,
+    shared: &SharedHeads<'_>,
     target: &dyn Target,
+    output: &OutputModel,
     shards: &[Outputs<'_>],
-) -> Result<Vec<(&'static str, Vec<u8>)>, FileError> {
-    let mut files = Vec::new();
-    if let Some(index) = &source.files().index {
-        files.push((INDEX, pretty(INDEX, &new_index(index, shards))?));
+) -> Result<Vec<(PathBuf, Vec<u8>)>, FileError> {
+    let mut files = output.files.clone();
+    if let Some(index) = new_index(source, shards) {
+        files.push((INDEX.into(), pretty(INDEX, &index)?));
     }
-    let note = if target.saves_memory() {
+    let saves = kv_bytes(source, output) < source.kv_bytes_per_token();
+    let note = if saves {
         "query heads are reordered group by group"
     } else {
         "shared heads are copied to all members of their group: saves no memory, for evaluation only"
     };
-    let provenance = json!({
+    let mut provenance = json!({
         "qcqa": env!("CARGO_PKG_VERSION"),
         "target": target.name(),
-        "saves_memory": target.saves_memory(),
+        "saves_memory": saves,
         "note": note,
-        "plan": plan,
+        "plan": shared.record(),
     });
-    files.push((PROVENANCE, pretty(PROVENANCE, &provenance)?));
-    let mut config = source.config().raw.clone();
-    target.configure(&mut config, plan);
-    files.push((CONFIG, pretty(CONFIG, &config)?));
+    let planned = &shared.plan().pooling;
+    if shared.done() != planned {
+        provenance["planned_pooling"] = json!(planned);
+    }
+    files.push((PROVENANCE.into(), pretty(PROVENANCE, &provenance)?));
+    files.push((CONFIG.into(), pretty(CONFIG, &output.config)?));
     Ok(files)
 }
 
-/// The index of the source with the sizes of the output; tensors stay in their files.
-fn new_index(index: &Map<String, Value>, shards: &[Outputs<'_>]) -> Map<String, Value> {
+/// KV cache of an output, bytes per token.
+fn kv_bytes(source: &Checkpoint, output: &OutputModel) -> usize {
+    source.architecture().kv_bytes_with(&output.kv_heads, source.dtype().bytes())
+}
+
+/// The index of the source with the sizes and the tensors of the output, which stay in their files.
+fn new_index(source: &Checkpoint, shards: &[Outputs<'_>]) -> Option<Map<String, Value>> {
+    let mut index = source.files().index.clone()?;
     let tensors = || shards.iter().flatten().map(|(_, tensor)| tensor);
-    let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
-    let mut index = index.clone();
     let metadata = index.entry("metadata").or_insert_with(|| json!({}));
     if let Value::Object(metadata) = metadata {
         let bytes: u64 = tensors().map(|t| t.data_len() as u64).sum();
         metadata.insert("total_size".to_string(), bytes.into());
         if let Some(before) = metadata.get("total_parameters").and_then(Value::as_u64) {
-            let saved: u64 = tensors().map(|t| count(&t.entry.shape).saturating_sub(count(&t.shape))).sum();
-            metadata.insert("total_parameters".to_string(), before.saturating_sub(saved).into());
+            let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+            let old: u64 = source.files().tensors.values().map(|entry| count(&entry.shape)).sum();
+            let new: u64 = tensors().map(|tensor| count(&tensor.shape)).sum();
+            let total = (before + new).saturating_sub(old);
+            metadata.insert("total_parameters".to_string(), total.into());
         }
     }
-    index
+    if let Some(Value::Object(map)) = index.get_mut("weight_map") {
+        let files = shards.iter().zip(&source.files().files);
+        let new: BTreeMap<&str, &str> = files
+            .flat_map(|(tensors, shard)| tensors.iter().map(|(name, _)| (*name, &*shard.file)))
+            .collect();
+        map.retain(|name, _| new.contains_key(name.as_str()));
+        map.extend(new.into_iter().map(|(name, file)| (name.to_string(), file.into())));
+    }
+    Some(index)
 }
 
 fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileError> {
@@ -254,24 +288,22 @@ fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileErro
 
 fn report(
     source: &Checkpoint,
-    layouts: &[Layout],
+    kv_bytes_after: usize,
     shards: &[Outputs<'_>],
     extras: &[Extra],
-    small: &[(&str, Vec<u8>)],
+    small: &[(PathBuf, Vec<u8>)],
 ) -> Report {
-    let config = source.config();
     let stored = &source.files().files;
     let data = shards.iter().flatten().map(|(_, tensor)| tensor.data_len() as u64);
     let headers = stored.iter().map(|shard| shard.header as u64);
     let copied = extras.iter().map(|e| e.bytes);
-    let kv_bytes = |heads| kv_bytes_per_token(heads, config.head_dim, source.dtype().bytes());
     Report {
         bytes: data.chain(headers).chain(copied).chain(small.iter().map(|(_, b)| b.len() as u64)).sum(),
-        kv_bytes_before: kv_bytes(config.n_layers * config.kv_heads),
-        kv_bytes_after: kv_bytes(layouts.iter().map(|layout| layout.kv_rows.len()).sum()),
+        kv_bytes_before: source.kv_bytes_per_token(),
+        kv_bytes_after,
         files: (stored.iter().map(|s| PathBuf::from(&s.file)))
             .chain(extras.iter().map(|e| e.to.clone()))
-            .chain(small.iter().map(|(name, _)| PathBuf::from(name)))
+            .chain(small.iter().map(|(name, _)| name.clone()))
             .collect(),
     }
 }

@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::FileError;
-use super::read::CONFIG;
-use super::shards::INDEX;
+use walkdir::WalkDir;
+
+use crate::checkpoint::{CONFIG, INDEX};
+use crate::files::FileError;
 
 /// Where the provenance of a converted model is kept.
 pub(super) const PROVENANCE: &str = "qcqa.json";
@@ -40,45 +41,35 @@ pub(super) struct Extra {
     pub(super) bytes: u64,
 }
 
-/// The files to copy from a model directory and those below it, sorted; links are followed.
+/// The files to copy from a model directory and those below it, sorted; links are followed, those to a directory above end.
 pub(super) fn list(root: &Path) -> Result<Vec<Extra>, FileError> {
     let mut extras = Vec::new();
-    walk(root, root, &mut Vec::new(), &mut extras)?;
-    extras.sort_by(|a, b| a.to.cmp(&b.to));
-    Ok(extras)
-}
-
-/// `above` holds the real paths of the directories being walked: a link to one of them is a loop.
-fn walk(
-    root: &Path,
-    directory: &Path,
-    above: &mut Vec<PathBuf>,
-    extras: &mut Vec<Extra>,
-) -> Result<(), FileError> {
-    let failed = |e| FileError::io("read", directory, e);
-    let real = directory.canonicalize().map_err(failed)?;
-    if above.contains(&real) {
-        return Ok(());
-    }
-    above.push(real);
-    for entry in fs::read_dir(directory).map_err(failed)? {
-        let from = entry.map_err(failed)?.path();
-        if is_skipped(&from, directory == root) {
+    let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);
+    let entries = WalkDir::new(root).follow_links(true).into_iter();
+    for entry in entries.filter_entry(|entry| taken(entry.depth(), entry.path())) {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                let path = error.path().unwrap_or(root).to_path_buf();
+                if error.loop_ancestor().is_some() || !taken(error.depth(), &path) {
+                    continue;
+                }
+                return Err(FileError::io("read", &path, error.into()));
+            }
+        };
+        if !entry.file_type().is_file() {
             continue;
         }
-        let metadata = from.metadata().map_err(|e| FileError::io("read", &from, e))?;
-        if metadata.is_dir() {
-            walk(root, &from, above, extras)?;
-        } else if metadata.is_file() {
-            if extras.len() == MOST_FILES {
-                return Err(FileError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
-            }
-            let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
-            extras.push(Extra { from, to, bytes: metadata.len() });
+        if extras.len() == MOST_FILES {
+            return Err(FileError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
         }
+        let from = entry.path().to_path_buf();
+        let bytes = from.metadata().map_err(|e| FileError::io("read", &from, e))?.len();
+        let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
+        extras.push(Extra { from, to, bytes });
     }
-    above.pop();
-    Ok(())
+    extras.sort_by(|a, b| a.to.cmp(&b.to));
+    Ok(extras)
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {

@@ -1,6 +1,6 @@
 //! The place to write to: nothing there is lost, and the new model appears whole or not at all.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 

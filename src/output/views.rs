@@ -1,50 +1,50 @@
-//! The tensors of a converted model, made one by one while a file is written.
+//! The tensors of an output, made one by one while a file is written.
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 
+use ndarray::{Array2, ArrayD, ArrayView1, ArrayView2, Axis as Dimension};
 use safetensors::View;
 
-use super::families::Part;
-use super::shards::Entry;
-use super::targets::Layout;
-use super::{Checkpoint, Dtype, FileError};
-use crate::{Plan, PoolLayer, Pooled, Projection, Run};
+use super::{Make, Slot};
+use crate::checkpoint::{Checkpoint, Dtype, Entry, columns_of};
+use crate::error::{Error, Result};
+use crate::files::FileError;
+use crate::heads::{Heads, Pooled, Projection};
+use crate::model::{Axis, Part};
+use crate::plan::SharedHeads;
+use crate::run::Run;
 
 /// What all tensors of a conversion share.
 pub(super) struct Job<'a> {
-    pub(super) source: &'a Checkpoint,
-    pub(super) plan: &'a Plan,
-    pub(super) pool: &'a PoolLayer<'a>,
-    pub(super) layouts: &'a [Layout],
-    pub(super) run: Run<'a>,
+    source: &'a Checkpoint,
+    shared: &'a SharedHeads<'a>,
+    run: Run<'a>,
     /// Tensors and other files, written and in all.
-    pub(super) done: Cell<u64>,
-    pub(super) total: u64,
-    /// The layer pooled last. Files are written tensor by tensor in the order of names, which keeps a layer's
+    done: Cell<u64>,
+    total: u64,
+    /// The layer made last. Files are written tensor by tensor in the order of names, which keeps a layer's
     /// tensors together: one layer at a time is decoded.
-    pooled: RefCell<Option<(usize, Pooled)>>,
+    layer: RefCell<Option<(usize, Heads, Pooled)>>,
     /// What stopped the work; from then on tensors come out empty.
     stopped: RefCell<Option<FileError>>,
 }
 
 impl<'a> Job<'a> {
-    pub(super) fn new(
-        source: &'a Checkpoint,
-        plan: &'a Plan,
-        pool: &'a PoolLayer<'a>,
-        layouts: &'a [Layout],
-        total: u64,
-        run: Run<'a>,
-    ) -> Self {
-        let (done, pooled, stopped) = (Cell::new(0), RefCell::new(None), RefCell::new(None));
-        Self { source, plan, pool, layouts, run, done, total, pooled, stopped }
+    pub(super) fn new(source: &'a Checkpoint, shared: &'a SharedHeads<'a>, total: u64, run: Run<'a>) -> Self {
+        let (done, layer, stopped) = (Cell::new(0), RefCell::new(None), RefCell::new(None));
+        Self { source, shared, run, done, total, layer, stopped }
+    }
+
+    /// Says that nothing is written yet.
+    pub(super) fn start(&self) -> Result<()> {
+        self.run.step("write", 0, self.total)
     }
 
     /// Counts one tensor or file.
-    pub(super) fn step(&self) -> Result<(), FileError> {
+    pub(super) fn step(&self) -> Result<()> {
         self.done.set(self.done.get() + 1);
-        Ok(self.run.step("write", self.done.get(), self.total)?)
+        self.run.step("write", self.done.get(), self.total)
     }
 
     /// What stopped the work, if anything did.
@@ -52,47 +52,55 @@ impl<'a> Job<'a> {
         self.stopped.borrow_mut().take().map_or(Ok(()), Err)
     }
 
-    fn with_pooled<T>(
+    fn with_layer<T>(
         &self,
         layer: usize,
-        f: impl FnOnce(&Pooled) -> Result<T, FileError>,
+        f: impl FnOnce(&Heads, &Pooled) -> Result<T, FileError>,
     ) -> Result<T, FileError> {
-        let mut cache = self.pooled.borrow_mut();
-        match &*cache {
-            Some((cached, pooled)) if *cached == layer => f(pooled),
-            _ => {
-                *cache = None;
-                let groups = &self.plan.layers[layer].groups;
-                let heads = self.source.layer(layer)?;
-                let pooled = (self.pool)(layer, &heads)?;
-                pooled.check(&heads, groups)?;
-                f(&cache.insert((layer, pooled)).1)
+        let mut cache = self.layer.borrow_mut();
+        let made = match cache.take() {
+            Some(cached) if cached.0 == layer => cached,
+            old => {
+                drop(old);
+                let (heads, pooled) = self.shared.layer(layer)?;
+                (layer, heads, pooled)
             }
-        }
+        };
+        let (_, heads, pooled) = cache.insert(made);
+        f(heads, pooled)
     }
 }
 
-/// Whose rows or columns a tensor holds.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct HeadsOf {
-    pub(super) layer: usize,
-    pub(super) part: Part,
-    pub(super) bias: bool,
-}
-
-/// One tensor of the output.
+/// One tensor of an output.
 pub(super) struct Tensor<'a> {
     pub(super) job: &'a Job<'a>,
     pub(super) name: &'a str,
-    pub(super) entry: &'a Entry,
-    /// `None`: passed on as it is, bit for bit.
-    pub(super) heads: Option<HeadsOf>,
     pub(super) shape: Vec<usize>,
+    pub(super) dtype: safetensors::Dtype,
+    pub(super) numbers: Numbers<'a>,
+}
+
+/// Where the numbers of a tensor come from.
+pub(super) enum Numbers<'a> {
+    /// From the source, bit for bit.
+    Stored(&'a Entry),
+    /// Made from a layer, and stored as this type.
+    Made(Dtype, usize, Made<'a>),
+}
+
+/// What is made from a layer.
+pub(super) enum Made<'a> {
+    /// Heads, one after the other; their biases where there is no axis.
+    Heads(Option<Axis>, &'a [(Part, Slot)]),
+    /// The bias of the output projection.
+    OutputBias,
+    /// Whatever a target makes.
+    By(&'a Make),
 }
 
 impl View for Tensor<'_> {
     fn dtype(&self) -> safetensors::Dtype {
-        self.entry.dtype
+        self.dtype
     }
 
     fn shape(&self) -> &[usize] {
@@ -105,81 +113,110 @@ impl View for Tensor<'_> {
         if self.job.stopped.borrow().is_some() {
             return Cow::Borrowed(&[]);
         }
-        self.bytes().and_then(|bytes| self.job.step().map(|()| bytes)).unwrap_or_else(|error| {
+        let counted = self.bytes().and_then(|bytes| Ok(self.job.step().map(|()| bytes)?));
+        counted.unwrap_or_else(|error| {
             *self.job.stopped.borrow_mut() = Some(error);
             Cow::Borrowed(&[])
         })
     }
 
     fn data_len(&self) -> usize {
-        // Cannot overflow: the source's tensors are mapped, and a layout has no more KV heads than query heads.
-        self.shape.iter().product::<usize>() * self.entry.dtype.bitsize() / 8
+        // Does not overflow: checked when the tensor was planned.
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
 }
 
 impl Tensor<'_> {
     fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
-        let source = self.job.source;
-        let stored = Cow::Borrowed(source.files().bytes(self.entry));
-        let Some(HeadsOf { layer, part, bias }) = self.heads else { return Ok(stored) };
-        let dtype = source.float(self.name, self.entry)?;
-        let Layout { kv_rows, query_order } = &self.job.layouts[layer];
-        let (h, d) = (source.config().head_dim, source.config().hidden);
-        self.job.with_pooled(layer, |pooled| match part {
-            Part::Key => self.encode(dtype, rows(&pooled.key, bias, kv_rows)),
-            Part::Value => self.encode(dtype, rows(&pooled.value, bias, kv_rows)),
-            Part::Query => {
-                let all: Vec<usize> = (0..query_order.len()).collect();
-                let changed = pooled.query.as_ref().map(|q| self.encode(dtype, rows(q, bias, &all)));
-                let block = if bias { h } else { h * d } * dtype.bytes();
-                Ok(permute(changed.unwrap_or(Ok(stored))?, query_order, block))
+        let (dtype, layer, made) = match &self.numbers {
+            Numbers::Stored(entry) => return Ok(Cow::Borrowed(self.job.source.files().bytes(entry))),
+            Numbers::Made(dtype, layer, made) => (*dtype, *layer, made),
+        };
+        let bytes = self.job.with_layer(layer, |heads, pooled| {
+            let layer =
+                Layer { heads, pooled, zeros: Array2::zeros((heads.key().head_dim(), heads.key().inputs())) };
+            match *made {
+                Made::Heads(axis, pieces) => match axis {
+                    Some(Axis::Rows) => self.encode(dtype, layer.weights(pieces)?.iter().flatten().copied()),
+                    Some(Axis::Columns) => self.encode(dtype, columns_of(&layer.weights(pieces)?)),
+                    None => self.encode(dtype, layer.biases(pieces)?.iter().flatten().copied()),
+                },
+                Made::OutputBias => {
+                    let bias = pooled.output_bias.as_ref().map(|b| b.view()).or(heads.output_bias());
+                    self.encode(dtype, bias.ok_or(Error::NoQueries)?.iter().copied())
+                }
+                Made::By(make) => self.encode(dtype, self.checked(make(heads, pooled)?)?.iter().copied()),
             }
-            Part::Output if bias => {
-                let changed = pooled.output_bias.as_ref().map(|b| self.encode(dtype, b.iter().copied()));
-                changed.unwrap_or(Ok(stored))
-            }
-            Part::Output => {
-                // (H·r, d, h) → (d, H·r, h), as it is stored.
-                let stored_order = |o: &ndarray::Array3<f32>| {
-                    self.encode(dtype, o.view().permuted_axes([1, 0, 2]).iter().copied())
-                };
-                let changed = pooled.output.as_ref().map(stored_order);
-                Ok(permute(changed.unwrap_or(Ok(stored))?, query_order, h * dtype.bytes()))
-            }
-        })
+        })?;
+        // More or fewer would move all tensors behind it.
+        if bytes.len() != self.data_len() {
+            let [expected, found] = [self.data_len(), bytes.len()].map(|len| len / dtype.bytes());
+            return Err(Error::shape(self.name, &[expected], &[found]).into());
+        }
+        Ok(Cow::Owned(bytes))
     }
 
-    fn encode(
-        &self,
-        dtype: Dtype,
-        values: impl Iterator<Item = f32>,
-    ) -> Result<Cow<'static, [u8]>, FileError> {
+    /// Numbers of the shape that was said, all finite.
+    fn checked(&self, numbers: ArrayD<f32>) -> Result<ArrayD<f32>> {
+        if numbers.shape() != self.shape {
+            return Err(Error::shape(self.name, &self.shape, numbers.shape()));
+        }
+        if !numbers.iter().all(|v| v.is_finite()) {
+            return Err(Error::NotFinite { what: self.name.to_string() });
+        }
+        Ok(numbers)
+    }
+
+    fn encode(&self, dtype: Dtype, values: impl Iterator<Item = f32>) -> Result<Vec<u8>, FileError> {
         let mut bytes = Vec::with_capacity(self.data_len());
         dtype.encode(values, &mut bytes).map_err(|value| {
             let (tensor, dtype) = (self.name.to_string(), dtype.name());
             FileError::Overflow { tensor, dtype, value }
         })?;
-        Ok(Cow::Owned(bytes))
+        Ok(bytes)
     }
 }
 
-/// The weights or biases of the heads `order` of a projection, one after the other.
-fn rows<'a>(projection: &'a Projection, bias: bool, order: &'a [usize]) -> impl Iterator<Item = f32> + 'a {
-    let all = if bias { projection.bias_slice().unwrap_or(&[]) } else { projection.weight_slice() };
-    let len = all.len() / projection.n_heads();
-    order.iter().flat_map(move |&head| all[head * len..][..len].iter().copied())
+/// A layer of the source, and its shared heads.
+struct Layer<'a> {
+    heads: &'a Heads,
+    pooled: &'a Pooled,
+    /// A head that is not there, (h, d).
+    zeros: Array2<f32>,
 }
 
-/// Reorders blocks of bytes within each row of `order.len()` of them.
-fn permute<'a>(bytes: Cow<'a, [u8]>, order: &[usize], block: usize) -> Cow<'a, [u8]> {
-    if order.iter().copied().eq(0..order.len()) {
-        return bytes;
+impl Layer<'_> {
+    /// Weights of heads, each (h, d).
+    fn weights(&self, pieces: &[(Part, Slot)]) -> Result<Vec<ArrayView2<'_, f32>>> {
+        let weights = |&(part, slot): &(Part, Slot)| {
+            let Slot::Head(head) = slot else { return Ok(self.zeros.view()) };
+            if part != Part::Output {
+                return Ok(self.projection(part)?.weight().index_axis_move(Dimension(0), head));
+            }
+            let output = self.pooled.output.as_ref().map(|o| o.view()).or(self.heads.output());
+            // From (d, h).
+            Ok(output.ok_or(Error::NoQueries)?.index_axis_move(Dimension(0), head).reversed_axes())
+        };
+        pieces.iter().map(weights).collect()
     }
-    let mut permuted = Vec::with_capacity(bytes.len());
-    for row in bytes.chunks_exact(order.len() * block) {
-        for &i in order {
-            permuted.extend_from_slice(&row[i * block..][..block]);
+
+    /// Biases of heads, each (h).
+    fn biases(&self, pieces: &[(Part, Slot)]) -> Result<Vec<ArrayView1<'_, f32>>> {
+        let biases = |&(part, slot): &(Part, Slot)| match (slot, self.projection(part)?.bias()) {
+            (Slot::Head(head), Some(bias)) => Ok(bias.index_axis_move(Dimension(0), head)),
+            _ => Ok(self.zeros.column(0)),
+        };
+        pieces.iter().map(biases).collect()
+    }
+
+    /// Heads of queries, keys or values.
+    fn projection(&self, part: Part) -> Result<&Projection> {
+        match part {
+            Part::Key => Ok(&self.pooled.key),
+            Part::Value => Ok(&self.pooled.value),
+            Part::Query | Part::Output => {
+                self.pooled.query.as_ref().or(self.heads.query()).ok_or(Error::NoQueries)
+            }
         }
     }
-    Cow::Owned(permuted)
 }

@@ -1,9 +1,9 @@
 use serde_json::{Map, Value};
 
-use super::{Layout, Target};
-use crate::checkpoint::FileError;
 use crate::budget::Limits;
-use crate::partition::Partition;
+use crate::error::Result;
+use crate::model::Architecture;
+use crate::output::{OutputModel, Slot, Target};
 use crate::plan::Plan;
 
 /// The shape of the source, with each group's shared head copied to all its members: loads wherever the source
@@ -16,24 +16,15 @@ impl Target for Expanded {
         "expanded"
     }
 
-    fn limits(&self) -> Limits {
+    fn limits(&self, _: &Architecture) -> Limits {
         Limits::default()
     }
 
-    fn saves_memory(&self) -> bool {
-        false
+    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+        OutputModel::from_slots(model, config.clone(), |layer| {
+            let groups = &plan.layers[layer].groups;
+            let copies = groups.labels().iter().map(|&group| Slot::Head(group.into()));
+            (copies.collect(), (0..model.layers[layer].query_heads).map(Slot::Head).collect())
+        })
     }
-
-    fn check(&self, _: &Plan) -> Result<(), FileError> {
-        Ok(())
-    }
-
-    fn layout(&self, partition: &Partition, queries_per_head: usize) -> Layout {
-        Layout {
-            kv_rows: (0..partition.n_heads()).map(|head| partition.group_of(head)).collect(),
-            query_order: (0..partition.n_heads() * queries_per_head).collect(),
-        }
-    }
-
-    fn configure(&self, _: &mut Map<String, Value>, _: &Plan) {}
 }

@@ -6,8 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use qcqa::checkpoint::{Checkpoint, Target, WriteOptions, convert};
-use qcqa::{Cardinality, LayerPlan, MeanPooler, Method, Partition, Plan, PlanBudget, Run};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::{FileError, WriteOptions};
+use qcqa::heads::HeadSource;
+use qcqa::model::AttentionSpec;
+use qcqa::output::{self, Report, Target};
+use qcqa::partition::Partition;
+use qcqa::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+use qcqa::spec::Spec;
+use qcqa::{KvPooler, Run};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -141,43 +148,56 @@ impl Model {
     }
 }
 
-/// A plan of these groups, for this checkpoint.
-pub fn plan(checkpoint: &Checkpoint, layers: &[Partition]) -> Plan {
-    let source = checkpoint.source().unwrap();
-    let kv_heads = layers.iter().map(Partition::n_groups).sum();
-    let reached = kv_heads as f64 / (source.layers * source.kv_heads) as f64;
-    Plan {
-        version: Plan::VERSION,
-        qcqa: "test".into(),
-        source,
-        method: Method {
-            name: "test".into(),
-            search: "by hand".into(),
-            fitness: "none".into(),
-            cardinality: Cardinality::Arbitrary,
-            max_groups: None,
-            max_group_size: None,
-            fixed: BTreeMap::new(),
-            allocation: "by hand".into(),
-            cost: qcqa::CostScale::Raw,
-            pooler: "mean".into(),
-            target: None,
-            refit: None,
-        },
-        calibration: None,
-        seed: 0,
-        budget: PlanBudget { asked: reached, reached, kv_heads },
-        layers: (layers.iter())
-            .map(|groups| LayerPlan { groups: groups.clone(), error: 0.1, lower_bound: None })
-            .collect(),
-    }
+/// The attention of a model's first layer.
+pub fn attention(checkpoint: &Checkpoint) -> &AttentionSpec {
+    &checkpoint.architecture().layers[0]
+}
+
+/// A plan of these groups, for this model, pooled by the mean.
+pub fn plan(source: &dyn HeadSource, layers: &[Partition]) -> Plan {
+    pooled_plan(source, layers, Pooling::new(Spec::new("mean")))
+}
+
+/// A plan of these groups, for this model.
+pub fn pooled_plan(source: &dyn HeadSource, layers: &[Partition], pooling: Pooling) -> Plan {
+    let id = source.id().unwrap();
+    let kv_heads: usize = layers.iter().map(Partition::n_groups).sum();
+    let asked = kv_heads as f64 / id.kv_heads() as f64;
+    let method = Method::new("test", Spec::new("by hand"), Spec::new("none"), Spec::new("by hand"));
+    let layers = layers.iter().map(|groups| LayerPlan::new(groups.clone(), 0.1)).collect();
+    Plan::new(id, method, pooling, layers, asked, 0).unwrap()
 }
 
 /// The same groups in every layer.
-pub fn same_plan(checkpoint: &Checkpoint, groups: &[&[usize]]) -> Plan {
-    let heads = checkpoint.config().kv_heads;
-    let partition = Partition::from_groups(heads, groups).unwrap();
-    plan(checkpoint, &vec![partition; checkpoint.config().n_layers])
+pub fn same_plan(source: &dyn HeadSource, groups: &[&[usize]]) -> Plan {
+    let model = source.architecture();
+    let partition = Partition::from_groups(model.layers[0].kv_heads, groups).unwrap();
+    plan(source, &vec![partition; model.n_layers()])
+}
+
+/// Converts as the plan says.
+pub fn convert(
+    source: &Checkpoint,
+    plan: &Plan,
+    target: &dyn Target,
+    out: &Path,
+    options: WriteOptions,
+    run: Run<'_>,
+) -> Result<Report, FileError> {
+    output::convert(source, &SharedHeads::new(plan, source)?, target, out, options, run)
+}
+
+/// Converts with another pooler than the plan's.
+pub fn convert_by(
+    pooler: impl KvPooler + 'static,
+    source: &Checkpoint,
+    plan: &Plan,
+    target: &dyn Target,
+    out: &Path,
+    options: WriteOptions,
+) -> Result<Report, FileError> {
+    let shared = SharedHeads::with_pooler(plan, source, Box::new(pooler))?;
+    output::convert(source, &shared, target, out, options, Run::new(0))
 }
 
 /// Every file below a directory, with its bytes.
@@ -234,8 +254,8 @@ pub fn not_written(
 ) -> String {
     let before = snapshot(root.path());
     let [dry, wet] = [true, false].map(|dry_run| {
-        let options = WriteOptions { force, dry_run };
-        convert(source, plan, &MeanPooler, target, out, options, Run::new(0)).unwrap_err().to_string()
+        let options = WriteOptions::default().force(force).dry_run(dry_run);
+        convert(source, plan, target, out, options, Run::new(0)).unwrap_err().to_string()
     });
     assert_eq!(dry, wet);
     assert_eq!(snapshot(root.path()), before);

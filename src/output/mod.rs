@@ -1,0 +1,303 @@
+//! Models out: what a [`Target`] says of an output, written whole or not at all.
+//!
+//! A target describes a model by what differs from its source, an [`OutputModel`]; [`convert`] checks the description,
+//! fills it with shared heads, and writes it.
+
+mod check;
+mod conversion;
+mod copy;
+mod staging;
+mod views;
+
+use std::collections::BTreeSet;
+use std::fmt::{self, Debug};
+use std::path::{Path, PathBuf};
+
+use ndarray::ArrayD;
+use serde_json::{Map, Value};
+
+use crate::budget::Limits;
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::error::{Error, Result};
+use crate::files::FileError;
+use crate::heads::{Heads, Pooled};
+use crate::model::{Architecture, AttentionSpec, Axis, Part, Stored, StoredHeads};
+use crate::plan::Plan;
+
+pub use conversion::{Report, convert};
+
+/// A form in which a model is written: what it can hold, and what becomes of the source's tensors and config.json.
+///
+/// ```
+/// use qcqa::Result;
+/// use qcqa::budget::Limits;
+/// use qcqa::model::Architecture;
+/// use qcqa::output::{OutputModel, Slot, Target};
+/// use qcqa::plan::Plan;
+/// use serde_json::{Map, Value};
+///
+/// /// Every head reads a copy of its group's: the source's shape, and its cache.
+/// #[derive(Debug)]
+/// struct Copies;
+///
+/// impl Target for Copies {
+///     fn name(&self) -> &'static str {
+///         "copies"
+///     }
+///     fn limits(&self, _: &Architecture) -> Limits {
+///         Limits::default()
+///     }
+///     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+///         OutputModel::from_slots(model, config.clone(), |layer| {
+///             let groups = &plan.layers[layer].groups;
+///             let copies = (0..groups.n_heads()).map(|head| Slot::Head(groups.group_of(head)));
+///             let queries = (0..model.layers[layer].query_heads).map(Slot::Head);
+///             (copies.collect(), queries.collect())
+///         })
+///     }
+/// }
+/// ```
+pub trait Target: Debug + Send + Sync {
+    /// Its name, for messages and provenance.
+    fn name(&self) -> &'static str;
+
+    /// What a plan must keep to; reaches search and allocation. [`Limits::check`] checks a plan against it.
+    fn limits(&self, model: &Architecture) -> Limits;
+
+    /// The output that a plan, one within the limits, makes of a model with this config.json.
+    ///
+    /// # Errors
+    /// Whatever keeps the target from writing this model.
+    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel>;
+}
+
+/// A model to be written, as far as it differs from its source: tensors and files that nothing is said of are copied.
+///
+/// [`OutputModel::from_slots`] makes one of lists of heads, for targets that only lay heads out anew.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct OutputModel {
+    /// config.json.
+    pub config: Map<String, Value>,
+    /// Tensors that are new, or not what they are in the source: all that hold heads or their biases are among them.
+    pub tensors: Vec<OutputTensor>,
+    /// Tensors of the source that the output does not have.
+    pub left_out: BTreeSet<String>,
+    /// Files besides weights and config.json, by their place in the output, with their bytes: new ones, or in the place of the
+    /// source's.
+    pub files: Vec<(PathBuf, Vec<u8>)>,
+    /// Heads that each layer of the output keeps in its cache.
+    pub kv_heads: Vec<usize>,
+}
+
+/// A tensor of an output.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct OutputTensor {
+    /// Its name in the output.
+    pub name: String,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// What is in a tensor of an output. [`Content::heads`] and [`Content::made`] make those with more than one field.
+#[non_exhaustive]
+pub enum Content {
+    /// A tensor of the source, bit for bit; none that holds heads, which sharing changes.
+    Copied(String),
+    /// Heads, one after the other.
+    #[non_exhaustive]
+    Heads {
+        /// The tensor of the source whose type and file this one has.
+        like: String,
+        /// The layer of the heads.
+        layer: usize,
+        /// The dimension along which they lie, d being the other; `None` for their biases, (heads·h).
+        axis: Option<Axis>,
+        /// The heads in the order in which they lie there, so that split and fused projections are one case.
+        pieces: Vec<(Part, Slot)>,
+    },
+    /// The bias of a layer's output projection, (d), which a refit may have changed.
+    OutputBias(usize),
+    /// Numbers that are made from the shared heads of a layer.
+    #[non_exhaustive]
+    Made {
+        /// The layer; the tensor lies in the file of its keys.
+        layer: usize,
+        /// Shape of the tensor.
+        shape: Vec<usize>,
+        /// How it is stored.
+        dtype: Dtype,
+        /// The numbers, in that shape.
+        make: Make,
+    },
+}
+
+/// Makes the numbers of a tensor from the heads of a layer and what became of them.
+pub type Make = Box<dyn Fn(&Heads, &Pooled) -> Result<ArrayD<f32>> + Send + Sync>;
+
+/// A place for a head in an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// Of keys and values, the shared head of this group; of queries and outputs, this head of the source.
+    Head(usize),
+    /// Zeros: a query head that is not there, which fills up a group, or a KV head that only such ones read.
+    Zero,
+}
+
+impl OutputTensor {
+    /// A tensor of this name.
+    pub fn new(name: impl Into<String>, content: Content) -> Self {
+        Self { name: name.into(), content }
+    }
+}
+
+impl Content {
+    /// Heads of a layer along `axis`, or their biases (`None`); type and file are those of `like`, a tensor of the source.
+    pub fn heads(
+        like: impl Into<String>,
+        layer: usize,
+        axis: Option<Axis>,
+        pieces: Vec<(Part, Slot)>,
+    ) -> Self {
+        Self::Heads { like: like.into(), layer, axis, pieces }
+    }
+
+    /// Numbers of this shape that are made from the shared heads of a layer.
+    pub fn made(
+        layer: usize,
+        shape: &[usize],
+        dtype: Dtype,
+        make: impl Fn(&Heads, &Pooled) -> Result<ArrayD<f32>> + Send + Sync + 'static,
+    ) -> Self {
+        Self::Made { layer, shape: shape.to_vec(), dtype, make: Box::new(make) }
+    }
+}
+
+impl Debug for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Copied(tensor) => f.debug_tuple("Copied").field(tensor).finish(),
+            Self::Heads { like, layer, axis, pieces } => {
+                let mut heads = f.debug_struct("Heads");
+                heads.field("like", like).field("layer", layer).field("axis", axis);
+                heads.field("pieces", pieces).finish()
+            }
+            Self::OutputBias(layer) => f.debug_tuple("OutputBias").field(layer).finish(),
+            Self::Made { layer, shape, dtype, .. } => {
+                let mut made = f.debug_struct("Made");
+                made.field("layer", layer).field("shape", shape).field("dtype", dtype).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+impl OutputModel {
+    /// An output with this config.json and these numbers of cached heads, and nothing yet in the place of the source's heads.
+    pub fn new(config: Map<String, Value>, kv_heads: Vec<usize>) -> Self {
+        Self { config, tensors: Vec::new(), left_out: BTreeSet::new(), files: Vec::new(), kv_heads }
+    }
+
+    /// An output in the source's tensors, with other heads in them: `slots` gives the KV heads and the query heads of a layer,
+    /// in their new order.
+    ///
+    /// Query position p reads KV slot p / (queries / KV heads) and must find its own group there. Heads that lie alone or in a
+    /// row are laid out anew, as many as there are; where they lie among others, one of each kind in turn, their number must
+    /// stay.
+    ///
+    /// # Errors
+    /// [`Error::Limits`] for another number of heads that lie among others, for a tensor that holds more than heads, and for a
+    /// layer whose tensors are not known.
+    pub fn from_slots(
+        model: &Architecture,
+        config: Map<String, Value>,
+        slots: impl Fn(usize) -> (Vec<Slot>, Vec<Slot>),
+    ) -> Result<Self> {
+        let mut output = Self::new(config, Vec::new());
+        for (layer, attention) in model.layers.iter().enumerate() {
+            let stored = attention.stored.as_ref().ok_or_else(|| {
+                let expected =
+                    "an output keeps heads in the tensors in which its source has them".to_string();
+                Error::Limits { layer, found: "has no named tensors".to_string(), expected }
+            })?;
+            let (kv, query) = slots(layer);
+            let new = Relaid { layer, attention, stored, kv: &kv, query: &query };
+            for name in stored.tensors() {
+                output.tensors.push(OutputTensor::new(name, new.tensor(name)?));
+            }
+            output.kv_heads.push(kv.len());
+        }
+        Ok(output)
+    }
+}
+
+/// A layer whose heads get other places in the source's tensors.
+struct Relaid<'a> {
+    layer: usize,
+    attention: &'a AttentionSpec,
+    stored: &'a StoredHeads,
+    kv: &'a [Slot],
+    query: &'a [Slot],
+}
+
+impl Relaid<'_> {
+    /// What is in a tensor that holds heads or biases.
+    fn tensor(&self, name: &str) -> Result<Content> {
+        let parts = || Part::ALL.into_iter().map(|part| (part, self.stored.part(part)));
+        let weights: Vec<_> = parts().filter(|(_, stored)| stored.tensor == name).collect();
+        if let Some((_, stored)) = weights.first() {
+            let axis = Some(stored.axis);
+            return Ok(Content::heads(name, self.layer, axis, self.pieces(name, &weights)?));
+        }
+        let biases: Vec<_> = parts().filter(|(_, stored)| stored.bias.as_deref() == Some(name)).collect();
+        match biases[..] {
+            [(Part::Output, _)] => Ok(Content::OutputBias(self.layer)),
+            _ => Ok(Content::heads(name, self.layer, None, self.pieces(name, &biases)?)),
+        }
+    }
+
+    /// The new heads of a tensor, in the order in which the parts in it lie.
+    fn pieces(&self, name: &str, parts: &[(Part, &Stored)]) -> Result<Vec<(Part, Slot)>> {
+        let h = self.attention.head_dim;
+        let refused = |found: String, expected: &str| {
+            Err(Error::Limits { layer: self.layer, found, expected: expected.to_string() })
+        };
+        let mut places: Vec<(usize, Part, usize)> = Vec::new();
+        for &(part, stored) in parts {
+            let place = |head| (stored.first + head * stored.stride, part, head);
+            places.extend((0..self.attention.heads(part)).map(place));
+        }
+        places.sort_by_key(|&(place, ..)| place);
+        let extent = parts.iter().map(|(_, stored)| stored.extent).max().unwrap_or(0);
+        if !places.iter().map(|&(place, ..)| place).eq((0..extent).step_by(h)) || places.len() * h != extent {
+            return refused(format!("has more than heads in {name}"), "only heads can be laid out anew");
+        }
+        let mut pieces = Vec::with_capacity(places.len());
+        for (_, part, head) in places {
+            let new = match part {
+                Part::Key | Part::Value => self.kv,
+                Part::Query | Part::Output => self.query,
+            };
+            if self.stored.part(part).stride == h {
+                // All of the new ones, where the first of the old ones lies.
+                let all = if head == 0 { new } else { &[] };
+                pieces.extend(all.iter().map(|&slot| (part, slot)));
+            } else if new.len() == self.attention.heads(part) {
+                pieces.push((part, new[head]));
+            } else {
+                let found = format!("would have {} {part:?} heads in {name}", new.len());
+                return refused(found, "where heads lie among others their number cannot change");
+            }
+        }
+        Ok(pieces)
+    }
+}
+
+/// Checks the place that [`convert`] would write to, as far as that can be without a plan.
+///
+/// # Errors
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::OutputForeign`], [`FileError::OutputOverlap`],
+/// [`FileError::Io`].
+pub fn check_place(source: &Checkpoint, out: &Path, force: bool) -> Result<(), FileError> {
+    staging::Destination::check(out, source.path(), force).map(drop)
+}
