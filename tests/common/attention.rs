@@ -1,13 +1,14 @@
 //! Whole attention layers, and what merging loses of them by its plain definition: f64, one operator at a time.
 
-use std::sync::Arc;
-
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::StandardNormal;
 use proptest::prelude::*;
-use qcqa::{Heads, Partition, Pooled, Projection, Residuals, Rotation};
+use qcqa::fitness::Residuals;
+use qcqa::heads::{Heads, Moment, Pooled, Projection};
+use qcqa::model::Rotation;
+use qcqa::partition::Partition;
 use rand_chacha::ChaCha8Rng;
 
 /// A layer to be made.
@@ -49,7 +50,9 @@ impl Shape {
         let heads = if o { heads.with_output_bias(bias).unwrap() } else { heads };
         let heads = heads.with_rotation(self.rotation).unwrap();
         match self.tokens {
-            Some(tokens) => heads.with_moment(Arc::new(moment(&inputs(self.seed, d, tokens)))).unwrap(),
+            Some(tokens) => {
+                heads.with_moment(Moment::new(moment(&inputs(self.seed, d, tokens))).unwrap()).unwrap()
+            }
             None => heads,
         }
     }
@@ -99,7 +102,7 @@ pub fn moment(inputs: &Array2<f64>) -> Array2<f64> {
 /// The moment of a layer, or that of white inputs, with a ridge.
 pub fn second(heads: &Heads, ridge: f64) -> Array2<f64> {
     let d = heads.key().inputs();
-    let mut c = heads.moment().map_or_else(|| Array2::eye(d + 1), |c| c.as_ref().clone());
+    let mut c = heads.moment().map_or_else(|| Array2::eye(d + 1), |c| c.matrix().clone());
     if heads.moment().is_some() {
         let added = ridge * (0..d).map(|i| c[[i, i]]).sum::<f64>() / d as f64;
         (0..d).for_each(|i| c[[i, i]] += added);
@@ -201,7 +204,7 @@ fn whole_between(heads: &Heads, c: &Array2<f64>, centred: &Array2<f64>) -> Resid
         let (_, h, d) = heads.key().weight().dim();
         Projection::new(Array3::zeros((1, h, d)), None).unwrap()
     };
-    let nothing = Pooled { key: zero(), value: zero(), query: None, output: None, output_bias: None };
+    let nothing = Pooled::new(zero(), zero());
     let n = heads.n_heads();
     let all: Vec<_> = (0..n).collect();
     sum(&losses_between(heads, &Partition::one_group(n).unwrap(), &nothing, c, centred), &all)

@@ -8,7 +8,9 @@ use ndarray::{Array2, Array3, Axis};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand::SeedableRng;
 use ndarray_rand::rand_distr::{Distribution, StandardNormal, Uniform};
-use qcqa::{Heads, Partition, Projection, Source};
+use qcqa::heads::{Heads, Projection};
+use qcqa::model::{Architecture, AttentionSpec, ModelId};
+use qcqa::partition::Partition;
 use rand_chacha::ChaCha8Rng;
 
 /// A layer of Gaussian heads, with biases if asked for.
@@ -73,15 +75,7 @@ pub fn all_partitions(n: usize) -> Vec<Partition> {
 }
 
 /// What a plan says of tensors without a checkpoint.
-pub fn source(layers: usize, heads: usize, head_dim: usize, hidden: usize) -> Source {
-    Source {
-        model_type: "raw".into(),
-        layers,
-        query_heads: heads,
-        kv_heads: heads,
-        head_dim,
-        hidden,
-        dtype: "f32".into(),
-        fingerprint: None,
-    }
+pub fn source(layers: usize, heads: usize, head_dim: usize, hidden: usize) -> ModelId {
+    let layers = vec![AttentionSpec::new(heads, heads, head_dim); layers];
+    ModelId::new(&Architecture::new("raw", hidden, layers), "f32", None)
 }
