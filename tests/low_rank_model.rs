@@ -7,15 +7,27 @@ mod running;
 
 use common::attention::map;
 use ndarray::{Array2, Array3, Axis, arr2, s};
-use qcqa::checkpoint::{Checkpoint, Expanded, Stock, Target, WriteOptions, convert_with};
-use qcqa::runtime::{Model, Moments, Windows};
-use qcqa::{
-    FitnessFn, Heads, KvPooler, LowRankError, LowRankPooler, MeanPooler, Partition, Plan, Pooled,
-    ProcrustesPooler, Run,
+use qcqa::calibration::{Calibration, Moments};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::fitness::LowRankError;
+use qcqa::heads::{HeadSource, Heads, Pooled};
+use qcqa::output::Target;
+use qcqa::partition::Partition;
+use qcqa::plan::SharedHeads;
+use qcqa::pooler::{LowRankPooler, ProcrustesPooler};
+use qcqa::runtime::Model;
+use qcqa::spec::Spec;
+use qcqa::targets::{Expanded, Stock};
+use qcqa::text::Windows;
+use qcqa::{FitnessFn, KvPooler, Run};
+use running::{
+    MakePooler, Slow, converted, near, neighbours, opened, planned, runnable, shared_by, tokens, written,
 };
-use running::{Slow, converted, near, neighbours, opened, runnable, tokens};
 use safetensors::Dtype;
 use serde_json::json;
+
+const POOLERS: [MakePooler; 2] =
+    [|| Box::new(LowRankPooler::default()), || Box::new(ProcrustesPooler::default())];
 
 /// Rewrites a stored tensor (f32), given as (rows, columns).
 fn rewrite(model: &mut models::Model, name: &str, change: impl Fn(&mut Array2<f64>)) {
@@ -91,14 +103,14 @@ fn disguised_heads_merge_and_nothing_changes() {
     for model in models {
         let (_root, checkpoint) = opened(&model);
         let source = Model::load(&checkpoint).unwrap();
-        let n = checkpoint.config().kv_heads;
+        let n = checkpoint.architecture().layers[0].kv_heads;
         let plan = models::plan(&checkpoint, &vec![Partition::one_group(n).unwrap(); 2]);
-        let planned = Model::planned(&checkpoint, &plan, &LowRankPooler::default()).unwrap();
-        assert_eq!(planned.kv_heads(), [1, 1]);
-        near(&logits(&source, 3), &logits(&planned, 3), 1e-4);
-        let mean = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+        let shared = source.with_shared(&shared_by(&plan, &checkpoint, POOLERS[0])).unwrap();
+        assert_eq!(shared.kv_heads(), [1, 1]);
+        near(&logits(&source, 3), &logits(&shared, 3), 1e-4);
+        let mean = source.with_shared(&SharedHeads::new(&plan, &checkpoint).unwrap()).unwrap();
         assert!(apart(&logits(&source, 3), &logits(&mean, 3)) > 0.05);
-        let heads = checkpoint.layer(1).unwrap();
+        let heads = checkpoint.heads(1).unwrap();
         let error = LowRankError::new(&heads).unwrap().evaluate(&plan.layers[1].groups).unwrap();
         assert!(error <= 1e-9, "{error}");
     }
@@ -118,7 +130,7 @@ fn equal_heads_merge_and_nothing_changes() {
     let groups =
         [vec![0, 1, 2, 3, 4, 5], vec![0, 1, 0, 2, 3, 0]].map(|l| Partition::from_labels(&l).unwrap());
     let plan = models::plan(&checkpoint, &groups);
-    let planned = Model::planned(&checkpoint, &plan, &LowRankPooler::default()).unwrap();
+    let planned = planned(&checkpoint, &shared_by(&plan, &checkpoint, POOLERS[0]));
     near(&logits(&Model::load(&checkpoint).unwrap(), 2), &logits(&planned, 2), 1e-4);
 }
 
@@ -129,9 +141,10 @@ fn merged_models_compute_what_the_pooler_made() {
         let (_root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, kv_heads, bias));
         let labels = [[0, 1, 0, 0, 2, 1], [0; 6]].map(|l| Partition::from_labels(&l[..kv_heads]).unwrap());
         let plan = models::plan(&checkpoint, &labels);
-        for pooler in [&LowRankPooler::default() as &dyn KvPooler, &ProcrustesPooler::default()] {
-            let planned = Model::planned(&checkpoint, &plan, pooler).unwrap();
-            let slow = Slow { checkpoint: &checkpoint, plan: Some((&plan, pooler)) };
+        for pooler in POOLERS {
+            let shared = shared_by(&plan, &checkpoint, pooler);
+            let planned = planned(&checkpoint, &shared);
+            let slow = Slow { checkpoint: &checkpoint, shared: Some(&shared) };
             let row = tokens(1, 11, 16);
             let expected = slow.run(&row.row(0).to_vec()).0.mapv(|v| v as f32).insert_axis(Axis(0));
             near(&logits(&planned, 1), &expected, 1e-4);
@@ -145,17 +158,20 @@ fn moments(checkpoint: &Checkpoint) -> Moments {
     Moments::measure(&model, &Windows::new(tokens, 12).unwrap(), Run::new(0)).unwrap()
 }
 
-fn written(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    pool: &dyn Fn(usize, &Heads) -> qcqa::Result<Pooled>,
-    target: &dyn Target,
-) -> (Model, Checkpoint) {
-    let root = tempfile::tempdir().unwrap();
-    let out = root.path().join("out");
-    convert_with(checkpoint, plan, pool, target, &out, WriteOptions::default(), Run::new(0)).unwrap();
-    let written = Checkpoint::open(&out).unwrap();
-    (Model::load(&written).unwrap(), written)
+/// Low-rank sharing that leaves the output bias as it is.
+#[derive(Debug)]
+struct Forgetful;
+
+impl KvPooler for Forgetful {
+    fn spec(&self) -> Spec {
+        Spec::new("forgetful")
+    }
+
+    fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
+        let mut pooled = LowRankPooler::default().pool(heads, partition)?;
+        pooled.output_bias = None;
+        Ok(pooled)
+    }
 }
 
 /// Calibrated, with an output bias that makes up for lost means: planned, stock and expanded are one model.
@@ -163,23 +179,20 @@ fn written(
 fn planned_and_written_models_agree() {
     for (dtype, kv_heads) in [(Dtype::F32, 6), (Dtype::F32, 3), (Dtype::BF16, 6)] {
         let (_root, checkpoint) = opened(&biased(dtype, kv_heads));
-        let moments = moments(&checkpoint);
+        let calibration = Calibration::new(&checkpoint, moments(&checkpoint)).unwrap();
         let alternate: Vec<_> = (0..kv_heads).map(|head| head % (kv_heads / 3)).collect();
         let alternate = Partition::from_labels(&alternate).unwrap();
         let equal = [neighbours(&checkpoint, 3), models::plan(&checkpoint, &[alternate.clone(), alternate])];
-        let calibrated = |plan: &Plan, i: usize, heads: &Heads| {
-            let heads = moments.attach(i, heads.clone()).map_err(qcqa::Error::plugin)?;
-            LowRankPooler::default().pool(&heads, &plan.layers[i].groups)
-        };
         for plan in &equal {
-            let pool = |i: usize, heads: &Heads| calibrated(plan, i, heads);
-            let planned = Model::planned_with(&checkpoint, plan, &pool).unwrap();
+            let shared = shared_by(plan, &calibration, POOLERS[0]);
+            assert_eq!(shared.done().calibration, calibration.calibration());
+            let directly = planned(&checkpoint, &shared);
             for target in [&Stock as &dyn Target, &Expanded] {
-                let (model, written) = written(&checkpoint, plan, &pool, target);
-                near(&logits(&planned, 2), &logits(&model, 2), 1e-4);
+                let (_root, written) = written(&checkpoint, &shared, target);
+                near(&logits(&directly, 2), &logits(&Model::load(&written).unwrap(), 2), 1e-4);
                 // The bias was written as the pooler made it, and is not the source's.
-                let (source, new) = (checkpoint.layer(1).unwrap(), written.layer(1).unwrap());
-                let made = pool(1, &source).unwrap().output_bias.unwrap();
+                let (source, new) = (checkpoint.heads(1).unwrap(), written.heads(1).unwrap());
+                let made = shared.layer(1).unwrap().1.output_bias.unwrap();
                 let tolerance = if dtype == Dtype::F32 { 0.0 } else { 1e-2 };
                 let worst = (&made - &new.output_bias().unwrap()).mapv(f32::abs);
                 assert!(
@@ -190,18 +203,17 @@ fn planned_and_written_models_agree() {
                 assert_ne!(new.output_bias(), source.output_bias());
             }
             // Without it the model is another.
-            let forgetful =
-                |i: usize, heads: &Heads| Ok(Pooled { output_bias: None, ..calibrated(plan, i, heads)? });
-            let forgetful = Model::planned_with(&checkpoint, plan, &forgetful).unwrap();
-            assert!(apart(&logits(&planned, 2), &logits(&forgetful, 2)) > 1e-3);
+            let forgetful = planned(&checkpoint, &shared_by(plan, &calibration, || Box::new(Forgetful)));
+            assert!(apart(&logits(&directly, 2), &logits(&forgetful, 2)) > 1e-3);
         }
         // Weights alone, and groups of unequal sizes.
         let labels: Vec<_> = (0..kv_heads).map(|head| [0, 0, 1, 0, 2, 1][head]).collect();
         let unequal = Partition::from_labels(&labels).unwrap();
         let plan = models::plan(&checkpoint, &[unequal, Partition::one_group(kv_heads).unwrap()]);
-        for pooler in [&LowRankPooler::default() as &dyn KvPooler, &ProcrustesPooler::default()] {
-            let planned = Model::planned(&checkpoint, &plan, pooler).unwrap();
-            near(&logits(&planned, 2), &logits(&converted(&checkpoint, &plan, pooler, &Expanded), 2), 1e-4);
+        for pooler in POOLERS {
+            let shared = shared_by(&plan, &checkpoint, pooler);
+            let directly = logits(&planned(&checkpoint, &shared), 2);
+            near(&directly, &logits(&converted(&checkpoint, &shared, &Expanded), 2), 1e-4);
         }
     }
 }

@@ -5,35 +5,49 @@ mod models;
 mod running;
 
 use ndarray::{Array2, s};
-use qcqa::checkpoint::{Checkpoint, Stock, WriteOptions, convert_with};
-use qcqa::runtime::{Model, Moments, Refit, Refitted, Windows, evaluate, refit};
-use qcqa::{FirstHead, Heads, KvPooler, LowRankPooler, MeanPooler, Partition, Pooled, Projection, Run};
+use qcqa::calibration::{Calibration, Moments};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::evaluate;
+use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
+use qcqa::partition::Partition;
+use qcqa::plan::{Pooling, Refit, SharedHeads};
+use qcqa::pooler::{FirstHead, LowRankPooler, MeanPooler};
+use qcqa::refit::{Refitted, apply, refit};
+use qcqa::runtime::Model;
+use qcqa::targets::Stock;
+use qcqa::text::Windows;
+use qcqa::{KvPooler, Run};
 use running::{
-    Slow, calibration_text, evaluation_text, neighbours, novels, opened, runnable, tokens, windows,
+    MakePooler, Slow, calibration_text, converted, evaluation_text, neighbours, novels, opened, runnable,
+    shared_by, tokens, windows,
 };
 use safetensors::Dtype;
 use serde_json::json;
 
-/// What `run` gives when the layers of `groups` are pooled under the text's own moments and refitted on it.
-fn refitted(
-    checkpoint: &Checkpoint,
-    model: &Model,
-    groups: &[Partition],
-    pooler: &dyn KvPooler,
-    windows: &Windows,
-    level: Refit,
-) -> Refitted {
-    let moments = Moments::measure(model, windows, Run::new(0)).unwrap();
-    let heads = |i: usize| Ok(checkpoint.layer(i)?);
-    let pool = |i: usize, heads: &Heads| pooler.pool(&moments.attach(i, heads.clone())?, &groups[i]);
-    let groups: Vec<&Partition> = groups.iter().collect();
-    refit(model, &groups, &heads, &pool, windows, level, Run::new(0)).unwrap()
+const LOW_RANK: MakePooler = || Box::new(LowRankPooler::default());
+
+/// A model with the moments of its own text.
+fn calibrated<'a>(checkpoint: &'a Checkpoint, model: &Model, windows: &Windows) -> Calibration<'a> {
+    Calibration::new(checkpoint, Moments::measure(model, windows, Run::new(0)).unwrap()).unwrap()
 }
 
-fn with_layers(checkpoint: &Checkpoint, model: &Model, groups: &[Partition], layers: &[Pooled]) -> Model {
-    layers.iter().zip(groups).enumerate().fold(model.clone(), |model, (i, (layer, groups))| {
-        model.with_pooled(i, &checkpoint.layer(i).unwrap(), groups, layer.clone()).unwrap()
-    })
+/// The layers of `groups` pooled, and refitted on the text.
+fn refitted<'a>(
+    source: &'a Calibration<'_>,
+    model: &Model,
+    groups: &[Partition],
+    pooler: MakePooler,
+    windows: &Windows,
+    level: Refit,
+) -> Refitted<'a> {
+    let shared = shared_by(&models::plan(source, groups), source, pooler);
+    let found = refit(shared, model, windows, level, Run::new(0)).unwrap();
+    assert_eq!(found.shared.done().refit, Some(level));
+    found
+}
+
+fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
+    (0..shared.plan().layers.len()).map(|i| shared.layer(i).unwrap().1).collect()
 }
 
 /// The attention output (T, D) of a layer by its definition, f64, for inputs (T, d).
@@ -43,8 +57,8 @@ fn attention(
     shared: Option<(&Pooled, &Partition)>,
     x: &Array2<f64>,
 ) -> Array2<f64> {
-    let config = checkpoint.config();
-    let (h, len) = (config.head_dim, x.nrows());
+    let theta = checkpoint.config().get("rope_theta").and_then(|v| v.as_f64()).unwrap();
+    let (h, len) = (heads.key().head_dim(), x.nrows());
     let project = |p: &Projection, head: usize| {
         let mut y = x.dot(&p.weight().slice(s![head, .., ..]).mapv(f64::from).t());
         p.bias().into_iter().for_each(|bias| y += &bias.row(head).mapv(f64::from));
@@ -52,7 +66,7 @@ fn attention(
     };
     let turned = |mut y: Array2<f64>| {
         for (t, f) in (0..len).flat_map(|t| (0..h / 2).map(move |f| (t, f))) {
-            let angle = t as f64 * config.rope_theta.powf(-2.0 * f as f64 / h as f64);
+            let angle = t as f64 * theta.powf(-2.0 * f as f64 / h as f64);
             let (a, b) = (y[[t, f]], y[[t, f + h / 2]]);
             y[[t, f]] = a * angle.cos() - b * angle.sin();
             y[[t, f + h / 2]] = b * angle.cos() + a * angle.sin();
@@ -80,17 +94,6 @@ fn attention(
     sum
 }
 
-/// The refitted layers by the heads that they were made of.
-#[derive(Debug)]
-struct Made<'a>(&'a Checkpoint, &'a [Pooled]);
-
-impl KvPooler for Made<'_> {
-    fn pool(&self, heads: &Heads, _: &Partition) -> qcqa::Result<Pooled> {
-        let of = |&i: &usize| self.0.layer(i).unwrap().key() == heads.key();
-        Ok(self.1[(0..self.1.len()).find(of).unwrap()].clone())
-    }
-}
-
 /// What the source adds and what the layers below lost, against what the refitted layer adds on what it meets.
 #[test]
 fn the_errors_are_those_of_the_attention_output() {
@@ -100,17 +103,15 @@ fn the_errors_are_those_of_the_attention_output() {
     let text = Windows::new(text, 16).unwrap();
     let groups =
         [[0, 1, 0, 0, 2, 1], [0, 0, 1, 1, 0, 1]].map(|labels| Partition::from_labels(&labels).unwrap());
-    let found = refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, Refit::Full);
-    let plan = models::plan(&checkpoint, &groups);
-    let made = Made(&checkpoint, &found.layers);
-    let [source, merged] =
-        [None, Some((&plan, &made as &dyn KvPooler))].map(|plan| Slow { checkpoint: &checkpoint, plan });
+    let calibration = calibrated(&checkpoint, &model, &text);
+    let found = refitted(&calibration, &model, &groups, LOW_RANK, &text, Refit::Full);
+    let [source, merged] = [None, Some(&found.shared)].map(|shared| Slow { checkpoint: &checkpoint, shared });
     let (mut errors, mut energies) = ([0.0; 2], [0.0; 2]);
     for window in text.tokens().chunks(text.length()) {
         let ((_, original, wanted), (_, met, stream)) = (source.run(window), merged.run(window));
-        for (i, layer) in found.layers.iter().enumerate() {
-            let heads = checkpoint.layer(i).unwrap();
-            let adds = attention(&checkpoint, &heads, Some((layer, &groups[i])), &met[i]);
+        for i in 0..2 {
+            let (heads, layer) = found.shared.layer(i).unwrap();
+            let adds = attention(&checkpoint, &heads, Some((&layer, &groups[i])), &met[i]);
             let target = attention(&checkpoint, &heads, None, &original[i]) + &wanted[i] - &stream[i];
             errors[i] += (&adds - &target).mapv(|v| v * v).sum();
             energies[i] += target.mapv(|v| v * v).sum();
@@ -130,8 +131,10 @@ fn what_is_not_refitted_stays_bit_for_bit() {
     let text = windows(&checkpoint, &model, &calibration_text()).first(2);
     let mut groups = vec![Partition::singletons(8).unwrap(); 4];
     groups[1] = Partition::from_labels(&[0, 0, 1, 1, 2, 2, 3, 3]).unwrap();
-    let [none, output, full] = [Refit::None, Refit::Output, Refit::Full]
-        .map(|level| refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, level).layers);
+    let calibration = calibrated(&checkpoint, &model, &text);
+    let none = layers(&shared_by(&models::plan(&calibration, &groups), &calibration, LOW_RANK));
+    let [output, full] = [Refit::Output, Refit::Full]
+        .map(|level| layers(&refitted(&calibration, &model, &groups, LOW_RANK, &text, level).shared));
     for i in 0..4 {
         let parts = |layer: &Pooled| (layer.query.clone(), layer.key.clone(), layer.value.clone());
         assert!(parts(&output[i]) == parts(&none[i]));
@@ -159,9 +162,10 @@ fn equal_heads_are_refitted_to_themselves() {
     let text = Windows::new(tokens(1, 256, 16).into_raw_vec_and_offset().0, 16).unwrap();
     let groups =
         [[0, 1, 2, 3, 1, 4], [0, 1, 2, 3, 4, 5]].map(|labels| Partition::from_labels(&labels).unwrap());
-    let found = refitted(&checkpoint, &source, &groups, &LowRankPooler::default(), &text, Refit::Full);
+    let calibration = calibrated(&checkpoint, &source, &text);
+    let found = refitted(&calibration, &source, &groups, LOW_RANK, &text, Refit::Full);
     assert!(found.errors.iter().flatten().all(|&error| error < 1e-6), "{:?}", found.errors);
-    let merged = with_layers(&checkpoint, &source, &groups, &found.layers);
+    let merged = source.with_shared(&found.shared).unwrap();
     let rows = tokens(2, 12, 16);
     running::near(&source.logits(rows.view()).unwrap(), &merged.logits(rows.view()).unwrap(), 2e-4);
 }
@@ -179,7 +183,8 @@ fn sharp_attention_is_refitted() {
     let source = Model::load(&checkpoint).unwrap();
     let text = Windows::new(tokens(1, 256, 16).into_raw_vec_and_offset().0, 16).unwrap();
     let groups = vec![Partition::from_labels(&[0, 0, 1, 1, 2, 2]).unwrap(); 2];
-    let found = refitted(&checkpoint, &source, &groups, &LowRankPooler::default(), &text, Refit::Full);
+    let calibration = calibrated(&checkpoint, &source, &text);
+    let found = refitted(&calibration, &source, &groups, LOW_RANK, &text, Refit::Full);
     assert!(found.errors.iter().all(|[before, after]| after < before), "{:?}", found.errors);
 }
 
@@ -189,16 +194,50 @@ fn more_refitting_reads_better_and_no_layer_gets_worse() {
     let model = Model::load(&checkpoint).unwrap();
     let text = windows(&checkpoint, &model, &calibration_text()).first(16);
     let others = windows(&checkpoint, &model, &evaluation_text()).first(16);
-    let groups: Vec<Partition> = neighbours(&checkpoint, 2).layers.into_iter().map(|l| l.groups).collect();
-    let mut last = f64::INFINITY;
-    for level in [Refit::None, Refit::Output, Refit::Full] {
-        let found = refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, level);
+    let groups: Vec<Partition> = neighbours(&checkpoint, 2).groups().cloned().collect();
+    let calibration = calibrated(&checkpoint, &model, &text);
+    let none = shared_by(&models::plan(&calibration, &groups), &calibration, LOW_RANK);
+    let loss = |shared: &SharedHeads<'_>| {
+        evaluate(&model.with_shared(shared).unwrap(), &others, Run::new(0)).unwrap().loss
+    };
+    let mut last = loss(&none);
+    for level in [Refit::Output, Refit::Full] {
+        let found = refitted(&calibration, &model, &groups, LOW_RANK, &text, level);
         assert!(found.errors.iter().all(|[before, after]| after <= before), "{:?}", found.errors);
-        let merged = with_layers(&checkpoint, &model, &groups, &found.layers);
-        let loss = evaluate(&merged, &others, Run::new(0)).unwrap().loss;
+        let loss = loss(&found.shared);
         assert!(loss < last - 0.02, "{level:?}: {loss} after {last}");
         last = loss;
     }
+}
+
+/// A plan that says how its heads are made is obeyed: by name, under its calibration, with its refit or not at all.
+#[test]
+fn a_plan_is_applied_as_it_says() {
+    let (checkpoint, run) = (novels(), Run::new(0));
+    let text = Calibration::from_text(&checkpoint, &calibration_text(), 2, run).unwrap();
+    let (model, windows) = text.text().unwrap();
+    let groups: Vec<Partition> = neighbours(&checkpoint, 2).groups().cloned().collect();
+    let pooling = |refit| {
+        let pooling = Pooling::new(LowRankPooler::default().spec()).with_calibration(text.calibration());
+        models::pooled_plan(&checkpoint, &groups, pooling.with_refit(refit))
+    };
+    for level in [None, Some(Refit::Output), Some(Refit::Full)] {
+        let plan = pooling(level);
+        let applied = apply(&plan, &text, run).unwrap();
+        assert_eq!((applied.done(), applied.record()), (&plan.pooling, plan.clone()));
+        let expected = match level {
+            None => layers(&shared_by(&plan, &text, LOW_RANK)),
+            Some(level) => layers(&refitted(&text, model, &groups, LOW_RANK, windows, level).shared),
+        };
+        assert_eq!(layers(&applied), expected);
+    }
+    let moments = Calibration::new(&checkpoint, text.moments().clone()).unwrap();
+    assert_eq!(layers(&apply(&pooling(None), &moments, run).unwrap()).len(), 4);
+    let error = qcqa::Error::from(apply(&pooling(Some(Refit::Full)), &moments, run).unwrap_err());
+    assert!(matches!(error, qcqa::Error::PlanRefit { refit: "full" }), "{error}");
+    let other = Calibration::from_text(&checkpoint, &calibration_text(), 1, run).unwrap();
+    let error = qcqa::Error::from(apply(&pooling(None), &other, run).unwrap_err());
+    assert!(matches!(error, qcqa::Error::PlanCalibration { .. }), "{error}");
 }
 
 #[test]
@@ -207,7 +246,9 @@ fn the_same_on_any_number_of_threads() {
     let model = Model::load(&checkpoint).unwrap();
     let text = windows(&checkpoint, &model, &calibration_text()).first(4);
     let groups = vec![Partition::from_labels(&[0, 1, 0, 2, 2, 1, 2, 3]).unwrap(); 4];
-    let run = || refitted(&checkpoint, &model, &groups, &MeanPooler, &text, Refit::Full).layers;
+    let calibration = calibrated(&checkpoint, &model, &text);
+    let mean: MakePooler = || Box::new(MeanPooler);
+    let run = || layers(&refitted(&calibration, &model, &groups, mean, &text, Refit::Full).shared);
     let threads = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
     assert_eq!(threads(1).install(run), threads(3).install(run));
 }
@@ -218,9 +259,10 @@ fn a_model_that_shares_nothing_stays_as_it_is() {
     let model = Model::load(&checkpoint).unwrap();
     let text = windows(&checkpoint, &model, &calibration_text()).first(2);
     let groups = vec![Partition::singletons(8).unwrap(); 4];
-    let found = refitted(&checkpoint, &model, &groups, &LowRankPooler::default(), &text, Refit::Full);
-    for (i, layer) in found.layers.iter().enumerate() {
-        let heads = checkpoint.layer(i).unwrap();
+    let calibration = calibrated(&checkpoint, &model, &text);
+    let found = refitted(&calibration, &model, &groups, LOW_RANK, &text, Refit::Full);
+    for i in 0..4 {
+        let (heads, layer) = found.shared.layer(i).unwrap();
         assert_eq!((&layer.key, &layer.value), (heads.key(), heads.value()));
         assert_eq!(layer.output.as_ref().unwrap().view(), heads.output().unwrap());
         assert_eq!(found.errors[i], [0.0, 0.0]);
@@ -231,33 +273,31 @@ fn a_model_that_shares_nothing_stays_as_it_is() {
 #[test]
 fn biases_and_grouped_queries_are_refitted_too() {
     let model = runnable("llama", Dtype::F32, 6, true).set("attention_bias", json!(true));
-    let (root, checkpoint) = opened(&model);
+    let (_root, checkpoint) = opened(&model);
     let source = Model::load(&checkpoint).unwrap();
     let tokens_of = tokens(1, 256, 16).into_raw_vec_and_offset().0;
     let text = Windows::new(tokens_of, 16).unwrap();
     let groups =
         [[0, 1, 0, 0, 2, 1], [0, 0, 0, 0, 0, 0]].map(|labels| Partition::from_labels(&labels).unwrap());
-    for pooler in [&FirstHead as &dyn KvPooler, &LowRankPooler::default()] {
-        let found = refitted(&checkpoint, &source, &groups, pooler, &text, Refit::Full);
+    let calibration = calibrated(&checkpoint, &source, &text);
+    let first: MakePooler = || Box::new(FirstHead);
+    for pooler in [first, LOW_RANK] {
+        let found = refitted(&calibration, &source, &groups, pooler, &text, Refit::Full);
         for [before, after] in &found.errors {
             assert!(after < before, "{:?}", found.errors);
         }
-        let merged = with_layers(&checkpoint, &source, &groups, &found.layers);
+        let merged = source.with_shared(&found.shared).unwrap();
         // A group of one head keeps its key and value, bit for bit.
-        let heads = checkpoint.layer(0).unwrap();
+        let (heads, layer) = found.shared.layer(0).unwrap();
         let alone = |p: &Projection, head: usize| p.weight().slice(s![head, .., ..]).to_owned();
-        assert_eq!(alone(&found.layers[0].key, 2), alone(heads.key(), 4));
-        assert_eq!(alone(&found.layers[0].value, 2), alone(heads.value(), 4));
-        assert_eq!(found.layers[0].output_bias.is_some(), heads.output_bias().is_some());
+        assert_eq!(alone(&layer.key, 2), alone(heads.key(), 4));
+        assert_eq!(alone(&layer.value, 2), alone(heads.value(), 4));
+        assert_eq!(layer.output_bias.is_some(), heads.output_bias().is_some());
         // What is written computes the same.
         let equal = [[0, 0, 1, 1, 2, 2]; 2].map(|labels| Partition::from_labels(&labels).unwrap());
-        let found = refitted(&checkpoint, &source, &equal, pooler, &text, Refit::Full);
-        let plan = models::plan(&checkpoint, &equal);
-        let out = root.path().join(format!("{pooler:?}").replace(' ', ""));
-        let pool = |i: usize, _: &Heads| Ok(found.layers[i].clone());
-        convert_with(&checkpoint, &plan, &pool, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
-        let written = Model::load(&Checkpoint::open(&out).unwrap()).unwrap();
-        let planned = Model::planned_with(&checkpoint, &plan, &pool).unwrap();
+        let shared = refitted(&calibration, &source, &equal, pooler, &text, Refit::Full).shared;
+        let written = converted(&checkpoint, &shared, &Stock);
+        let planned = source.with_shared(&shared).unwrap();
         let rows = tokens(2, 12, 16);
         running::near(&written.logits(rows.view()).unwrap(), &planned.logits(rows.view()).unwrap(), 1e-4);
         assert_eq!(merged.kv_heads(), [3, 1]);
@@ -265,14 +305,15 @@ fn biases_and_grouped_queries_are_refitted_too() {
 }
 
 #[test]
-fn partitions_that_do_not_fit_are_refused() {
-    let checkpoint = novels();
+fn shared_heads_of_another_model_are_refused() {
+    let (checkpoint, (_root, other)) = (novels(), opened(&runnable("llama", Dtype::F32, 6, false)));
     let model = Model::load(&checkpoint).unwrap();
     let text = windows(&checkpoint, &model, &calibration_text()).first(1);
-    let heads = |i: usize| Ok(checkpoint.layer(i)?);
-    let one = Partition::singletons(8).unwrap();
-    let pool = |_: usize, heads: &Heads| MeanPooler.pool(heads, &one);
-    let run = Run::new(0);
-    let error = refit(&model, &[&one], &heads, &pool, &text, Refit::Full, run).unwrap_err().to_string();
-    models::says(&error, &["partitions", "4", "1"]);
+    let plan = neighbours(&other, 2);
+    let shared = SharedHeads::new(&plan, &other).unwrap();
+    let error = refit(shared, &model, &text, Refit::Full, Run::new(0)).unwrap_err().to_string();
+    models::says(&error, &["another model", "number of layers", "4", "2"]);
+    let mut short = plan;
+    short.layers.truncate(1);
+    models::says(&SharedHeads::new(&short, &other).unwrap_err().to_string(), &["groups for 1 layers", "2"]);
 }

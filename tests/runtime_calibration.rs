@@ -10,15 +10,23 @@ use std::path::Path;
 
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
-use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{
-    Calibration, Model, Moments, Sensitivity, Trial, Windows, choose_model, evaluate, pool_layers,
-};
-use qcqa::{
-    FirstHead, FitnessFn, Front, Heads, KvPooler, Limits, MeanPooler, Nsga2, Optimizer, Partition, Progress,
-    Run, SearchSpace, WeightSharingError,
-};
-use running::{Slow, opened, runnable};
+use qcqa::budget::Limits;
+use qcqa::calibration::{Calibration, Moments};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::{Sensitivity, Trial, choose_model, evaluate};
+use qcqa::files::WriteOptions;
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::heads::{HeadSource, Heads, Moment, Projection};
+use qcqa::optimizer::Nsga2;
+use qcqa::partition::{Partition, SearchSpace};
+use qcqa::plan::{Pooling, SharedHeads};
+use qcqa::pooler::{FirstHead, LowRankPooler, MeanPooler};
+use qcqa::runtime::Model;
+use qcqa::spec::Spec;
+use qcqa::text::Windows;
+use qcqa::{FitnessFn, KvPooler, Optimizer, Progress, Run};
+use running::{Slow, calibration_text, novels, opened, planned, runnable};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
@@ -35,7 +43,7 @@ fn moments_are_their_definition() {
     let (_root, checkpoint, model, windows) = ready(6);
     let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
     assert_eq!((moments.n_layers(), moments.tokens()), (2, 48));
-    let slow = Slow { checkpoint: &checkpoint, plan: None };
+    let slow = Slow { checkpoint: &checkpoint, shared: None };
     let mut sums = vec![Array2::<f64>::zeros((25, 25)); 2];
     for window in windows.tokens().chunks(8) {
         for (sum, x) in sums.iter_mut().zip(slow.run(window).1) {
@@ -44,16 +52,17 @@ fn moments_are_their_definition() {
         }
     }
     for (i, sum) in sums.into_iter().enumerate() {
-        let (found, expected) = (moments.layer(i).unwrap(), sum / 48.0);
+        let (found, expected) = (moments.layers()[i].matrix(), sum / 48.0);
         assert_eq!(found[[24, 24]], 1.0);
         for ((at, &found), &expected) in found.indexed_iter().zip(&expected) {
             assert_relative_eq!(found, expected, epsilon = 1e-5, max_relative = 1e-5);
-            assert_eq!(found, moments.layer(i).unwrap()[[at.1, at.0]]);
+            assert_eq!(found, moments.layers()[i].matrix()[[at.1, at.0]]);
         }
-        let heads = moments.attach(i, checkpoint.layer(i).unwrap()).unwrap();
-        assert_eq!(heads.moment(), moments.layer(i));
+        let heads = moments.attach(checkpoint.heads(i).unwrap()).unwrap();
+        assert_eq!(heads.moment(), Some(&moments.layers()[i]));
     }
-    let error = moments.attach(2, checkpoint.layer(0).unwrap()).unwrap_err().to_string();
+    let beyond = checkpoint.heads(0).unwrap().with_layer(2);
+    let error = moments.attach(beyond).unwrap_err().to_string();
     models::says(&error, &["moments", "3", "2"]);
 }
 
@@ -63,39 +72,39 @@ fn moments_come_back_from_their_file() {
     let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
     let path = root.path().join("moments.safetensors");
     moments.write(&path, WriteOptions::default()).unwrap();
-    assert_eq!(Moments::read(&path, model.source()).unwrap(), moments);
+    assert_eq!(Moments::read(&path, model.id()).unwrap(), moments);
     models::says(&moments.write(&path, WriteOptions::default()).unwrap_err().to_string(), &["exists"]);
-    moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
-    assert_eq!(Moments::read(&path, model.source()).unwrap(), moments);
+    moments.write(&path, WriteOptions::default().force(true)).unwrap();
+    assert_eq!(Moments::read(&path, model.id()).unwrap(), moments);
     assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left");
 
     // The same moments are the same bytes, whatever a hash map thinks of it.
     let bytes = std::fs::read(&path).unwrap();
     for _ in 0..16 {
-        moments.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
+        moments.write(&path, WriteOptions::default().force(true)).unwrap();
         assert!(std::fs::read(&path).unwrap() == bytes);
     }
 }
 
 /// What a pooler makes of a moment that is none is told of its layer.
-#[cfg(feature = "linalg")]
 #[test]
 fn a_moment_that_is_none_names_its_layer() {
     let (root, checkpoint, model, _) = ready(6);
     let path = root.path().join("moments.safetensors");
     let good = Array2::<f64>::eye(25);
     foreign(&path, &[9], &[good.clone(), good + 1e3 * corner()], None);
-    let moments = Moments::read(&path, model.source()).unwrap();
+    let moments = Moments::read(&path, model.id()).unwrap();
     let groups = vec![Partition::one_group(6).unwrap(); 2];
-    let plan = models::plan(&checkpoint, &groups);
-    let pooler = qcqa::LowRankPooler::default();
-    let pool = pool_layers(&plan, &pooler, Some(&moments));
-    pool(0, &checkpoint.layer(0).unwrap()).unwrap();
-    let refused = pool(1, &checkpoint.layer(1).unwrap()).unwrap_err();
-    models::says(&refused.to_string(), &["layer 1", "no negative eigenvalue", "qcqa calibrate"]);
+    let calibration = Calibration::new(&checkpoint, moments).unwrap();
+    let pooling = Pooling::new(Spec::new("low-rank")).with_calibration(calibration.calibration());
+    let plan = models::pooled_plan(&checkpoint, &groups, pooling);
+    let shared = SharedHeads::new(&plan, &calibration).unwrap();
+    shared.layer(0).unwrap();
+    let refused = shared.layer(1).unwrap_err();
+    models::says(&refused.to_string(), &["layer 1", "no negative eigenvalue", "measure it again"]);
     let windows = Windows::new((0..16).collect(), 8).unwrap();
-    let (source, moments) = (&model, Some(&moments));
-    let trial = Trial { checkpoint: &checkpoint, source, moments, pooler: &pooler, windows: &windows };
+    let pooler = LowRankPooler::default();
+    let trial = Trial::new(&calibration, &model, &pooler, &windows);
     models::says(&trial.grouped(&groups).unwrap_err().to_string(), &["layer 1", "no negative eigenvalue"]);
 }
 
@@ -128,7 +137,7 @@ fn moments_that_do_not_fit_are_refused() {
     };
     let error = |tokens: &[i64], layers: &[Array2<f64>], fingerprint: Option<&str>| {
         foreign(&path, tokens, layers, fingerprint);
-        Moments::read(&path, model.source()).unwrap_err().to_string()
+        Moments::read(&path, model.id()).unwrap_err().to_string()
     };
     let two = |second: Array2<f64>| [good.clone(), second];
     let value = |at, v| error(&[9], &two(spoilt(at, v)), None);
@@ -149,11 +158,11 @@ fn moments_that_do_not_fit_are_refused() {
     models::says(&error(&[0], &two(good.clone()), None), &["tokens", "above 0", "found 0"]);
     models::says(&error(&[1, 2], &two(good.clone()), None), &["tokens", "found I64 [2]"]);
     foreign(&path, &[9], &two(good.clone()), None);
-    assert_eq!(Moments::read(&path, model.source()).unwrap().tokens(), 9);
+    assert_eq!(Moments::read(&path, model.id()).unwrap().tokens(), 9);
     let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
-    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
-    models::says(&message, &["not a whole safetensors file", "qcqa calibrate"]);
+    let message = Moments::read(&path, model.id()).unwrap_err().to_string();
+    models::says(&message, &["not a whole safetensors file", "make or download it again"]);
 }
 
 /// The calibrated error by its definition: errors of keys and values over actual inputs.
@@ -161,10 +170,10 @@ fn moments_that_do_not_fit_are_refused() {
 fn the_calibrated_error_is_its_definition() {
     let (_root, checkpoint, model, windows) = ready(6);
     let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
-    let slow = Slow { checkpoint: &checkpoint, plan: None };
+    let slow = Slow { checkpoint: &checkpoint, shared: None };
     let inputs: Vec<_> = windows.tokens().chunks(8).map(|window| slow.run(window).1).collect();
     for layer in 0..2 {
-        let heads = moments.attach(layer, checkpoint.layer(layer).unwrap()).unwrap();
+        let heads = moments.attach(checkpoint.heads(layer).unwrap()).unwrap();
         let fitness = WeightSharingError::calibrated(&heads).unwrap();
         let mha = mean_error(&heads, &Partition::singletons(6).unwrap(), layer, &inputs);
         assert_eq!((fitness.evaluate(&Partition::singletons(6).unwrap()).unwrap(), mha), (0.0, 0.0));
@@ -184,7 +193,7 @@ fn mean_error(heads: &Heads, groups: &Partition, layer: usize, inputs: &[Vec<Arr
         tokens += 1;
         for (own, shared) in [(heads.key(), &pooled.key), (heads.value(), &pooled.value)] {
             for head in 0..heads.n_heads() {
-                let of = |p: &qcqa::Projection, i: usize| -> Array1<f64> {
+                let of = |p: &Projection, i: usize| -> Array1<f64> {
                     let weight = p.weight().index_axis(Axis(0), i).mapv(f64::from);
                     weight.dot(&x) + p.bias().unwrap().row(i).mapv(f64::from)
                 };
@@ -199,30 +208,32 @@ fn mean_error(heads: &Heads, groups: &Partition, layer: usize, inputs: &[Vec<Arr
 #[test]
 fn the_calibrated_error_needs_a_moment() {
     let (_root, checkpoint, ..) = ready(3);
-    let heads = checkpoint.layer(0).unwrap();
+    let heads = checkpoint.heads(0).unwrap();
     models::says(&WeightSharingError::calibrated(&heads).unwrap_err().to_string(), &["no input moment"]);
     let plain = WeightSharingError::new(&heads).unwrap();
-    let heads = heads.with_moment(std::sync::Arc::new(Array2::eye(25))).unwrap();
+    let heads = heads.with_moment(Moment::new(Array2::eye(25)).unwrap()).unwrap();
     let calibrated = WeightSharingError::calibrated(&heads).unwrap();
     for (a, b) in plain.distances().iter().zip(calibrated.distances()) {
         assert_relative_eq!(a, b, max_relative = 1e-6);
     }
     assert_relative_eq!(plain.energy().unwrap(), calibrated.energy().unwrap(), max_relative = 1e-6);
-    let negative = heads.with_moment(std::sync::Arc::new(-Array2::<f64>::eye(25))).unwrap();
+    // Positive on its diagonal, but not for the difference of two inputs.
+    let negative = Moment::new(Array2::eye(25) + 1e3 * corner()).unwrap();
+    let negative = heads.with_moment(negative).unwrap();
     models::says(&WeightSharingError::calibrated(&negative).unwrap_err().to_string(), &["squared distances"]);
 }
 
 /// Weights alone, pooled by the mean unless a test says otherwise.
-fn trial<'a>(checkpoint: &'a Checkpoint, source: &'a Model, windows: &'a Windows) -> Trial<'a> {
-    Trial { checkpoint, source, moments: None, pooler: &MeanPooler, windows }
+fn trial<'a>(checkpoint: &'a Checkpoint, model: &'a Model, windows: &'a Windows) -> Trial<'a> {
+    Trial::new(checkpoint, model, &MeanPooler, windows)
 }
 
 fn fronts(checkpoint: &Checkpoint) -> Vec<Front> {
     let front = |i: usize| {
-        let fitness = WeightSharingError::new(&checkpoint.layer(i).unwrap()).unwrap();
+        let fitness = WeightSharingError::new(&checkpoint.heads(i).unwrap()).unwrap();
         Nsga2::default().optimize(&fitness, &SearchSpace::arbitrary(), Run::new(1)).unwrap()
     };
-    (0..checkpoint.config().n_layers).map(front).collect()
+    (0..checkpoint.architecture().n_layers()).map(front).collect()
 }
 
 #[test]
@@ -239,7 +250,7 @@ fn sensitivity_is_the_rise_with_one_layer_grouped() {
             let mut groups = vec![Partition::singletons(6).unwrap(); 2];
             groups[layer] = front.get(k).unwrap().partition.clone();
             let plan = models::plan(&checkpoint, &groups);
-            let planned = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+            let planned = planned(&checkpoint, &SharedHeads::new(&plan, &checkpoint).unwrap());
             let after = evaluate(&planned, &windows, run).unwrap().loss;
             assert_relative_eq!(rise, after - before, epsilon = 1e-6);
             assert_eq!(found.rise(layer, k), Some(rise.max(0.0)));
@@ -271,10 +282,11 @@ fn sensitivity_is_the_rise_with_one_layer_grouped() {
     assert_eq!(Sensitivity::cached(&cache, &trial, &fronts, run).unwrap(), found);
     assert_eq!(Sensitivity::cached(&cache, &trial, &fronts, never).unwrap(), found);
     let (moments, two) = (Moments::measure(&model, &windows, run).unwrap(), windows.clone().first(2));
+    let calibration = Calibration::new(&checkpoint, moments).unwrap();
     for other in [
-        Trial { pooler: &FirstHead, ..trial },
-        Trial { windows: &two, ..trial },
-        Trial { moments: Some(&moments), ..trial },
+        Trial::new(&checkpoint, &model, &FirstHead, &windows),
+        Trial::new(&checkpoint, &model, &MeanPooler, &two),
+        Trial::new(&calibration, &model, &MeanPooler, &windows),
     ] {
         let again = Sensitivity::cached(&cache, &other, &fronts, never);
         models::says(&again.unwrap_err().to_string(), &["cancelled"]);
@@ -294,7 +306,7 @@ fn sensitivity_needs_a_front_for_every_layer() {
         |fronts: &[Front]| Sensitivity::measure(&trial, fronts, Run::new(0)).unwrap_err().to_string();
     models::says(&measure(&fronts[..1]), &["fronts", "2", "1"]);
     let (_other_root, other, ..) = ready(3);
-    let small = WeightSharingError::new(&other.layer(0).unwrap()).unwrap();
+    let small = WeightSharingError::new(&other.heads(0).unwrap()).unwrap();
     let small = Front::new(&small).unwrap();
     models::says(&measure(&[fronts[0].clone(), small]), &["6", "3"]);
 }
@@ -329,11 +341,11 @@ fn moments_are_named_by_what_they_were_measured_on() {
     let moments = Moments::measure(&model, &windows, run).unwrap();
     let name = moments.fingerprint();
     assert!(name.starts_with("sha256:") && name.len() == 71);
-    assert_eq!(name, Moments::fingerprint_of(model.source(), &windows));
+    assert_eq!(name, windows.fingerprint(model.id()));
     let path = root.path().join("moments.safetensors");
     moments.write(&path, WriteOptions::default()).unwrap();
-    assert_eq!(Moments::read(&path, model.source()).unwrap().fingerprint(), name);
-    assert_eq!(Calibration::open(&path, &checkpoint, 8, run).unwrap().moments(), &moments);
+    assert_eq!(Moments::read(&path, model.id()).unwrap().fingerprint(), name);
+    assert_eq!(Calibration::open(&checkpoint, &path, 8, run).unwrap().moments(), &moments);
 
     // Another text, other windows of the same length of it, another model: another name.
     let tokens = windows.tokens().to_vec();
@@ -343,10 +355,10 @@ fn moments_are_named_by_what_they_were_measured_on() {
     let other = Windows::new(other, 8).unwrap();
     let (_root, _, stranger, _) = ready(3);
     let names = [
-        Moments::fingerprint_of(model.source(), &longer),
-        Moments::fingerprint_of(model.source(), &other),
-        Moments::fingerprint_of(model.source(), &windows.clone().first(2)),
-        Moments::fingerprint_of(stranger.source(), &windows),
+        longer.fingerprint(model.id()),
+        other.fingerprint(model.id()),
+        windows.clone().first(2).fingerprint(model.id()),
+        windows.fingerprint(stranger.id()),
     ];
     assert!(names.iter().all(|other| *other != name));
 
@@ -354,7 +366,7 @@ fn moments_are_named_by_what_they_were_measured_on() {
     let layers = [Array2::eye(25), Array2::eye(25)];
     let foreign_name = |tokens: i64, layers: &[Array2<f64>]| {
         foreign(&path, &[tokens], layers, None);
-        Moments::read(&path, model.source()).unwrap()
+        Moments::read(&path, model.id()).unwrap()
     };
     let read = foreign_name(9, &layers);
     assert_eq!(read.fingerprint(), foreign_name(9, &layers).fingerprint());
@@ -363,8 +375,8 @@ fn moments_are_named_by_what_they_were_measured_on() {
         read.fingerprint(),
         foreign_name(9, &[Array2::eye(25), Array2::eye(25) + 1e-4 * corner()]).fingerprint()
     );
-    read.write(&path, WriteOptions { force: true, dry_run: false }).unwrap();
-    assert_eq!(Moments::read(&path, model.source()).unwrap().fingerprint(), read.fingerprint());
+    read.write(&path, WriteOptions::default().force(true)).unwrap();
+    assert_eq!(Moments::read(&path, model.id()).unwrap().fingerprint(), read.fingerprint());
 
     // A name that is none is refused, with the file.
     let bytes = std::fs::read(&path).unwrap();
@@ -378,9 +390,49 @@ fn moments_are_named_by_what_they_were_measured_on() {
         let others = stored.tensors().into_iter().filter(|(name, _)| name != "calibration");
         let all = others.chain([("calibration".to_string(), wrong)]);
         std::fs::write(&path, safetensors::serialize(all, None).unwrap()).unwrap();
-        let message = Moments::read(&path, model.source()).unwrap_err().to_string();
+        let message = Moments::read(&path, model.id()).unwrap_err().to_string();
         models::says(&message, &["moments.safetensors", "tensor calibration", "U8 [32]"]);
     }
+}
+
+/// A calibration is the model with moments: from a text or from the file of them, and refused where a plan names another.
+#[test]
+fn a_calibration_attaches_its_moments() {
+    let (checkpoint, run, root) = (novels(), Run::new(0), tempfile::tempdir().unwrap());
+    let text = Calibration::from_text(&checkpoint, &calibration_text(), 2, run).unwrap();
+    assert!(text.text().is_some_and(|(model, windows)| model.n_layers() == 4 && windows.count() == 2));
+    let path = root.path().join("moments.safetensors");
+    text.moments().write(&path, WriteOptions::default()).unwrap();
+    let stored = Calibration::open(&checkpoint, &path, 2, run).unwrap();
+    assert!(stored.text().is_none() && stored.moments() == text.moments());
+    assert_eq!(stored.calibration(), text.calibration());
+    assert_eq!(
+        (stored.id().unwrap(), stored.architecture()),
+        (checkpoint.id().unwrap(), checkpoint.architecture())
+    );
+    for layer in 0..4 {
+        let heads = text.heads(layer).unwrap();
+        assert_eq!((heads.layer(), heads.moment()), (layer, Some(&text.moments().layers()[layer])));
+        assert_eq!(heads.key(), checkpoint.heads(layer).unwrap().key());
+        assert_eq!(text.rows(layer).unwrap().row_len(), checkpoint.rows(layer).unwrap().row_len());
+    }
+
+    let groups = vec![Partition::one_group(8).unwrap(); 4];
+    let pooling = Pooling::new(Spec::new("low-rank")).with_calibration(text.calibration());
+    let plan = models::pooled_plan(&checkpoint, &groups, pooling);
+    let for_plan = |path: &Path, windows, run| Calibration::for_plan(&checkpoint, path, &plan, windows, run);
+    assert_eq!(for_plan(&path, 2, run).unwrap().calibration(), text.calibration());
+    assert_eq!(for_plan(&calibration_text(), 2, run).unwrap().calibration(), text.calibration());
+    // Before anything is measured.
+    let idle = |_: &Progress<'_>| ControlFlow::Break(());
+    let refused = for_plan(&calibration_text(), 1, run.with_observer(&idle)).unwrap_err().to_string();
+    models::says(&refused, &["was made with the calibration", "as many windows"]);
+    let shared = SharedHeads::new(&plan, &checkpoint).unwrap_err().to_string();
+    models::says(&shared, &["none was given"]);
+
+    let (_root, small, ..) = ready(6);
+    let error = Calibration::new(&small, stored.moments().clone()).unwrap_err().to_string();
+    models::says(&error, &["moments", "2", "4"]);
 }
 
 /// One number beside the diagonal, and its mirror image.

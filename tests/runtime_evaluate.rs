@@ -10,21 +10,26 @@ use std::sync::Mutex;
 
 use approx::assert_relative_eq;
 use ndarray::{Array2, Array3};
-use qcqa::checkpoint::{Checkpoint, WriteOptions};
-use qcqa::runtime::{
-    Choices, Evaluation, IdWidth, Model, Moments, RuntimeError, Vocabulary, Windows, evaluate,
-    evaluate_against, pool_layers, read_ids, read_text,
-};
-use qcqa::{Error, MeanPooler, Partition, Progress, Run};
-use running::{calibration_text, evaluation_text, neighbours, novels, opened, runnable, windows};
+use qcqa::calibration::Moments;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against, evaluate_through_cache};
+use qcqa::heads::HeadSource;
+use qcqa::partition::Partition;
+use qcqa::plan::SharedHeads;
+use qcqa::runtime::Model;
+use qcqa::text::{IdWidth, RuntimeError, Vocabulary, Windows, read_ids, read_text};
+use qcqa::{Error, Progress, Run};
+use running::{calibration_text, evaluation_text, neighbours, novels, opened, planned, runnable, windows};
 use safetensors::Dtype;
 
 /// Perplexities of the source and of neighbour groups at half and a quarter of the cache.
 fn perplexities(model: &Path, text: &Path) -> [f64; 3] {
     let checkpoint = Checkpoint::open(model).unwrap();
     let source = Model::load(&checkpoint).unwrap();
-    let [half, quarter] =
-        [2, 4].map(|n| Model::planned(&checkpoint, &neighbours(&checkpoint, n), &MeanPooler).unwrap());
+    let [half, quarter] = [2, 4].map(|n| {
+        let shared = SharedHeads::new(&neighbours(&checkpoint, n), &checkpoint).unwrap();
+        source.with_shared(&shared).unwrap()
+    });
     let windows = windows(&checkpoint, &source, text);
     let (before, after) = evaluate_against(&source, &[&half, &quarter], &windows, Run::new(0)).unwrap();
     assert!(after[0].divergence.unwrap().kl < after[1].divergence.unwrap().kl);
@@ -66,7 +71,7 @@ fn made_up() -> (tempfile::TempDir, Checkpoint, Model, Model, Windows) {
     let source = Model::load(&checkpoint).unwrap();
     let groups = Partition::from_labels(&[0, 1, 0]).unwrap();
     let plan = models::plan(&checkpoint, &[groups.clone(), groups]);
-    let grouped = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+    let grouped = planned(&checkpoint, &SharedHeads::new(&plan, &checkpoint).unwrap());
     let tokens = (0..83u32).map(|t| t * t % 13 + t % 3).collect();
     (root, checkpoint, source, grouped, Windows::new(tokens, 8).unwrap())
 }
@@ -122,6 +127,31 @@ fn a_model_does_not_diverge_from_itself() {
     assert_eq!((divergence.kl, divergence.same_top), (0.0, 1.0));
 }
 
+/// In pieces through the cache as all at once: unequal groups, more pieces than windows have tokens, a sliding window.
+#[test]
+fn the_cache_gives_the_same_numbers() {
+    let (_root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, 6, true));
+    let groups = [[0, 1, 0, 0, 2, 1], [0, 1, 2, 3, 4, 5]].map(|l| Partition::from_labels(&l).unwrap());
+    let shared = models::plan(&checkpoint, &groups);
+    let grouped = planned(&checkpoint, &SharedHeads::new(&shared, &checkpoint).unwrap());
+    let sliding = runnable("mistral", Dtype::F32, 6, false).set("sliding_window", serde_json::json!(3));
+    let sliding = Model::load(&opened(&sliding).1).unwrap();
+    let text = Windows::new((0..101u32).map(|t| t * t % 13 + t % 3).collect(), 20).unwrap();
+    let books = novels();
+    let source = Model::load(&books).unwrap();
+    let chapter = windows(&books, &source, &evaluation_text()).first(1);
+    for (model, windows) in [(&grouped, &text), (&sliding, &text), (&source, &chapter)] {
+        let whole = evaluate(model, windows, Run::new(0)).unwrap();
+        for chunk in [1, 7, windows.length(), 1000] {
+            let found = evaluate_through_cache(model, windows, chunk, Run::new(0)).unwrap();
+            assert_relative_eq!(found.loss, whole.loss, epsilon = 1e-5);
+            assert_eq!((found.tokens, found.windows), (whole.tokens, whole.windows));
+        }
+    }
+    let none = evaluate_through_cache(&source, &chapter, 0, Run::new(0)).unwrap_err().to_string();
+    models::says(&none, &["chunk", "at least 1 token"]);
+}
+
 /// Sums do not depend on threads, and a watched run is no other run.
 #[test]
 fn evaluation_repeats_itself() {
@@ -153,7 +183,7 @@ fn other_vocabularies_and_overflowing_weights_are_refused() {
     let (_root, _, source, _, windows) = made_up();
     let other = Model::load(&novels()).unwrap();
     let error = evaluate_against(&source, &[&other], &windows, Run::new(0)).unwrap_err().to_string();
-    models::says(&error, &["logits", "16", "1024"]);
+    models::says(&error, &["vocabularies of 16 and 1024 tokens", "one vocabulary"]);
     let mut huge = runnable("llama", Dtype::F32, 6, false);
     huge.tensor("lm_head.weight").bytes = models::encode(Dtype::F32, &[3e38; 16 * 24]);
     let huge = Model::load(&opened(&huge).1).unwrap();
@@ -230,7 +260,7 @@ fn bad_texts_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("text.txt");
     std::fs::write(&path, b"good \xff bad").unwrap();
-    models::says(&read_text(&path).unwrap_err().to_string(), &["text.txt", "UTF-8", "byte 5", "--ids"]);
+    models::says(&read_text(&path).unwrap_err().to_string(), &["text.txt", "UTF-8", "byte 5", "token ids"]);
     models::says(&read_text(&folder.path().join("none")).unwrap_err().to_string(), &["cannot read", "none"]);
     let few = words.encode("A short text.").unwrap();
     let message = Windows::new(few.clone(), 256).unwrap_err().to_string();
@@ -260,10 +290,13 @@ fn tokenizers_that_do_not_serve_are_named() {
     let (root, checkpoint) = opened(&model);
     let tokenizer = root.path().join("in/tokenizer.json");
     // The helper writes `{}`: no tokenizer.
-    models::says(&Vocabulary::open(&checkpoint).unwrap_err().to_string(), &["tokenizer.json", "--ids FILE"]);
+    models::says(
+        &Vocabulary::open(&checkpoint).unwrap_err().to_string(),
+        &["tokenizer.json", "token ids are accepted"],
+    );
     std::fs::remove_file(&tokenizer).unwrap();
     let message = Vocabulary::open(&checkpoint).unwrap_err().to_string();
-    models::says(&message, &["tokenizer.json is missing", "--ids FILE", "u16 or u32"]);
+    models::says(&message, &["tokenizer.json is missing", "token ids are accepted", "u16 or u32"]);
     // Of a model with 1024 words, where this one has 16.
     std::fs::copy(models::novels().join("tokenizer.json"), &tokenizer).unwrap();
     let words = Vocabulary::open(&checkpoint).unwrap();
@@ -275,33 +308,28 @@ fn tokenizers_that_do_not_serve_are_named() {
 fn a_layer_without_inputs_is_refused() {
     let mut silent = runnable("qwen2", Dtype::F32, 6, true);
     silent.tensor("model.layers.1.input_layernorm.weight").bytes.fill(0);
-    let (root, checkpoint) = opened(&silent);
+    let (_root, checkpoint) = opened(&silent);
     let model = Model::load(&checkpoint).unwrap();
     let windows = Windows::new((0..32).map(|t| t * t % 11).collect(), 8).unwrap();
     assert_eq!(windows.clone().first(0), windows.clone().first(1), "there is no empty text");
-    let moments = Moments::measure(&model, &windows, Run::new(0)).unwrap();
-    let attach = |i: usize| moments.attach(i, checkpoint.layer(i).unwrap());
-    assert!(attach(0).is_ok());
-    assert!(matches!(attach(1), Err(Error::Moment { layer: Some(1), .. })));
-    models::says(&attach(1).unwrap_err().to_string(), &["layer 1", "0 for every input", "qcqa calibrate"]);
-    let path = root.path().join("moments.safetensors");
-    moments.write(&path, WriteOptions::default()).unwrap();
-    let message = Moments::read(&path, model.source()).unwrap_err().to_string();
-    models::says(&message, &["moments.safetensors", "layers.1", "0 for every input"]);
+    let refused = Error::from(Moments::measure(&model, &windows, Run::new(0)).unwrap_err());
+    assert!(matches!(refused, Error::Moment { layer: Some(1), .. }));
+    models::says(&refused.to_string(), &["layer 1", "0 for every input", "measure it again"]);
 }
 
 #[test]
 fn groups_that_do_not_belong_to_a_layer_are_refused() {
     let (_root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, 6, true));
     let model = Model::load(&checkpoint).unwrap();
-    let heads = checkpoint.layer(1).unwrap();
-    let plan = models::plan(&checkpoint, &[Partition::one_group(6).unwrap()]);
-    let pool = pool_layers(&plan, &MeanPooler, None);
-    let pooled = pool(0, &heads).unwrap();
-    assert!(matches!(pool(1, &heads), Err(Error::LayerCount { expected: 2, found: 1, .. })));
+    let plan = models::plan(&checkpoint, &vec![Partition::one_group(6).unwrap(); 2]);
+    let shared = SharedHeads::new(&plan, &checkpoint).unwrap();
+    let (heads, pooled) = shared.layer(1).unwrap();
+    assert!(matches!(shared.layer(2), Err(Error::NoLayer { layer: 2, layers: 2 })));
 
-    let fits = |partition: &Partition| model.with_pooled(1, &heads, partition, pooled.clone());
+    let fits = |partition: &Partition| model.with_layer(&heads, partition, pooled.clone());
     assert_eq!(fits(&Partition::one_group(6).unwrap()).unwrap().kv_heads(), [6, 1]);
+    let beyond = model.with_layer(&heads.clone().with_layer(2), shared.groups(1), pooled.clone());
+    assert!(matches!(beyond, Err(RuntimeError::Core(Error::NoLayer { layer: 2, layers: 2 }))));
     let wrong = fits(&Partition::one_group(3).unwrap()).unwrap_err();
     assert!(matches!(wrong, RuntimeError::Core(Error::PartitionSize { expected: 6, found: 3 })), "{wrong}");
 }

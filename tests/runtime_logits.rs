@@ -5,10 +5,18 @@ mod models;
 mod running;
 
 use ndarray::{Array2, Array3, ArrayD, Axis, s};
-use qcqa::checkpoint::{Checkpoint, Expanded, Stock};
+use qcqa::KvPooler;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::heads::{Heads, Pooled, Projection};
+use qcqa::partition::Partition;
+use qcqa::plan::SharedHeads;
+use qcqa::pooler::{FirstHead, MeanPooler};
 use qcqa::runtime::{KvCache, Model};
-use qcqa::{FirstHead, Heads, KvPooler, MeanPooler, Partition, Pooled};
-use running::{Slow, converted, near, neighbours, novels, opened, runnable, tokens};
+use qcqa::spec::Spec;
+use qcqa::targets::{Expanded, Stock};
+use running::{
+    MakePooler, Slow, converted, near, neighbours, novels, opened, planned, runnable, shared_by, tokens,
+};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 
@@ -45,10 +53,11 @@ fn logits_are_those_of_transformers() {
     let (checkpoint, reference) = (novels(), Reference::read());
     reference.check("source", &Model::load(&checkpoint).unwrap());
     let plan = neighbours(&checkpoint, 2);
-    let planned = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+    let shared = SharedHeads::new(&plan, &checkpoint).unwrap();
+    let planned = planned(&checkpoint, &shared);
     for (name, model) in [
-        ("stock", converted(&checkpoint, &plan, &MeanPooler, &Stock)),
-        ("expanded", converted(&checkpoint, &plan, &MeanPooler, &Expanded)),
+        ("stock", converted(&checkpoint, &shared, &Stock)),
+        ("expanded", converted(&checkpoint, &shared, &Expanded)),
         ("stock", planned.clone()),
         ("expanded", planned),
     ] {
@@ -61,16 +70,18 @@ fn logits_are_those_of_transformers() {
 struct Scaling;
 
 impl KvPooler for Scaling {
+    fn spec(&self) -> Spec {
+        Spec::new("scaling")
+    }
+
     fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
-        let mut pooled = MeanPooler.pool(heads, partition)?;
+        let pooled = MeanPooler.pool(heads, partition)?;
         let by_head = |(head, _, _): (usize, usize, usize)| 0.5 + head as f32 / 4.0;
         let (mut query, bias) = heads.query().unwrap().clone().into_parts();
         query.indexed_iter_mut().for_each(|(at, w)| *w *= by_head(at));
         let mut output: Array3<f32> = heads.output().unwrap().to_owned();
         output.indexed_iter_mut().for_each(|(at, w)| *w *= by_head(at));
-        pooled.query = Some(qcqa::Projection::new(query, bias)?);
-        pooled.output = Some(output);
-        Ok(pooled)
+        Ok(pooled.with_queries(Projection::new(query, bias)?, output))
     }
 }
 
@@ -89,7 +100,7 @@ fn every_partition_is_computed_as_defined() {
         let (_root, checkpoint) = opened(&runnable(model_type, Dtype::F32, kv_heads, bias));
         let tokens = tokens(3, 11, 16);
         let source = Model::load(&checkpoint).unwrap();
-        let slow = Slow { checkpoint: &checkpoint, plan: None };
+        let slow = Slow { checkpoint: &checkpoint, shared: None };
         near(&source.logits(tokens.view()).unwrap(), &slow_logits(&slow, &tokens), 1e-4);
 
         let labels: [&[usize]; 4] = match kv_heads {
@@ -100,10 +111,13 @@ fn every_partition_is_computed_as_defined() {
         let labels = labels.map(|l| Partition::from_labels(l).unwrap());
         for layers in labels.chunks(2) {
             let plan = models::plan(&checkpoint, layers);
-            for pooler in [&MeanPooler as &dyn KvPooler, &FirstHead, &Scaling] {
-                let planned = Model::planned(&checkpoint, &plan, pooler).unwrap();
+            let poolers: [MakePooler; 3] =
+                [|| Box::new(MeanPooler), || Box::new(FirstHead), || Box::new(Scaling)];
+            for pooler in poolers {
+                let shared = shared_by(&plan, &checkpoint, pooler);
+                let planned = source.with_shared(&shared).unwrap();
                 assert_eq!(planned.kv_heads(), plan.group_counts());
-                let slow = Slow { plan: Some((&plan, pooler)), ..slow };
+                let slow = Slow { shared: Some(&shared), ..slow };
                 near(&planned.logits(tokens.view()).unwrap(), &slow_logits(&slow, &tokens), 1e-4);
             }
         }
@@ -119,13 +133,15 @@ fn planned_and_written_models_agree() {
         let labels: Vec<_> = (0..kv_heads).map(|i| [0, 1, 0, 1, 0, 0][i]).collect();
         let unequal = vec![Partition::from_labels(&labels).unwrap(), Partition::one_group(kv_heads).unwrap()];
         let unequal = models::plan(&checkpoint, &unequal);
-        for pooler in [&MeanPooler as &dyn KvPooler, &Scaling] {
-            let planned = logits(&Model::planned(&checkpoint, &unequal, pooler).unwrap());
-            near(&planned, &logits(&converted(&checkpoint, &unequal, pooler, &Expanded)), 1e-4);
-            let equal = neighbours(&checkpoint, 3);
-            let planned = logits(&Model::planned(&checkpoint, &equal, pooler).unwrap());
-            near(&planned, &logits(&converted(&checkpoint, &equal, pooler, &Stock)), 1e-4);
-            near(&planned, &logits(&converted(&checkpoint, &equal, pooler, &Expanded)), 1e-4);
+        let poolers: [MakePooler; 2] = [|| Box::new(MeanPooler), || Box::new(Scaling)];
+        for pooler in poolers {
+            let shared = shared_by(&unequal, &checkpoint, pooler);
+            let directly = logits(&planned(&checkpoint, &shared));
+            near(&directly, &logits(&converted(&checkpoint, &shared, &Expanded)), 1e-4);
+            let shared = shared_by(&neighbours(&checkpoint, 3), &checkpoint, pooler);
+            let directly = logits(&planned(&checkpoint, &shared));
+            near(&directly, &logits(&converted(&checkpoint, &shared, &Stock)), 1e-4);
+            near(&directly, &logits(&converted(&checkpoint, &shared, &Expanded)), 1e-4);
         }
     }
 }
@@ -134,7 +150,8 @@ fn planned_and_written_models_agree() {
 fn no_sharing_changes_nothing() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let planned = Model::planned(&checkpoint, &neighbours(&checkpoint, 1), &MeanPooler).unwrap();
+    let shared = SharedHeads::new(&neighbours(&checkpoint, 1), &checkpoint).unwrap();
+    let planned = source.with_shared(&shared).unwrap();
     let tokens = tokens(2, 20, 1024);
     assert_eq!(source.logits(tokens.view()).unwrap(), planned.logits(tokens.view()).unwrap());
     assert_eq!(source.kv_bytes_per_token(), planned.kv_bytes_per_token());
@@ -146,7 +163,7 @@ fn the_cache_holds_the_groups_alone() {
     let (_root, checkpoint) = opened(&runnable("llama", Dtype::F32, 6, false));
     let layers = [[0, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]].map(|l| Partition::from_labels(&l).unwrap());
     let plan = models::plan(&checkpoint, &layers);
-    let model = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap();
+    let model = planned(&checkpoint, &SharedHeads::new(&plan, &checkpoint).unwrap());
     let tokens = tokens(2, 10, 16);
     let whole = model.logits(tokens.view()).unwrap();
     let mut cache = KvCache::default();
@@ -193,9 +210,9 @@ fn other_biases_count() {
     let tokens = tokens(1, 5, 16);
     let logits = |m: &models::Model| {
         let (_root, checkpoint) = opened(m);
-        let plan = neighbours(&checkpoint, 2);
-        let expanded = converted(&checkpoint, &plan, &MeanPooler, &Expanded).logits(tokens.view()).unwrap();
-        let planned = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap().logits(tokens.view()).unwrap();
+        let shared = SharedHeads::new(&neighbours(&checkpoint, 2), &checkpoint).unwrap();
+        let expanded = converted(&checkpoint, &shared, &Expanded).logits(tokens.view()).unwrap();
+        let planned = planned(&checkpoint, &shared).logits(tokens.view()).unwrap();
         near(&expanded, &planned, 1e-4);
         planned
     };
@@ -256,7 +273,11 @@ fn tokens_that_do_not_fit_are_refused() {
 #[test]
 fn a_plan_of_another_model_is_refused() {
     let (_root, checkpoint) = opened(&runnable("llama", Dtype::F32, 6, false));
-    let plan = neighbours(&novels(), 2);
-    let error = Model::planned(&checkpoint, &plan, &MeanPooler).unwrap_err().to_string();
+    let other = novels();
+    let plan = neighbours(&other, 2);
+    let error = SharedHeads::new(&plan, &checkpoint).unwrap_err().to_string();
+    models::says(&error, &["another model", "search this model again"]);
+    let shared = SharedHeads::new(&plan, &other).unwrap();
+    let error = Model::load(&checkpoint).unwrap().with_shared(&shared).unwrap_err().to_string();
     models::says(&error, &["another model", "search this model again"]);
 }

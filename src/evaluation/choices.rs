@@ -2,13 +2,15 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::evaluate::Scored;
-use super::text::read_text;
-use super::{Model, RuntimeError, Vocabulary};
+use super::Scored;
+use crate::error::Result;
 use crate::run::Run;
+use crate::runtime::Model;
+use crate::text::{RuntimeError, Vocabulary, read_text};
 
 /// A multiple choice item: how a text goes on.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
 pub struct Choice {
     /// What comes before.
     pub query: String,
@@ -26,6 +28,7 @@ pub struct Choices {
 
 /// Share of items answered rightly.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Accuracy {
     /// Right answers over items.
     pub accuracy: f64,
@@ -39,7 +42,7 @@ impl Choices {
     /// Reads a file; empty lines are passed over, further keys too.
     ///
     /// # Errors
-    /// [`RuntimeError::Io`], [`RuntimeError::NotUtf8`]; [`RuntimeError::Choice`] naming the line that is not such an
+    /// [`FileError::Io`](crate::files::FileError::Io), [`RuntimeError::NotUtf8`]; [`RuntimeError::Choice`] naming the line that is not such an
     /// object, has fewer than two choices, an empty query or choice, or no gold among its choices.
     pub fn read(path: &Path) -> Result<Self, RuntimeError> {
         let text = read_text(path)?;
@@ -76,7 +79,7 @@ impl Choices {
     /// positions, the beginning is dropped. Progress is stage `"choices"`.
     ///
     /// # Errors
-    /// What the tokenizer reports; [`RuntimeError::NotFinite`]; [`Error::Cancelled`](crate::Error::Cancelled).
+    /// What the tokenizer reports; [`RuntimeError::NotFinite`]; [`Error::Cancelled`](crate::error::Error::Cancelled).
     pub fn score(&self, model: &Model, words: &Vocabulary, run: Run<'_>) -> Result<Accuracy, RuntimeError> {
         let total = self.items.len() as u64;
         let mut right = 0;

@@ -1,9 +1,24 @@
+//! How well models do: perplexity and divergence from the source on [windows](Windows) of text, [multiple choice](Choices),
+//! and [how much each layer pays](Sensitivity) for being grouped.
+//!
+//! Sums over tokens are taken in f64 and in the order of the text: results do not depend on the number of threads.
+
+mod choices;
+mod sensitivity;
+mod trial;
+
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use super::{Model, RuntimeError, Windows};
+use crate::error::{Error, Result};
 use crate::run::Run;
+use crate::runtime::Model;
+use crate::text::{RuntimeError, Windows};
+
+pub use choices::{Accuracy, Choice, Choices};
+pub use sensitivity::Sensitivity;
+pub use trial::{Trial, choose_model};
 
 /// How well a model predicts a text.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +40,7 @@ pub struct Evaluation {
 
 /// How far a model's predictions are from those of its source, over the tokens predicted.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Divergence {
     /// Mean Kullback–Leibler divergence KL(source ‖ model), in nats.
     pub kl: f64,
@@ -41,26 +57,73 @@ impl Evaluation {
 
 /// Reads a text: mean negative log-likelihood of tokens 2… of each window. Progress is stage `"evaluate"`.
 ///
+/// ```
+/// use qcqa::Run;
+/// use qcqa::checkpoint::Checkpoint;
+/// use qcqa::evaluation::evaluate;
+/// use qcqa::runtime::Model;
+/// use qcqa::text::{Vocabulary, Windows, read_text};
+///
+/// let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
+/// let model = Model::load(&checkpoint)?;
+/// let text = read_text("tests/data/novels-1m/evaluation.txt".as_ref())?;
+/// let windows = Windows::new(Vocabulary::open(&checkpoint)?.encode(&text)?, model.window())?.first(2);
+/// assert!(evaluate(&model, &windows, Run::new(0))?.perplexity() < 40.0);
+/// # Ok::<(), qcqa::text::RuntimeError>(())
+/// ```
+///
 /// # Errors
-/// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`];
-/// [`Error::Cancelled`](crate::Error::Cancelled).
+/// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`]; [`Error::Cancelled`].
 pub fn evaluate(model: &Model, windows: &Windows, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
     Ok(evaluate_against(model, &[], windows, run)?.0)
 }
 
-/// The same for a source and models made of it, with how far they are from it; the source runs once.
+/// Reads a text as [`evaluate`] does, but by way of the [`KvCache`](crate::runtime::KvCache), which takes `chunk` tokens of a
+/// window at a time: what a model computes that serves a prompt in pieces. The numbers are those of [`evaluate`] but for
+/// rounding.
 ///
 /// # Errors
-/// As [`evaluate`]; [`Error::Shape`](crate::Error::Shape) when a model has another vocabulary.
+/// [`Error::Setting`] for a chunk of 0 tokens; as [`evaluate`].
+pub fn evaluate_through_cache(
+    model: &Model,
+    windows: &Windows,
+    chunk: usize,
+    run: Run<'_>,
+) -> Result<Evaluation, RuntimeError> {
+    if chunk == 0 {
+        return Err(Error::setting("chunk", chunk, "at least 1 token").into());
+    }
+    let read = |model: &Model, tokens: &[u32], rows| model.rows_by_cache(tokens, rows, chunk);
+    Ok(read_all(model, &[], windows, &read, run)?.0)
+}
+
+/// Reads a text with a source and models made of it, and compares their predictions with its own; the source runs once.
+/// Progress is stage `"evaluate"`.
+///
+/// # Errors
+/// As [`evaluate`]; [`RuntimeError::Vocabulary`] when a model has another vocabulary than the source.
 pub fn evaluate_against(
     source: &Model,
     models: &[&Model],
     windows: &Windows,
     run: Run<'_>,
 ) -> Result<(Evaluation, Vec<Evaluation>), RuntimeError> {
+    read_all(source, models, windows, &Model::rows, run)
+}
+
+/// Gives the logits of some rows of tokens, each (T · vocabulary).
+type ReadRows<'a> = dyn Fn(&Model, &[u32], usize) -> Result<Vec<Vec<f32>>, RuntimeError> + 'a;
+
+fn read_all(
+    source: &Model,
+    models: &[&Model],
+    windows: &Windows,
+    read: &ReadRows<'_>,
+    run: Run<'_>,
+) -> Result<(Evaluation, Vec<Evaluation>), RuntimeError> {
     if let Some(other) = models.iter().find(|m| m.vocabulary() != source.vocabulary()) {
         let (expected, found) = (source.vocabulary(), other.vocabulary());
-        return Err(crate::Error::shape("logits", &[expected], &[found]).into());
+        return Err(RuntimeError::Vocabulary { expected, found });
     }
     let total = windows.count() as u64 * (models.len() as u64 + 1);
     let mut tallies = vec![Tally::default(); models.len() + 1];
@@ -72,11 +135,11 @@ pub fn evaluate_against(
             done += rows as u64;
             run.step("evaluate", done, total)
         };
-        let reference = tallies[0].logits(source, tokens, rows)?;
+        let reference = tallies[0].logits(source, tokens, rows, read)?;
         tallies[0].add(tokens, &reference, None, windows.length());
         step()?;
         for (model, tally) in models.iter().zip(&mut tallies[1..]) {
-            let logits = tally.logits(model, tokens, rows)?;
+            let logits = tally.logits(model, tokens, rows, read)?;
             tally.add(tokens, &logits, Some(&reference), windows.length());
             step()?;
         }
@@ -101,9 +164,15 @@ struct Tally {
 
 impl Tally {
     /// The logits of a batch, row after row; the clock runs.
-    fn logits(&mut self, model: &Model, tokens: &[u32], rows: usize) -> Result<Vec<f32>, RuntimeError> {
+    fn logits(
+        &mut self,
+        model: &Model,
+        tokens: &[u32],
+        rows: usize,
+        read: &ReadRows<'_>,
+    ) -> Result<Vec<f32>, RuntimeError> {
         let start = Instant::now();
-        let logits = model.rows(tokens, rows)?.concat();
+        let logits = read(model, tokens, rows)?.concat();
         self.time += start.elapsed();
         self.read += tokens.len() as u64;
         self.windows += rows as u64;
@@ -165,15 +234,15 @@ impl Tally {
 }
 
 /// What is needed of the logits of one place.
-pub(super) struct Scored {
+struct Scored {
     /// `ln Σ exp(logit)`, summed in f64.
-    pub(super) log_sum: f64,
+    log_sum: f64,
     /// The likeliest token; the first of equals.
-    pub(super) top: usize,
+    top: usize,
 }
 
 impl Scored {
-    pub(super) fn of(logits: &[f32]) -> Self {
+    fn of(logits: &[f32]) -> Self {
         let first = (0, f32::NEG_INFINITY);
         let (top, most) =
             logits.iter().enumerate().fold(first, |best, (i, &l)| if l > best.1 { (i, l) } else { best });
@@ -184,7 +253,7 @@ impl Scored {
 }
 
 /// Sum and number of the negative log-likelihoods of tokens 2… of each window.
-pub(super) fn loss(logits: &[f32], tokens: &[u32], window: usize) -> (f64, u64) {
+fn loss(logits: &[f32], tokens: &[u32], window: usize) -> (f64, u64) {
     let mut tally = Tally::default();
     tally.add(tokens, logits, None, window);
     (tally.loss, tally.tokens)

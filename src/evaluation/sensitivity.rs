@@ -1,16 +1,16 @@
-use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::moments::digest;
+use super::Trial;
 use super::trial::Reading;
-use super::{Moments, RuntimeError, Trial};
-use crate::checkpoint::{FileError, WriteOptions, write_whole};
 use crate::allocator::LayerCosts;
 use crate::budget::Limits;
+use crate::error::{Error, Result};
+use crate::files::{FileError, WriteOptions, fingerprint, sha256, write_whole};
 use crate::front::{Front, FrontPoint};
 use crate::run::Run;
+use crate::text::{RuntimeError, read_file};
 
 /// Numbers of groups that are measured; those between are interpolated.
 const MEASURED: &[usize] = &[1, 2, 3, 4, 6, 8, 12, 16];
@@ -22,8 +22,8 @@ const MEASURED: &[usize] = &[1, 2, 3, 4, 6, 8, 12, 16];
 pub struct Sensitivity {
     /// What it was measured with: see [`Sensitivity::key`].
     key: String,
-    /// KV heads of a layer, H.
-    heads: usize,
+    /// KV heads of each layer, H.
+    heads: Vec<usize>,
     /// For each layer the numbers of groups, ascending, with the rise.
     layers: Vec<Vec<(usize, f64)>>,
 }
@@ -35,37 +35,36 @@ impl Sensitivity {
     /// The layers below the one that is grouped run once, not once for each k.
     ///
     /// # Errors
-    /// [`Error::LayerCount`](crate::Error::LayerCount) unless there is a front for each layer; as
+    /// [`Error::LayerCount`] unless there is a front for each layer; as
     /// [`Trial::grouped`] and [`evaluate`](super::evaluate()).
     pub fn measure(trial: &Trial<'_>, fronts: &[Front], run: Run<'_>) -> Result<Self, RuntimeError> {
-        let (key, source) = (Self::key(trial, fronts)?, trial.source);
+        let (key, model) = (Self::key(trial, fronts)?, trial.model);
         let total = 1 + fronts.iter().map(|front| measured(front).count() as u64).sum::<u64>();
         run.step("sensitivity", 0, total)?;
-        let mut reading = Reading::new(source, trial.windows)?;
-        let before = reading.loss(source)?;
+        let mut reading = Reading::new(model, trial.windows)?;
+        let before = reading.loss(model)?;
         let mut done = 1;
         run.step("sensitivity", done, total)?;
         let mut layers = Vec::with_capacity(fronts.len());
         for (i, front) in fronts.iter().enumerate() {
-            let heads = trial.heads(i)?;
+            let heads = trial.source.heads(i)?;
             let mut rises = Vec::new();
             for point in measured(front) {
-                let model = source.regrouped(i, &heads, &point.partition, trial.pooler)?;
-                rises.push((point.partition.n_groups(), reading.loss(&model)? - before));
+                let grouped = trial.regrouped(model, &heads, &point.partition)?;
+                rises.push((point.partition.n_groups(), reading.loss(&grouped)? - before));
                 done += 1;
                 run.step("sensitivity", done, total)?;
             }
             layers.push(rises);
-            reading.pass_layer(source)?;
+            reading.pass_layer(model)?;
         }
-        Ok(Self { key, heads: source.source().kv_heads, layers })
+        Ok(Self { key, heads: fronts.iter().map(Front::n_heads).collect(), layers })
     }
 
-    /// The same, from the file `cache` where that was measured with the same [`Sensitivity::key`]; measured and
-    /// written there otherwise.
+    /// Reads the file `cache` where that was measured with the same [`Sensitivity::key`]; else measures, and writes the file.
     ///
     /// # Errors
-    /// As [`Sensitivity::measure`]; [`RuntimeError::Io`], [`FileError::Json`] for a file that is no
+    /// As [`Sensitivity::measure`]; [`FileError::Io`], [`FileError::Json`] for a file that is no
     /// sensitivity: it is not replaced.
     pub fn cached(
         cache: &Path,
@@ -76,8 +75,7 @@ impl Sensitivity {
         let key = Self::key(trial, fronts)?;
         let json = |source| FileError::Json { path: cache.to_path_buf(), source };
         if cache.exists() {
-            let text = fs::read(cache).map_err(|e| RuntimeError::io("read", cache, e))?;
-            let held: Self = serde_json::from_slice(&text).map_err(json)?;
+            let held: Self = serde_json::from_slice(&read_file(cache)?).map_err(json)?;
             if held.key == key && held.fits(fronts) {
                 return Ok(held);
             }
@@ -85,7 +83,7 @@ impl Sensitivity {
         let measured = Self::measure(trial, fronts, run)?;
         let mut text = serde_json::to_vec_pretty(&measured).map_err(json)?;
         text.push(b'\n');
-        write_whole(cache, &text, WriteOptions { force: true, dry_run: false })?;
+        write_whole(cache, &text, WriteOptions::default().force(true))?;
         Ok(measured)
     }
 
@@ -93,26 +91,27 @@ impl Sensitivity {
     /// windows, pooler with its settings, and the partitions measured.
     ///
     /// # Errors
-    /// [`Error::LayerCount`](crate::Error::LayerCount), [`Error::PartitionSize`](crate::Error::PartitionSize)
+    /// [`Error::LayerCount`], [`Error::PartitionSize`]
     /// unless there is a front of as many heads for each layer.
     pub fn key(trial: &Trial<'_>, fronts: &[Front]) -> Result<String, RuntimeError> {
-        let Trial { source, pooler, windows, .. } = trial;
-        let (expected, found) = (source.n_layers(), fronts.len());
+        let Trial { source, model, pooler, windows } = trial;
+        let (expected, found) = (model.n_layers(), fronts.len());
         if expected != found {
-            return Err(crate::Error::LayerCount { what: "fronts", expected, found }.into());
+            return Err(Error::LayerCount { what: "fronts", expected, found }.into());
         }
-        let expected = source.source().kv_heads;
-        if let Some(front) = fronts.iter().find(|f| f.n_heads() != expected) {
-            return Err(crate::Error::PartitionSize { expected, found: front.n_heads() }.into());
+        for (front, layer) in fronts.iter().zip(&model.id().layers) {
+            let (expected, found) = (layer.kv_heads, front.n_heads());
+            if expected != found {
+                return Err(Error::PartitionSize { expected, found }.into());
+            }
         }
-        let text = Moments::fingerprint_of(source.source(), windows);
-        let moments = trial.moments.map(Moments::fingerprint).unwrap_or_default();
-        let head = format!("{text} {moments} {:?} {pooler:?}", source.kv_heads());
+        let (text, moments) = (windows.fingerprint(model.id()), source.calibration().unwrap_or_default());
+        let head = format!("{text} {moments} {:?} {:?}", model.kv_heads(), pooler.spec());
         let partitions = |front: &Front| {
             let labels: Vec<_> = measured(front).map(|p| p.partition.labels()).collect();
             format!("{labels:?}").into_bytes()
         };
-        Ok(digest([head.into_bytes()].into_iter().chain(fronts.iter().map(partitions))))
+        Ok(fingerprint(sha256([head.into_bytes()].into_iter().chain(fronts.iter().map(partitions)))))
     }
 
     /// The rises that were measured: for each layer, pairs of k and nats per token, k ascending. Negative where
@@ -127,7 +126,7 @@ impl Sensitivity {
     /// # Panics
     /// When there is no such layer.
     pub fn rise(&self, layer: usize, k: usize) -> Option<f64> {
-        let points = self.layers[layer].iter().copied().chain([(self.heads, 0.0)]);
+        let points = self.layers[layer].iter().copied().chain([(self.heads[layer], 0.0)]);
         let (below, above): (Vec<_>, Vec<_>) = points.partition(|&(at, _)| at < k);
         let &(right, high) = above.first()?;
         if right == k {
@@ -138,16 +137,16 @@ impl Sensitivity {
         Some((low + share * (high - low)).max(0.0))
     }
 
-    /// The rises as costs of the points of `fronts`, for an [`Allocator`](crate::Allocator), without what the limits
+    /// The rises as costs of the points of `fronts`, for an [`Allocator`](crate::allocator::Allocator), without what the limits
     /// forbid; `None` where a front has no point.
     ///
     /// # Errors
-    /// [`Error::LayerCount`](crate::Error::LayerCount) unless there is a front for each layer; as
+    /// [`Error::LayerCount`] unless there is a front for each layer; as
     /// [`LayerCosts::priced`].
-    pub fn costs(&self, fronts: &[Front], limits: &Limits) -> crate::Result<LayerCosts> {
+    pub fn costs(&self, fronts: &[Front], limits: &Limits) -> Result<LayerCosts> {
         let (expected, found) = (self.layers.len(), fronts.len());
         if expected != found {
-            return Err(crate::Error::LayerCount { what: "fronts", expected, found });
+            return Err(Error::LayerCount { what: "fronts", expected, found });
         }
         LayerCosts::priced(fronts, limits, |i, point| Ok(self.rise(i, point.partition.n_groups())))
     }
@@ -158,9 +157,10 @@ impl Sensitivity {
             let ks = layer.iter().map(|&(k, _)| k);
             layer.iter().all(|(_, rise)| rise.is_finite())
                 && ks.eq(measured(front).map(|p| p.partition.n_groups()))
-                && self.heads == front.n_heads()
         };
-        self.layers.len() == fronts.len() && self.layers.iter().zip(fronts).all(same)
+        self.layers.len() == fronts.len()
+            && self.layers.iter().zip(fronts).all(same)
+            && self.heads.iter().copied().eq(fronts.iter().map(Front::n_heads))
     }
 }
 

@@ -118,7 +118,7 @@ pub enum FileError {
         second: PathBuf,
     },
     /// A file of weights whose header is broken or does not fit its length.
-    #[error("{}: not a whole safetensors file of {len} bytes: {source}; download it again", path.display())]
+    #[error("{}: not a whole safetensors file of {len} bytes: {source}; make or download it again", path.display())]
     Header {
         /// The file.
         path: PathBuf,
@@ -168,6 +168,30 @@ pub enum FileError {
         path: PathBuf,
         /// The bias that is missing, or there without its like in layer 0.
         tensor: String,
+    },
+    /// A matrix in a file of moments that is no second moment.
+    #[error("{}, tensor {tensor}: {source}", path.display())]
+    Moment {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The rule that it breaks.
+        source: Error,
+    },
+    /// Moments of another model.
+    #[error(
+        "{}: the moments are of another model: {what} is {found}, this model's is {expected}; calibrate this one", path.display()
+    )]
+    MomentsModel {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        what: &'static str,
+        /// Of the model at hand.
+        expected: String,
+        /// Of the moments.
+        found: String,
     },
     /// A weight is NaN or infinite.
     #[error("{}: tensor {tensor}: a value is NaN or infinite; every weight must be finite", path.display())]

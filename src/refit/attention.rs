@@ -1,27 +1,37 @@
 //! The attention of one layer on arrays, as the refits take it apart.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, s};
 
-use crate::runtime::RuntimeError;
-use crate::runtime::attention::Pass;
-use crate::runtime::kernels::CausalSoftmax;
+use crate::error::Result;
+use crate::model::AttentionSpec;
+use crate::runtime::{CausalSoftmax, Pass, visible};
+use crate::text::RuntimeError;
 
-/// How positions turn heads, and which tokens look at which: the same in all layers and windows.
+/// How positions turn the heads of a layer, and which tokens look at which: the same in all windows.
 #[derive(Debug)]
 pub(super) struct Positions {
+    /// What products of queries and keys are multiplied by.
+    pub(super) scale: f32,
     /// Dimensions that turn together.
     pairs: Vec<(usize, usize)>,
     /// Of each token and frequency, one token after the other.
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// Tokens that a token may look back at, itself included.
-    reach: usize,
+    /// The tokens that each token may look at.
+    visible: Vec<Range<usize>>,
 }
 
 impl Positions {
-    pub(super) fn new(pass: &Pass) -> Result<Self, RuntimeError> {
-        let [cos, sin] = pass.rope.tables()?;
-        Ok(Self { pairs: pass.rope.rotation().pairs().collect(), cos, sin, reach: pass.softmax.reach })
+    /// Of layer `i`, whose attention is `spec`.
+    pub(super) fn new(pass: &Pass, spec: &AttentionSpec, i: usize) -> Result<Self, RuntimeError> {
+        let [cos, sin] = pass.rope(i).tables()?;
+        let pairs = pass.rope(i).rotation().pairs().collect();
+        // √h, which it mostly is the inverse of, is what is rounded first.
+        let scale = (spec.scale.recip() as f32).recip();
+        let visible = visible(pass.positions(), pass.positions(), spec.mask.reach());
+        Ok(Self { scale, pairs, cos, sin, visible })
     }
 
     /// Turns the rows (T, h) of a window's tokens.
@@ -58,8 +68,8 @@ impl Positions {
 
     /// Probabilities (T, T) of scores, in place.
     pub(super) fn softmax(&self, scores: &mut Array2<f32>) {
-        for (t, mut row) in scores.rows_mut().into_iter().enumerate() {
-            CausalSoftmax::row(row.as_slice_mut().expect("a product is contiguous"), t, self.reach);
+        for (mut row, visible) in scores.rows_mut().into_iter().zip(&self.visible) {
+            CausalSoftmax::row(row.as_slice_mut().expect("a product is contiguous"), visible.clone());
         }
     }
 }

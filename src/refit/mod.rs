@@ -6,8 +6,6 @@ mod outputs;
 mod scores;
 mod state;
 
-use std::str::FromStr;
-
 use candle_core::Tensor;
 use ndarray::{Array2, Axis, concatenate};
 use rayon::prelude::*;
@@ -16,8 +14,14 @@ use self::attention::Positions;
 use self::outputs::Outputs;
 use self::scores::{Source, refit_scores};
 use self::state::{State, rows};
-use super::{Model, RuntimeError, Windows};
-use crate::{Heads, Partition, PoolLayer, Pooled, Run};
+use crate::calibration::Calibration;
+use crate::error::{Error, Result};
+use crate::heads::{Heads, Pooled};
+use crate::partition::Partition;
+use crate::plan::{Plan, Refit, SharedHeads};
+use crate::run::Run;
+use crate::runtime::{Model, Pass};
+use crate::text::{RuntimeError, Windows};
 
 /// How strongly a refit holds on to what it starts from, as a share of the mean diagonal of its normal equations.
 const RIDGE: f64 = 1e-3;
@@ -27,46 +31,12 @@ const NOTHING: f64 = 1e-7;
 const OUTPUT_TOKENS: usize = 1 << 15;
 const SCORE_TOKENS: usize = 6 << 10;
 
-/// What is fitted again after heads were merged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Refit {
-    /// Nothing.
-    #[default]
-    None,
-    /// The output projection.
-    Output,
-    /// Queries and shared keys on attention scores, then shared values and the output projection.
-    Full,
-}
-
-impl Refit {
-    /// Its name: `none`, `output`, `full`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Output => "output",
-            Self::Full => "full",
-        }
-    }
-}
-
-impl FromStr for Refit {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        let all = [Self::None, Self::Output, Self::Full];
-        all.into_iter()
-            .find(|refit| refit.name() == name)
-            .ok_or_else(|| format!("there is no refit {name:?}; known are none, output, full"))
-    }
-}
-
 /// The shared heads of every layer after a refit, and what it gained.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 #[non_exhaustive]
-pub struct Refitted {
-    /// The layers, as [`convert_with`](crate::checkpoint::convert_with) takes them.
-    pub layers: Vec<Pooled>,
+pub struct Refitted<'a> {
+    /// The shared heads, for outputs and the runtime.
+    pub shared: SharedHeads<'a>,
     /// The error of each layer's attention output on the calibration text, before and after, as a share of the energy of what
     /// it should add; 0 below the first layer that shares.
     pub errors: Vec<[f64; 2]>,
@@ -83,10 +53,25 @@ struct Text {
     target: Array2<f32>,
 }
 
-/// Fits merged layers again on a text, from the first to the last, each on the inputs that the layers below leave it
-/// (docs/method.md, "Refits"). `heads(i)` gives the source's heads of layer i, `pool(i, heads)` the shared heads to start
-/// from. Works for any partition. A step that would raise its error on the text is not taken, and a layer whose output
-/// would end up further from the source's stays as it was. Progress is stage `"refit"`.
+/// The shared heads of a plan, made as it says, its refit included: that runs the model of the calibration on its text.
+/// Progress is stage `"refit"`.
+///
+/// # Errors
+/// As [`SharedHeads::new`], but [`Error::PlanRefit`] only where the calibration has no text; as [`refit()`].
+pub fn apply<'a>(
+    plan: &Plan,
+    calibration: &'a Calibration<'_>,
+    run: Run<'_>,
+) -> Result<SharedHeads<'a>, RuntimeError> {
+    let shared = SharedHeads::unfitted(plan, calibration)?;
+    let Some(level) = plan.pooling.refit else { return Ok(shared) };
+    let (model, windows) = calibration.text().ok_or(Error::PlanRefit { refit: level.name() })?;
+    Ok(refit(shared, model, windows, level, run)?.shared)
+}
+
+/// Fits shared heads again on a text, from the first layer to the last, each on the inputs that the layers below leave it
+/// (docs/method.md, "Refits"). `model` is the source. Works for any partition. A step that would raise its error on the text
+/// is not taken, and a layer whose output would end up further from the source's stays as it was. Progress is stage `"refit"`.
 ///
 /// Of the text at most 32 768 tokens are read, and for scores 6 144 of these, in whole windows evenly spaced.
 ///
@@ -94,58 +79,77 @@ struct Text {
 /// two (T, T) in f32 a window and query head that shares (0.8 GB for 32 heads and windows of 512); for outputs the square of
 /// what all query heads read of their groups' values, at most n_q·4h, in f64 and for four windows in f32.
 ///
+/// ```
+/// use qcqa::Run;
+/// use qcqa::checkpoint::Checkpoint;
+/// use qcqa::heads::HeadSource;
+/// use qcqa::partition::Partition;
+/// use qcqa::plan::{LayerPlan, Method, Plan, Pooling, Refit, SharedHeads};
+/// use qcqa::refit::refit;
+/// use qcqa::runtime::Model;
+/// use qcqa::spec::Spec;
+/// use qcqa::text::Windows;
+///
+/// let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
+/// let model = Model::load(&checkpoint)?;
+/// let pairs = Partition::from_groups(8, &[[0, 1], [2, 3], [4, 5], [6, 7]])?;
+/// let by_hand = Method::new("by hand", Spec::new("none"), Spec::new("none"), Spec::new("none"));
+/// let (pooling, layers) = (Pooling::new(Spec::new("mean")), vec![LayerPlan::new(pairs, 0.0); 4]);
+/// let plan = Plan::new(checkpoint.id()?, by_hand, pooling, layers, 0.5, 0)?;
+///
+/// let windows = Windows::new((0..128).map(|t| t * t % 1021).collect(), 64)?;
+/// let shared = SharedHeads::new(&plan, &checkpoint)?;
+/// let refitted = refit(shared, &model, &windows, Refit::Output, Run::new(0))?;
+/// assert!(refitted.errors.iter().all(|[before, after]| after < before));
+/// # Ok::<(), qcqa::text::RuntimeError>(())
+/// ```
+///
 /// # Errors
-/// [`Error::LayerCount`](crate::Error::LayerCount) unless there is a partition for each layer,
-/// [`Error::PartitionSize`](crate::Error::PartitionSize) unless it is one of the layer's heads; what `heads` and `pool` report; [`Error::NotFinite`](crate::Error::NotFinite); [`Error::Cancelled`](crate::Error::Cancelled).
-pub fn refit(
-    source: &Model,
-    groups: &[&Partition],
-    heads: &dyn Fn(usize) -> crate::Result<Heads>,
-    pool: &PoolLayer<'_>,
+/// [`Error::PlanSource`] unless the heads are of this model; as [`SharedHeads::layer`]; [`Error::NotFinite`];
+/// [`Error::Cancelled`].
+pub fn refit<'a>(
+    shared: SharedHeads<'a>,
+    model: &Model,
     windows: &Windows,
     level: Refit,
     run: Run<'_>,
-) -> Result<Refitted, RuntimeError> {
-    let n = source.n_layers();
-    if groups.len() != n {
-        return Err(crate::Error::LayerCount { what: "partitions", expected: n, found: groups.len() }.into());
-    }
-    let pass = source.pass(1, windows.length(), 0)?;
-    let positions = Positions::new(&pass)?;
+) -> Result<Refitted<'a>, RuntimeError> {
+    shared.plan().source.check_same(model.id())?;
+    let n = model.n_layers();
+    let pass = model.pass(1, windows.length(), 0)?;
     let texts: Vec<&[u32]> = windows.batches(1).collect();
     let texts = spaced(&texts, OUTPUT_TOKENS / windows.length());
-    let streams = texts.iter().map(|tokens| Ok([source.embed(tokens)?, source.embed(tokens)?]));
+    let streams = texts.iter().map(|tokens| Ok([model.embed(tokens)?, model.embed(tokens)?]));
     let mut streams: Vec<[Tensor; 2]> = streams.collect::<Result<_, RuntimeError>>()?;
-    let mut merged = source.clone();
-    let mut refitted = Refitted { layers: Vec::with_capacity(n), errors: Vec::with_capacity(n) };
+    let mut merged = model.clone();
+    let (mut layers, mut errors) = (Vec::with_capacity(n), Vec::with_capacity(n));
     let mut touched = false;
-    for (i, &partition) in groups.iter().enumerate() {
+    for i in 0..n {
         run.step("refit", i as u64, n as u64)?;
-        let heads = heads(i)?;
-        let mut pooled = pool(i, &heads)?;
-        pooled.check(&heads, partition)?;
+        let (partition, (heads, mut pooled)) = (shared.groups(i), shared.layer(i)?);
         touched |= partition.n_groups() < partition.n_heads();
-        let mut errors = [0.0; 2];
-        if touched && level != Refit::None {
+        let mut error = [0.0; 2];
+        if touched {
             let texts: Vec<Text> = streams
                 .par_iter()
-                .map(|streams| Text::new(source, i, streams, &pass))
+                .map(|streams| Text::new(model, i, streams, &pass))
                 .collect::<Result<_, _>>()?;
-            (pooled, errors) = refit_layer(&heads, partition, pooled, &texts, &positions, level)?;
+            let positions = Positions::new(&pass, model.spec(i), i)?;
+            (pooled, error) = refit_layer(&heads, partition, pooled, &texts, &positions, level)?;
         }
-        merged = merged.with_pooled(i, &heads, partition, pooled.clone())?;
-        let advance = |[of_source, of_merged]: &[Tensor; 2]| {
-            Ok([source.layer(i, of_source, &pass, None)?, merged.layer(i, of_merged, &pass, None)?])
-        };
         // Nothing is fitted above the last layer.
         if i + 1 < n {
+            merged = merged.with_layer(&heads, partition, pooled.clone())?;
+            let advance = |[of_source, of_merged]: &[Tensor; 2]| {
+                Ok([model.layer(i, of_source, &pass)?, merged.layer(i, of_merged, &pass)?])
+            };
             streams = streams.par_iter().map(advance).collect::<Result<_, RuntimeError>>()?;
         }
-        refitted.layers.push(pooled);
-        refitted.errors.push(errors);
+        layers.push(pooled);
+        errors.push(error);
     }
     run.step("refit", n as u64, n as u64)?;
-    Ok(refitted)
+    Ok(Refitted { shared: shared.refitted(layers, level), errors })
 }
 
 fn refit_layer(
@@ -155,7 +159,7 @@ fn refit_layer(
     texts: &[Text],
     positions: &Positions,
     level: Refit,
-) -> crate::Result<(Pooled, [f64; 2])> {
+) -> Result<(Pooled, [f64; 2])> {
     let full = level == Refit::Full;
     let source = source_of(heads)?;
     let start = State::new(heads, partition, &pooled)?;
@@ -187,8 +191,8 @@ fn refit_layer(
     Ok((best.finish(&pooled, heads)?, [before, after]))
 }
 
-fn source_of(heads: &Heads) -> crate::Result<Source> {
-    let (query, output) = heads.query().zip(heads.output()).ok_or(crate::Error::NoQueries)?;
+fn source_of(heads: &Heads) -> Result<Source> {
+    let (query, output) = heads.query().zip(heads.output()).ok_or(Error::NoQueries)?;
     let readers = output.outer_iter().map(|o| o.t().dot(&o)).collect();
     Ok(Source { query: rows(query), key: rows(heads.key()), value: rows(heads.value()), readers })
 }
@@ -201,16 +205,16 @@ fn spaced<'a, T: ?Sized>(all: &[&'a T], most: usize) -> Vec<&'a T> {
 
 impl Text {
     fn new(
-        source: &Model,
+        model: &Model,
         layer: usize,
         [of_source, of_merged]: &[Tensor; 2],
-        pass: &super::attention::Pass,
+        pass: &Pass,
     ) -> Result<Self, RuntimeError> {
-        let input = source.attention_input(layer, of_source)?;
-        let target = ((source.attend(layer, &input, pass)? + of_source)? - of_merged)?;
+        let input = model.attention_input(layer, of_source)?;
+        let target = ((model.attend(layer, &input, pass)? + of_source)? - of_merged)?;
         let array = |t: &Tensor| -> Result<Array2<f32>, RuntimeError> {
             let shape = t.dims2()?;
-            Ok(Array2::from_shape_vec(shape, t.flatten_all()?.to_vec1()?).map_err(crate::Error::plugin)?)
+            Ok(Array2::from_shape_vec(shape, t.flatten_all()?.to_vec1()?).map_err(Error::plugin)?)
         };
         let with_constant = |t: &Tensor| -> Result<Array2<f32>, RuntimeError> {
             let rows = array(t)?;
@@ -219,7 +223,7 @@ impl Text {
         };
         Ok(Self {
             original: with_constant(&input)?,
-            merged: with_constant(&source.attention_input(layer, of_merged)?)?,
+            merged: with_constant(&model.attention_input(layer, of_merged)?)?,
             target: array(&target)?,
         })
     }

@@ -109,7 +109,6 @@ impl Outputs {
     /// z of every token of a window, (T, width).
     fn contexts(&self, state: &State, text: &Text, positions: &Positions, width: usize) -> Array2<f32> {
         let h = state.h;
-        let scale = (h as f32).sqrt().recip();
         let mut z = Array2::ones((text.merged.nrows(), width));
         let groups = self.bases.iter().enumerate().map(|(g, basis)| {
             (positions.turned(read(&text.merged, &state.key, g, h)), product(text.merged.view(), basis.t()))
@@ -117,7 +116,7 @@ impl Outputs {
         let groups: Vec<_> = groups.collect();
         for (q, &g) in state.group_of.iter().enumerate() {
             let (key, value) = &groups[g];
-            let query = positions.turned(read(&text.merged, &state.query, q, h)) * scale;
+            let query = positions.turned(read(&text.merged, &state.query, q, h)) * positions.scale;
             let mut weights = product(query.view(), key.t());
             positions.softmax(&mut weights);
             let part = s![.., self.at[q]..self.at[q] + value.ncols()];

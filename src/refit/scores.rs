@@ -93,7 +93,7 @@ enum Side {
 impl Scores<'_> {
     fn look<'a>(&self, state: &State, text: &'a Text) -> Seen<'a> {
         let (h, source) = (state.h, self.source);
-        let scale = (h as f32).sqrt().recip();
+        let scale = self.positions.scale;
         let mut seen = Seen {
             text,
             queries: self.active.iter().map(|&q| read(&text.merged, &source.query, q, h)).collect(),
@@ -122,7 +122,7 @@ impl Scores<'_> {
     /// What a state makes of one window.
     fn turned(&self, state: &State, seen: &Seen<'_>) -> Turned {
         let turned = |rows, i| self.positions.turned(read(&seen.text.merged, rows, i, state.h));
-        let scale = (state.h as f32).sqrt().recip();
+        let scale = self.positions.scale;
         let queries = self.active.iter().map(|&q| turned(&state.query, q) * scale).collect();
         (queries, self.groups.iter().map(|&g| turned(&state.key, g)).collect())
     }
@@ -180,7 +180,7 @@ impl Scores<'_> {
     /// of range in, is not taken.
     fn step(&self, state: &mut State, side: Side, before: f64) -> f64 {
         let now: Vec<Turned> = self.seen.par_iter().map(|seen| self.turned(state, seen)).collect();
-        let (h, scale) = (state.h, (state.h as f32).sqrt().recip());
+        let (h, scale) = (state.h, self.positions.scale);
         let place = |a: usize| if side == Side::Queries { a } else { self.group(state, a) };
         let unknowns = if side == Side::Queries { self.active.len() } else { self.groups.len() };
         // For each unknown the sum over its heads.

@@ -1,9 +1,9 @@
 use faer::Mat;
 use ndarray::{Array2, Array3, ArrayView2, s};
 
-use crate::low_rank::eigen;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
+use crate::low_rank::eigen;
 use crate::partition::Partition;
 
 /// One layer while it is refitted: rows over d+1 inputs, of which the last is the constant that biases multiply.
@@ -70,34 +70,21 @@ impl State {
         let source_query = heads.query().ok_or(Error::NoQueries)?;
         let (n_q, d) = (self.n_queries(), self.output.nrows());
         let (h, output) = (self.h, &self.output);
-        Ok(Pooled {
-            key: projection(&self.key, &pooled.key)?,
-            value: projection(&self.value, &pooled.value)?,
-            query: Some(projection(&self.query, source_query)?),
-            output: Some(Array3::from_shape_fn((n_q, d, h), |(q, i, j)| output[(i, q * h + j)] as f32)),
-            output_bias: self.output_bias.then(|| (0..d).map(|i| output[(i, n_q * h)] as f32).collect()),
-        })
+        // With a bias where the source has one.
+        let back = |rows: &Array2<f32>, like: &Projection| {
+            Projection::from_augmented(rows, h, like.bias().is_some())
+        };
+        let columns = Array3::from_shape_fn((n_q, d, h), |(q, i, j)| output[(i, q * h + j)] as f32);
+        let mut found = Pooled::new(back(&self.key, &pooled.key)?, back(&self.value, &pooled.value)?)
+            .with_queries(back(&self.query, source_query)?, columns);
+        found.output_bias = self.output_bias.then(|| (0..d).map(|i| output[(i, n_q * h)] as f32).collect());
+        Ok(found)
     }
 }
 
-/// The rows of all heads with their bias as last column, 0 where there is none: (n·h, d+1).
+/// The rows of all heads with their bias as last column, (n·h, d+1).
 pub(super) fn rows(projection: &Projection) -> Array2<f32> {
-    let (n, h, d) = projection.weight().dim();
-    let (weight, bias) = (projection.weight(), projection.bias());
-    Array2::from_shape_fn((n * h, d + 1), |(row, column)| match &bias {
-        _ if column < d => weight[[row / h, row % h, column]],
-        Some(bias) => bias[[row / h, row % h]],
-        None => 0.0,
-    })
-}
-
-/// The other way; with a bias where `like` has one.
-fn projection(rows: &Array2<f32>, like: &Projection) -> Result<Projection> {
-    let (h, d) = (like.head_dim(), like.inputs());
-    let n = rows.nrows() / h;
-    let weight = Array3::from_shape_fn((n, h, d), |(i, row, column)| rows[[i * h + row, column]]);
-    let bias = like.bias().map(|_| Array2::from_shape_fn((n, h), |(i, row)| rows[[i * h + row, d]]));
-    Projection::new(weight, bias)
+    projection.augmented(0..projection.head_dim(), |number| number)
 }
 
 /// Orthonormal rows (b, d+1) that span the shared rows of a group and, as far as `most` rows go, the directions in which

@@ -4,9 +4,12 @@
 use candle_core::{Device, Tensor};
 use ndarray::Array3;
 
-use super::kernels::CausalSoftmax;
+use super::cache::LayerCache;
+use super::ops::{CausalSoftmax, visible};
 use super::rope::Rope;
+use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
+use crate::model::AttentionSpec;
 use crate::partition::Partition;
 
 /// Groups of equally many query heads, side by side: one batched product.
@@ -20,7 +23,7 @@ struct Block {
 /// The attention of one layer.
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
-    /// Query heads (divided by √h), then key heads, then value heads: ((n_q + 2k)·h, d).
+    /// Query heads (times the scale of the scores), then key heads, then value heads: ((n_q + 2k)·h, d).
     qkv: Tensor,
     bias: Option<Tensor>,
     /// (d, n_q·h).
@@ -30,43 +33,41 @@ pub(super) struct Attention {
     query_heads: usize,
     kv_heads: usize,
     head_dim: usize,
-}
-
-/// The keys and values of the tokens that a model has read, for each layer as many heads as it has groups.
-#[derive(Debug, Clone, Default)]
-pub struct KvCache {
-    /// Keys and values of each layer, (B, k, T, h).
-    pub(super) layers: Vec<Option<(Tensor, Tensor)>>,
-    pub(super) tokens: usize,
-}
-
-impl KvCache {
-    /// Tokens read so far, of each row of the batch.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        let tensors = self.layers.iter().flatten().flat_map(|(k, v)| [k, v]);
-        tensors.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
-    }
+    /// Positions that a query may look back at, its own included.
+    reach: usize,
 }
 
 /// What all layers of one forward pass share.
 #[derive(Debug)]
-pub(super) struct Pass {
+pub(crate) struct Pass {
     /// Rows.
     pub(super) batch: usize,
-    /// New tokens of each row.
-    pub(super) len: usize,
-    pub(super) rope: Rope,
-    pub(super) softmax: CausalSoftmax,
+    /// Where the new tokens of each row stand, ascending.
+    pub(super) positions: Vec<usize>,
+    /// Of every layer.
+    pub(super) ropes: Vec<Rope>,
+}
+
+impl Pass {
+    /// How positions turn the heads of a layer.
+    pub(crate) fn rope(&self, layer: usize) -> &Rope {
+        &self.ropes[layer]
+    }
+
+    /// Where the new tokens of each row stand, ascending.
+    pub(crate) fn positions(&self) -> &[usize] {
+        &self.positions
+    }
 }
 
 impl Attention {
     /// The attention of a layer, as it is or with shared heads.
-    pub(super) fn new(heads: &Heads, shared: Option<(&Pooled, &Partition)>) -> crate::Result<Self> {
+    pub(super) fn new(
+        heads: &Heads,
+        shared: Option<(&Pooled, &Partition)>,
+        spec: &AttentionSpec,
+        device: &Device,
+    ) -> Result<Self> {
         let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
         let mut groups: Vec<(usize, Vec<usize>)> = match shared {
             Some((_, partition)) => partition.groups().into_iter().enumerate().collect(),
@@ -86,43 +87,40 @@ impl Attention {
             .collect();
         let kv_order: Vec<usize> = groups.iter().map(|&(group, _)| group).collect();
 
-        let missing = || crate::Error::shape("query projection", &[n_heads * queries], &[0]);
         let pooled = shared.map(|(pooled, _)| pooled);
-        let query = pooled.and_then(|p| p.query.as_ref()).or(heads.query()).ok_or_else(missing)?;
+        let query = pooled.and_then(|p| p.query.as_ref()).or(heads.query()).ok_or(Error::NoQueries)?;
         let output = match pooled.and_then(|p| p.output.as_ref()) {
             Some(output) => output.view(),
-            None => heads.output().ok_or_else(missing)?,
+            None => heads.output().ok_or(Error::NoQueries)?,
         };
         let (key, value) = pooled.map_or((heads.key(), heads.value()), |p| (&p.key, &p.value));
         let (head_dim, inputs) = (key.head_dim(), key.inputs());
-        let scale = (head_dim as f64).sqrt().recip();
-
-        let parts = [(query, &query_order, scale), (key, &kv_order, 1.0), (value, &kv_order, 1.0)];
+        let parts = [(query, &query_order, spec.scale), (key, &kv_order, 1.0), (value, &kv_order, 1.0)];
         let rows = |bias: bool| -> Vec<f32> {
             parts.iter().flat_map(|&(p, order, scale)| scaled_rows(p, bias, order, scale)).collect()
         };
-        let tensor_error = |e: candle_core::Error| crate::Error::plugin(e);
+        let tensor = |numbers: Vec<f32>, shape: &[usize]| {
+            Tensor::from_vec(numbers, shape, device).map_err(Error::plugin)
+        };
         let all = (query_order.len() + 2 * kv_order.len()) * head_dim;
-        let qkv = Tensor::from_vec(rows(false), (all, inputs), &Device::Cpu).map_err(tensor_error)?;
         let any_bias = parts.iter().any(|(p, ..)| p.bias().is_some());
-        let bias = any_bias.then(|| Tensor::from_vec(rows(true), all, &Device::Cpu));
-        let outputs = output.dim().1;
         // (n_q, d, h) → (d, n_q, h), in the order of the query heads.
-        let columns: Array3<f32> = output.select(ndarray::Axis(0), &query_order);
-        let columns: Vec<f32> = columns.permuted_axes([1, 0, 2]).iter().copied().collect();
-        let output = Tensor::from_vec(columns, (outputs, query_order.len() * head_dim), &Device::Cpu);
+        let columns: Array3<f32> = output.select(ndarray::Axis(0), &query_order).permuted_axes([1, 0, 2]);
         let output_bias =
             pooled.and_then(|p| p.output_bias.as_ref()).map(|b| b.view()).or(heads.output_bias());
-        let output_bias = output_bias.map(|b| Tensor::from_vec(b.to_vec(), b.len(), &Device::Cpu));
         Ok(Self {
-            qkv,
-            bias: bias.transpose().map_err(tensor_error)?,
-            output: output.map_err(tensor_error)?,
-            output_bias: output_bias.transpose().map_err(tensor_error)?,
+            qkv: tensor(rows(false), &[all, inputs])?,
+            bias: any_bias.then(|| tensor(rows(true), &[all])).transpose()?,
+            output: tensor(
+                columns.iter().copied().collect(),
+                &[output.dim().1, query_order.len() * head_dim],
+            )?,
+            output_bias: output_bias.map(|b| tensor(b.to_vec(), &[b.len()])).transpose()?,
             blocks,
             query_heads: query_order.len(),
             kv_heads: kv_order.len(),
             head_dim,
+            reach: spec.mask.reach(),
         })
     }
 
@@ -131,40 +129,46 @@ impl Attention {
         self.kv_heads
     }
 
+    /// Numbers of keys and values that a token leaves in the cache.
+    pub(super) fn kept_numbers(&self) -> usize {
+        2 * self.kv_heads * self.head_dim
+    }
+
     /// Inputs (B·T, d) → outputs (B·T, d).
     pub(super) fn forward(
         &self,
         x: &Tensor,
         pass: &Pass,
-        past: Option<&mut Option<(Tensor, Tensor)>>,
+        rope: &Rope,
+        past: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
+        let (batch, len) = (pass.batch, pass.positions.len());
         let mut all = x.matmul(&self.qkv.t()?)?;
         if let Some(bias) = &self.bias {
             all = all.broadcast_add(bias)?;
         }
-        let all = all.reshape((pass.batch, pass.len, n_q + 2 * k, h))?.transpose(1, 2)?;
-        let turned = pass.rope.apply(&all.narrow(1, 0, n_q + k)?.contiguous()?)?;
+        let all = all.reshape((batch, len, n_q + 2 * k, h))?.transpose(1, 2)?;
+        let turned = rope.apply(&all.narrow(1, 0, n_q + k)?.contiguous()?)?;
         let query = turned.narrow(1, 0, n_q)?;
         let mut keys = turned.narrow(1, n_q, k)?.contiguous()?;
         let mut values = all.narrow(1, n_q + k, k)?.contiguous()?;
+        let mut seen = pass.positions();
         if let Some(past) = past {
-            if let Some((old_keys, old_values)) = past.as_ref() {
-                keys = Tensor::cat(&[old_keys, &keys], 2)?;
-                values = Tensor::cat(&[old_values, &values], 2)?;
-            }
-            *past = Some((keys.clone(), values.clone()));
+            (keys, values, seen) = past.extend(keys, values, seen)?;
         }
+        let visible = visible(pass.positions(), seen, self.reach);
+        let softmax = CausalSoftmax { visible, keys: seen.len() };
         let (mut group, mut first, mut outputs) = (0, 0, Vec::with_capacity(self.blocks.len()));
         for &Block { groups, queries } in &self.blocks {
             let query = query.narrow(1, first, groups * queries)?;
-            outputs.push(self.attend(&query, &keys, &values, (group, groups), pass)?);
+            outputs.push(self.attend(&query, &keys, &values, (group, groups), &softmax)?);
             group += groups;
             first += groups * queries;
         }
         let heads = if let [one] = &outputs[..] { one.clone() } else { Tensor::cat(&outputs, 1)? };
         // (B, n_q, T, h) → (B·T, n_q·h).
-        let heads = heads.transpose(1, 2)?.contiguous()?.reshape((pass.batch * pass.len, n_q * h))?;
+        let heads = heads.transpose(1, 2)?.contiguous()?.reshape((batch * len, n_q * h))?;
         let output = heads.matmul(&self.output.t()?)?;
         self.output_bias.as_ref().map_or(Ok(output.clone()), |bias| output.broadcast_add(bias))
     }
@@ -177,7 +181,7 @@ impl Attention {
         keys: &Tensor,
         values: &Tensor,
         (first, groups): (usize, usize),
-        pass: &Pass,
+        softmax: &CausalSoftmax,
     ) -> candle_core::Result<Tensor> {
         let (batch, heads, len, h) = query.dims4()?;
         let own =
@@ -187,7 +191,7 @@ impl Attention {
         let query = query.contiguous()?.reshape((batch, groups, rows, h))?;
         // (B, groups, r·T, S), where row i belongs to token i mod T.
         let scores = query.matmul(&keys.t()?)?;
-        scores.inplace_op1(&pass.softmax)?;
+        scores.inplace_op1(softmax)?;
         scores.matmul(&values)?.reshape((batch, heads, len, h))
     }
 }

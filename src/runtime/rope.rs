@@ -3,44 +3,43 @@
 use candle_core::{D, Device, Tensor};
 use candle_nn::rotary_emb;
 
-use crate::model::Rotation;
+use crate::model::{Rotary, Rotation};
 
-/// Cosines and sines of a row of positions, (T, dims/2) each; `None` without rotation.
-#[derive(Debug)]
-pub(super) struct Rope {
+/// Cosines and sines of a row of positions, (T, dims/2) each; `None` without rotation. Cloning shares them.
+#[derive(Debug, Clone)]
+pub(crate) struct Rope {
     rotation: Rotation,
     tables: Option<(Tensor, Tensor)>,
 }
 
 impl Rope {
-    /// The angles of positions `start..start + len`: position · theta^(−2f/dims), multiplied in f32 as
-    /// transformers does.
-    pub(super) fn new(rotation: Rotation, theta: f64, start: usize, len: usize) -> candle_core::Result<Self> {
-        let dims = rotation.dims();
-        if dims == 0 {
-            return Ok(Self { rotation, tables: None });
-        }
-        let frequency = |f: usize| theta.powf(-2.0 * f as f64 / dims as f64) as f32;
-        let frequencies: Vec<f32> = (0..dims / 2).map(frequency).collect();
-        let angles: Vec<f64> = (start..start + len)
-            .flat_map(|position| frequencies.iter().map(move |&f| f64::from(position as f32 * f)))
-            .collect();
+    /// The angles of these positions, position · frequency, multiplied in f32 as transformers does.
+    pub(super) fn new(
+        rotary: Option<&Rotary>,
+        positions: &[usize],
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let Some(Rotary { rotation, frequencies, .. }) = rotary.filter(|r| r.rotation.dims() > 0) else {
+            return Ok(Self { rotation: Rotation::None, tables: None });
+        };
+        let angle = |&position: &usize| frequencies.iter().map(move |&f| f64::from(position as f32 * f));
+        let angles: Vec<f64> = positions.iter().flat_map(angle).collect();
         let table = |turn: fn(f64) -> f64| {
             let values: Vec<f32> = angles.iter().map(|&a| turn(a) as f32).collect();
-            Tensor::from_vec(values, (len, dims / 2), &Device::Cpu)
+            Tensor::from_vec(values, (positions.len(), rotation.dims() / 2), device)
         };
-        Ok(Self { rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
+        Ok(Self { rotation: *rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
     }
 
     /// Cosines and sines of every position and frequency, (T, dims/2) each, one row after the other; empty without
     /// rotation.
-    pub(super) fn tables(&self) -> candle_core::Result<[Vec<f32>; 2]> {
+    pub(crate) fn tables(&self) -> candle_core::Result<[Vec<f32>; 2]> {
         let Some((cos, sin)) = &self.tables else { return Ok([Vec::new(), Vec::new()]) };
         Ok([cos.flatten_all()?.to_vec1()?, sin.flatten_all()?.to_vec1()?])
     }
 
     /// The rotation.
-    pub(super) fn rotation(&self) -> Rotation {
+    pub(crate) fn rotation(&self) -> Rotation {
         self.rotation
     }
 

@@ -1,13 +1,30 @@
+//! Texts: tokenised, or read as token ids, and cut into windows.
+
+mod error;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
 
-use super::RuntimeError;
-use super::load::vocabulary_size;
 use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::files::{FileError, fingerprint, sha256};
+use crate::heads::HeadSource;
+use crate::model::{Forward, ModelId};
+
+pub use error::RuntimeError;
 
 /// The tokenizer of a model, tokenizer.json.
+///
+/// ```
+/// use qcqa::checkpoint::Checkpoint;
+/// use qcqa::text::Vocabulary;
+///
+/// let words = Vocabulary::open(&Checkpoint::open("tests/data/novels-1m")?)?;
+/// assert!(words.encode("It was a long time before he spoke.")?.iter().all(|&id| id < 1024));
+/// # Ok::<(), qcqa::text::RuntimeError>(())
+/// ```
 #[derive(Debug)]
 pub struct Vocabulary {
     tokenizer: Tokenizer,
@@ -19,8 +36,9 @@ impl Vocabulary {
     /// Reads tokenizer.json beside the weights.
     ///
     /// # Errors
-    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`].
+    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::Unsupported`] for a model that cannot be run.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
+        let size = forward_of(checkpoint)?.vocabulary;
         let path = checkpoint.path().join("tokenizer.json");
         if !path.is_file() {
             return Err(RuntimeError::NoTokenizer { path });
@@ -29,7 +47,7 @@ impl Vocabulary {
         let mut tokenizer = Tokenizer::from_file(&path).map_err(failed)?;
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
-        Ok(Self { tokenizer, size: vocabulary_size(checkpoint)?, path })
+        Ok(Self { tokenizer, size, path })
     }
 
     /// The tokens of a text, with the special ones that the tokenizer puts around it.
@@ -46,16 +64,32 @@ impl Vocabulary {
     }
 }
 
+/// What a checkpoint's model does besides attention.
+///
+/// # Errors
+/// [`FileError::Unsupported`] for a model that cannot be run.
+pub(crate) fn forward_of(checkpoint: &Checkpoint) -> Result<&Forward, FileError> {
+    checkpoint.architecture().forward.as_ref().map_err(|unsupported| FileError::Unsupported {
+        path: checkpoint.config().path().to_path_buf(),
+        unsupported: unsupported.clone(),
+    })
+}
+
 /// Reads a text.
 ///
 /// # Errors
-/// [`RuntimeError::Io`], [`RuntimeError::NotUtf8`].
+/// [`FileError::Io`], [`RuntimeError::NotUtf8`].
 pub fn read_text(path: &Path) -> Result<String, RuntimeError> {
-    utf8(path, fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?)
+    utf8(path, read_file(path)?)
+}
+
+/// The bytes of a file or a pipe.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
+    fs::read(path).map_err(|e| FileError::io("read", path, e))
 }
 
 /// The text of a file that was read already.
-pub(super) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
+pub(crate) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
     String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         RuntimeError::NotUtf8 { path: path.to_path_buf(), at }
@@ -81,9 +115,9 @@ impl IdWidth {
 /// Reads little-endian token ids for a model with a vocabulary of `vocabulary`.
 ///
 /// # Errors
-/// [`RuntimeError::Io`], [`RuntimeError::IdBytes`], [`RuntimeError::TokenOutOfRange`].
+/// [`FileError::Io`], [`RuntimeError::IdBytes`], [`RuntimeError::TokenOutOfRange`].
 pub fn read_ids(path: &Path, width: IdWidth, vocabulary: usize) -> Result<Vec<u32>, RuntimeError> {
-    let bytes = fs::read(path).map_err(|e| RuntimeError::io("read", path, e))?;
+    let bytes = read_file(path)?;
     let width_bytes = if width == IdWidth::U16 { 2 } else { 4 };
     if bytes.len() % width_bytes != 0 {
         let (path, bytes) = (path.to_path_buf(), bytes.len());
@@ -97,7 +131,8 @@ pub fn read_ids(path: &Path, width: IdWidth, vocabulary: usize) -> Result<Vec<u3
     Ok(ids)
 }
 
-pub(super) fn within(ids: &[u32], vocabulary: usize, hint: &'static str) -> Result<(), RuntimeError> {
+/// Checks that a model has an embedding for every token.
+pub(crate) fn within(ids: &[u32], vocabulary: usize, hint: &'static str) -> Result<(), RuntimeError> {
     match ids.iter().find(|&&id| id as usize >= vocabulary) {
         Some(&id) => Err(RuntimeError::TokenOutOfRange { id, vocabulary, hint }),
         None => Ok(()),
@@ -105,6 +140,14 @@ pub(super) fn within(ids: &[u32], vocabulary: usize, hint: &'static str) -> Resu
 }
 
 /// A text in windows of equal length that do not overlap; what is left at the end is dropped.
+///
+/// ```
+/// use qcqa::text::Windows;
+///
+/// let windows = Windows::new((0..11).collect(), 4)?;
+/// assert_eq!((windows.count(), windows.length(), windows.tokens().len()), (2, 4, 8));
+/// # Ok::<(), qcqa::text::RuntimeError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
     tokens: Vec<u32>,
@@ -115,12 +158,11 @@ impl Windows {
     /// The windows of `length` tokens.
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) for windows of fewer than 2 tokens, which predict nothing;
+    /// [`Error::Setting`] for windows of fewer than 2 tokens, which predict nothing;
     /// [`RuntimeError::TextTooShort`] when there is not one window.
     pub fn new(mut tokens: Vec<u32>, length: usize) -> Result<Self, RuntimeError> {
         if length < 2 {
-            let (value, expected) = (length.to_string(), "at least 2 tokens");
-            return Err(crate::Error::Setting { name: "window", value, expected }.into());
+            return Err(Error::setting("window", length, "at least 2 tokens").into());
         }
         if tokens.len() < length {
             return Err(RuntimeError::TextTooShort { found: tokens.len(), needed: length });
@@ -150,8 +192,22 @@ impl Windows {
         &self.tokens
     }
 
+    /// What plans call the moments of `model` that are measured on these windows: SHA-256 over the fingerprint of the model,
+    /// the length of a window and the token ids (docs/calibration.md).
+    pub fn fingerprint(&self, model: &ModelId) -> String {
+        fingerprint(self.digest(model))
+    }
+
+    pub(crate) fn digest(&self, model: &ModelId) -> [u8; 32] {
+        sha256([
+            model.fingerprint.clone().unwrap_or_default().into_bytes(),
+            (self.length as u64).to_le_bytes().to_vec(),
+            self.tokens.iter().flat_map(|t| t.to_le_bytes()).collect(),
+        ])
+    }
+
     /// The tokens of up to `n` windows at a time.
-    pub(super) fn batches(&self, n: usize) -> impl ExactSizeIterator<Item = &[u32]> {
+    pub(crate) fn batches(&self, n: usize) -> impl ExactSizeIterator<Item = &[u32]> {
         self.tokens.chunks(n * self.length)
     }
 }

@@ -4,9 +4,15 @@
 use std::path::{Path, PathBuf};
 
 use ndarray::{Array2, Array3, s};
-use qcqa::checkpoint::{Checkpoint, Target, WriteOptions, convert};
-use qcqa::runtime::{Model, Vocabulary, Windows, read_text};
-use qcqa::{KvPooler, Partition, Plan, Run};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::WriteOptions;
+use qcqa::heads::{HeadSource, Projection};
+use qcqa::output::{Target, convert};
+use qcqa::partition::Partition;
+use qcqa::plan::{Plan, SharedHeads};
+use qcqa::runtime::Model;
+use qcqa::text::{Vocabulary, Windows, read_text};
+use qcqa::{KvPooler, Run};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -45,12 +51,35 @@ pub fn opened(model: &models::Model) -> (TempDir, Checkpoint) {
     (root, checkpoint)
 }
 
-/// Converts and loads.
-pub fn converted(checkpoint: &Checkpoint, plan: &Plan, pooler: &dyn KvPooler, target: &dyn Target) -> Model {
+/// Makes a pooler.
+pub type MakePooler = fn() -> Box<dyn KvPooler>;
+
+/// The shared heads of a plan by this pooler, whatever the plan says.
+pub fn shared_by<'a>(plan: &Plan, source: &'a dyn HeadSource, pooler: MakePooler) -> SharedHeads<'a> {
+    SharedHeads::with_pooler(plan, source, pooler()).unwrap()
+}
+
+/// The model under a plan.
+pub fn planned(checkpoint: &Checkpoint, shared: &SharedHeads<'_>) -> Model {
+    Model::load(checkpoint).unwrap().with_shared(shared).unwrap()
+}
+
+/// Writes and opens again.
+pub fn written(
+    checkpoint: &Checkpoint,
+    shared: &SharedHeads<'_>,
+    target: &dyn Target,
+) -> (TempDir, Checkpoint) {
     let root = tempfile::tempdir().unwrap();
     let out = root.path().join("out");
-    convert(checkpoint, plan, pooler, target, &out, WriteOptions::default(), Run::new(0)).unwrap();
-    Model::load(&Checkpoint::open(&out).unwrap()).unwrap()
+    convert(checkpoint, shared, target, &out, WriteOptions::default(), Run::new(0)).unwrap();
+    let written = Checkpoint::open(&out).unwrap();
+    (root, written)
+}
+
+/// Writes and loads.
+pub fn converted(checkpoint: &Checkpoint, shared: &SharedHeads<'_>, target: &dyn Target) -> Model {
+    Model::load(&written(checkpoint, shared, target).1).unwrap()
 }
 
 pub fn novels() -> Checkpoint {
@@ -59,9 +88,11 @@ pub fn novels() -> Checkpoint {
 
 /// Neighbouring heads in groups of `size`, in every layer.
 pub fn neighbours(checkpoint: &Checkpoint, size: usize) -> Plan {
-    let labels: Vec<_> = (0..checkpoint.config().kv_heads).map(|head| head / size).collect();
-    let partition = Partition::from_labels(&labels).unwrap();
-    models::plan(checkpoint, &vec![partition; checkpoint.config().n_layers])
+    let of = |heads: usize| {
+        Partition::from_labels(&(0..heads).map(|head| head / size).collect::<Vec<_>>()).unwrap()
+    };
+    let groups: Vec<_> = checkpoint.architecture().kv_heads().into_iter().map(of).collect();
+    models::plan(checkpoint, &groups)
 }
 
 /// The windows of a text, as the protocol cuts them.
@@ -90,11 +121,12 @@ pub fn near(a: &Array3<f32>, b: &Array3<f32>, tolerance: f32) {
     assert!(worst <= tolerance, "logits differ by {worst}, more than {tolerance}");
 }
 
-/// The forward pass by its definition, f64, one row of tokens, for `kv(layer, head)` shared as the plan says: the
-/// attention of each layer works on all heads, with each group's keys and values copied back.
+/// The forward pass by its definition, f64, one row of tokens, for heads as they are or shared: the attention of each layer
+/// works on all heads, with each group's keys and values copied back.
+#[derive(Clone, Copy)]
 pub struct Slow<'a> {
     pub checkpoint: &'a Checkpoint,
-    pub plan: Option<(&'a Plan, &'a dyn KvPooler)>,
+    pub shared: Option<&'a SharedHeads<'a>>,
 }
 
 impl Slow<'_> {
@@ -117,18 +149,19 @@ impl Slow<'_> {
 
     /// Logits (T, V), each layer's attention input (T, d), and the residual stream (T, d) that it is the norm of.
     pub fn run(&self, tokens: &[u32]) -> (Array2<f64>, Vec<Array2<f64>>, Vec<Array2<f64>>) {
-        let config = self.checkpoint.config();
-        let (h, len) = (config.head_dim, tokens.len());
+        let (config, model) = (self.checkpoint.config(), self.checkpoint.architecture());
+        let (theta, len) = (config.get("rope_theta").and_then(|v| v.as_f64()).unwrap(), tokens.len());
         let embedding = self.tensor("model.embed_tokens.weight");
-        let mut x = Array2::from_shape_fn((len, config.hidden), |(t, i)| embedding[[tokens[t] as usize, i]]);
+        let mut x = Array2::from_shape_fn((len, model.hidden), |(t, i)| embedding[[tokens[t] as usize, i]]);
         let (mut inputs, mut streams) = (Vec::new(), Vec::new());
-        for i in 0..config.n_layers {
+        for (i, spec) in model.layers.iter().enumerate() {
+            let h = spec.head_dim;
             let n = self.norm(&x, &format!("model.layers.{i}.input_layernorm.weight"));
             inputs.push(n.clone());
             streams.push(x.clone());
-            let heads = self.checkpoint.layer(i).unwrap();
-            let pooled = self.plan.map(|(plan, p)| p.pool(&heads, &plan.layers[i].groups).unwrap());
-            let project = |p: &qcqa::Projection, head: usize| {
+            let heads = self.checkpoint.heads(i).unwrap();
+            let pooled = self.shared.map(|shared| shared.layer(i).unwrap().1);
+            let project = |p: &Projection, head: usize| {
                 let weight = p.weight().slice(s![head, .., ..]).mapv(f64::from);
                 let mut y = n.dot(&weight.t());
                 if let Some(bias) = p.bias() {
@@ -137,9 +170,9 @@ impl Slow<'_> {
                 y
             };
             let turn = |mut y: Array2<f64>| {
-                for t in 0..len {
+                for t in 0..if spec.rotary.is_some() { len } else { 0 } {
                     for f in 0..h / 2 {
-                        let angle = t as f64 * config.rope_theta.powf(-2.0 * f as f64 / h as f64);
+                        let angle = t as f64 * theta.powf(-2.0 * f as f64 / h as f64);
                         let (a, b) = (y[[t, f]], y[[t, f + h / 2]]);
                         y[[t, f]] = a * angle.cos() - b * angle.sin();
                         y[[t, f + h / 2]] = b * angle.cos() + a * angle.sin();
@@ -148,10 +181,10 @@ impl Slow<'_> {
                 y
             };
             let mut attended = x.clone();
-            for q in 0..config.query_heads {
-                let head = q / config.queries_per_head();
-                let (keys, values, row) = match (&pooled, self.plan) {
-                    (Some(p), Some((plan, _))) => (&p.key, &p.value, plan.layers[i].groups.group_of(head)),
+            for q in 0..spec.query_heads {
+                let head = q / spec.queries_per_head();
+                let (keys, values, row) = match (&pooled, self.shared) {
+                    (Some(p), Some(shared)) => (&p.key, &p.value, shared.groups(i).group_of(head)),
                     _ => (heads.key(), heads.value(), head),
                 };
                 let query = pooled.as_ref().and_then(|p| p.query.as_ref()).or(heads.query()).unwrap();
@@ -161,10 +194,10 @@ impl Slow<'_> {
                 let values = project(values, row);
                 let output = output.slice(s![q, .., ..]).mapv(f64::from);
                 for t in 0..len {
-                    let weights: Vec<f64> = (0..=t).map(|s| scores[[t, s]].exp()).collect();
-                    let sum: f64 = weights.iter().sum();
-                    for (s, w) in weights.iter().enumerate() {
-                        let read = output.dot(&values.row(s)) * (w / sum);
+                    let seen = (t + 1).saturating_sub(spec.mask.reach())..=t;
+                    let sum: f64 = seen.clone().map(|s| scores[[t, s]].exp()).sum();
+                    for s in seen {
+                        let read = output.dot(&values.row(s)) * (scores[[t, s]].exp() / sum);
                         attended.row_mut(t).zip_mut_with(&read, |a, r| *a += r);
                     }
                 }
@@ -174,7 +207,7 @@ impl Slow<'_> {
             let gate = n.dot(&mlp("gate").t()).mapv(|g| g / (1.0 + (-g).exp()));
             x = attended + (gate * n.dot(&mlp("up").t())).dot(&mlp("down").t());
         }
-        let head = if config.tie_word_embeddings { embedding } else { self.tensor("lm_head.weight") };
+        let head = if model.tied_embeddings { embedding } else { self.tensor("lm_head.weight") };
         (self.norm(&x, "model.norm.weight").dot(&head.t()), inputs, streams)
     }
 }

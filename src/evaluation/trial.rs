@@ -1,56 +1,64 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::attention::Pass;
-use super::evaluate::loss;
-use super::{Model, Moments, RuntimeError, Windows};
-use crate::checkpoint::Checkpoint;
-use crate::heads::Heads;
+use super::loss;
+use crate::error::{Error, Result};
+use crate::heads::{HeadSource, Heads};
 use crate::partition::Partition;
 use crate::pooler::KvPooler;
 use crate::run::Run;
+use crate::runtime::{Model, Pass};
+use crate::text::{RuntimeError, Windows};
 
-/// What groups of heads are tried with: the model that they are of, how they merge, and the text that decides.
+/// What groups of heads are tried with: the heads, the model that they are of, how they merge, and the text that decides.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Trial<'a> {
-    /// The files of the model.
-    pub checkpoint: &'a Checkpoint,
+    /// The heads, with their moments where the pooler uses any.
+    pub source: &'a dyn HeadSource,
     /// The model without any grouping.
-    pub source: &'a Model,
-    /// The moments that the pooler works under, where it uses any.
-    pub moments: Option<&'a Moments>,
+    pub model: &'a Model,
     /// How groups merge.
     pub pooler: &'a dyn KvPooler,
     /// The text. Never the one that results are reported on.
     pub windows: &'a Windows,
 }
 
-impl Trial<'_> {
-    /// The heads of a layer, with their moment.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::layer`] and [`Moments::attach`].
-    pub fn heads(&self, layer: usize) -> Result<Heads, RuntimeError> {
-        let heads = self.checkpoint.layer(layer)?;
-        Ok(match self.moments {
-            Some(moments) => moments.attach(layer, heads)?,
-            None => heads,
-        })
+impl<'a> Trial<'a> {
+    /// Tries groups of the heads of `source`, merged by `pooler`, in `model` on this text.
+    pub fn new(
+        source: &'a dyn HeadSource,
+        model: &'a Model,
+        pooler: &'a dyn KvPooler,
+        windows: &'a Windows,
+    ) -> Self {
+        Self { source, model, pooler, windows }
     }
 
     /// The model with these groups, one partition a layer.
     ///
     /// # Errors
-    /// [`Error::LayerCount`](crate::Error::LayerCount); as [`Model::regrouped`].
+    /// [`Error::LayerCount`]; what the source and the pooler report; as [`Model::with_layer`].
     pub fn grouped(&self, groups: &[Partition]) -> Result<Model, RuntimeError> {
-        let (expected, found) = (self.source.n_layers(), groups.len());
+        let (expected, found) = (self.model.n_layers(), groups.len());
         if expected != found {
-            return Err(crate::Error::LayerCount { what: "partitions", expected, found }.into());
+            return Err(Error::LayerCount { what: "partitions", expected, found }.into());
         }
         let regroup = |model: Model, (i, groups): (usize, &Partition)| {
-            model.regrouped(i, &self.heads(i)?, groups, self.pooler)
+            self.regrouped(&model, &self.source.heads(i)?, groups)
         };
-        groups.iter().enumerate().try_fold(self.source.clone(), regroup)
+        groups.iter().enumerate().try_fold(self.model.clone(), regroup)
+    }
+
+    /// A model with one more layer grouped.
+    pub(super) fn regrouped(
+        &self,
+        model: &Model,
+        heads: &Heads,
+        groups: &Partition,
+    ) -> Result<Model, RuntimeError> {
+        let pooled = self.pooler.pool(heads, groups).map_err(|e| e.of_layer(heads.layer()))?;
+        model.with_layer(heads, groups, pooled)
     }
 }
 
@@ -61,13 +69,13 @@ impl Trial<'_> {
 /// text and a higher one on others (docs/quality.md).
 ///
 /// # Errors
-/// [`Error::LayerCount`](crate::Error::LayerCount) without models; as [`evaluate`](super::evaluate()).
+/// [`Error::LayerCount`] without models; as [`evaluate`](super::evaluate()).
 pub fn choose_model(
     models: &[Model],
     windows: &Windows,
     run: Run<'_>,
 ) -> Result<(usize, Vec<f64>), RuntimeError> {
-    let first = models.first().ok_or(crate::Error::LayerCount { what: "models", expected: 1, found: 0 })?;
+    let first = models.first().ok_or(Error::LayerCount { what: "models", expected: 1, found: 0 })?;
     let reading = Reading::new(first, windows)?;
     let total = models.len() as u64;
     let mut losses = Vec::with_capacity(models.len());
@@ -112,7 +120,7 @@ impl<'a> Reading<'a> {
 
     /// Goes through this layer of the model, to before the next.
     pub(super) fn pass_layer(&mut self, model: &Model) -> Result<(), RuntimeError> {
-        let outputs = self.inputs.par_iter().map(|x| model.layer(self.layer, x, &self.pass, None));
+        let outputs = self.inputs.par_iter().map(|x| model.layer(self.layer, x, &self.pass));
         self.inputs = outputs.collect::<Result<_, _>>()?;
         self.layer += 1;
         Ok(())

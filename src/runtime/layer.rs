@@ -1,0 +1,122 @@
+use candle_core::{DType, Device, Tensor};
+use candle_nn::ops::rms_norm;
+
+use super::RuntimeError;
+use super::attention::{Attention, Pass};
+use super::cache::LayerCache;
+use super::ops::SwiGlu;
+use crate::checkpoint::Checkpoint;
+use crate::error::Error;
+use crate::files::FileError;
+use crate::heads::HeadSource;
+use crate::model::{AttentionSpec, Block, Linear, Norm};
+
+/// One layer: x + attention(norm(x)), then y + mlp(norm(y)).
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
+    pub(super) spec: AttentionSpec,
+    pub(super) attention: Attention,
+    attention_norm: Normed,
+    mlp_norm: Normed,
+    /// Gate rows, then up rows, (2m, d).
+    gate_up: Tensor,
+    gate_up_bias: Option<Tensor>,
+    /// (d, m).
+    down: Tensor,
+    down_bias: Option<Tensor>,
+}
+
+/// A root mean square norm and its weight, (d).
+#[derive(Debug, Clone)]
+pub(super) struct Normed {
+    weight: Tensor,
+    epsilon: f32,
+}
+
+impl Normed {
+    pub(super) fn load(weights: &Weights<'_>, norm: &Norm) -> Result<Self, RuntimeError> {
+        Ok(Self { weight: weights.take(&norm.weight, &[weights.width])?, epsilon: norm.epsilon as f32 })
+    }
+
+    /// x (N, d) → (N, d).
+    pub(super) fn of(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        rms_norm(x, &self.weight, self.epsilon)
+    }
+}
+
+/// The tensors of a checkpoint of width d, on their way to a device.
+#[derive(Debug)]
+pub(super) struct Weights<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) width: usize,
+    pub(super) device: &'a Device,
+}
+
+impl Weights<'_> {
+    /// A tensor, of that shape.
+    pub(super) fn take(&self, name: &str, shape: &[usize]) -> Result<Tensor, RuntimeError> {
+        let (numbers, _) = self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset();
+        Ok(Tensor::from_vec(numbers, shape, self.device)?)
+    }
+
+    fn bias(&self, linear: &Linear, size: usize) -> Result<Option<Tensor>, RuntimeError> {
+        linear.bias.as_ref().map(|name| self.take(name, &[size])).transpose()
+    }
+}
+
+impl Layer {
+    pub(super) fn load(weights: &Weights<'_>, block: &Block, i: usize) -> Result<Self, RuntimeError> {
+        let (checkpoint, d, mlp) = (weights.checkpoint, weights.width, &block.mlp);
+        let layers = &checkpoint.architecture().layers;
+        let spec = layers.get(i).ok_or(Error::NoLayer { layer: i, layers: layers.len() })?.clone();
+        // What no configuration need say.
+        let m = checkpoint.tensors().shape(&mlp.gate.weight).and_then(|shape| shape.first().copied());
+        let m = m.ok_or_else(|| FileError::TensorMissing {
+            path: checkpoint.path().to_path_buf(),
+            tensor: mlp.gate.weight.clone(),
+            expected: Vec::new(),
+        })?;
+        let gate_up_bias = match (weights.bias(&mlp.gate, m)?, weights.bias(&mlp.up, m)?) {
+            (None, None) => None,
+            (gate, up) => {
+                let zeros = Tensor::zeros(m, DType::F32, weights.device)?;
+                Some(Tensor::cat(&[&gate.unwrap_or(zeros.clone()), &up.unwrap_or(zeros)], 0)?)
+            }
+        };
+        let [gate, up] = [&mlp.gate, &mlp.up].map(|linear| weights.take(&linear.weight, &[m, d]));
+        Ok(Self {
+            attention: Attention::new(&checkpoint.heads(i)?, None, &spec, weights.device)?,
+            spec,
+            attention_norm: Normed::load(weights, &block.attention_norm)?,
+            mlp_norm: Normed::load(weights, &block.mlp_norm)?,
+            gate_up: Tensor::cat(&[&gate?, &up?], 0)?,
+            gate_up_bias,
+            down: weights.take(&mlp.down.weight, &[d, m])?,
+            down_bias: weights.bias(&mlp.down, d)?,
+        })
+    }
+
+    /// What the attention reads, (N, d), after the norm.
+    pub(super) fn attention_input(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        self.attention_norm.of(x)
+    }
+
+    /// The layer with number `i`, (N, d) → (N, d).
+    pub(super) fn forward(
+        &self,
+        i: usize,
+        x: &Tensor,
+        pass: &Pass,
+        past: Option<&mut LayerCache>,
+    ) -> candle_core::Result<Tensor> {
+        let x = (x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?;
+        let gated = linear(&self.mlp_norm.of(&x)?, &self.gate_up, &self.gate_up_bias)?;
+        x + linear(&gated.apply_op1_no_bwd(&SwiGlu)?, &self.down, &self.down_bias)?
+    }
+}
+
+/// x (N, in), weight (out, in) → (N, out).
+fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> candle_core::Result<Tensor> {
+    let y = x.matmul(&weight.t()?)?;
+    bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+}

@@ -1,0 +1,97 @@
+use std::ops::Range;
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use rayon::prelude::*;
+
+/// For each query the keys that it may look at, where both are given by their positions, ascending: those at positions
+/// p ≤ t with t − p < `reach`.
+pub(crate) fn visible(queries: &[usize], keys: &[usize], reach: usize) -> Vec<Range<usize>> {
+    let of = |&t: &usize| {
+        let end = keys.partition_point(|&p| p <= t);
+        keys[..end].partition_point(|&p| t - p >= reach)..end
+    };
+    queries.iter().map(of).collect()
+}
+
+/// Softmax of scores (…, T, S) over the keys that each of T queries may look at, in place; 0 elsewhere.
+#[derive(Debug, Clone)]
+pub(crate) struct CausalSoftmax {
+    /// Of each query, T.
+    pub(crate) visible: Vec<Range<usize>>,
+    /// Keys, S.
+    pub(crate) keys: usize,
+}
+
+impl CausalSoftmax {
+    /// Softmax of one row of scores over a part of it.
+    pub(crate) fn row(row: &mut [f32], visible: Range<usize>) {
+        let Range { start, end } = visible;
+        let most = row[start..end].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.0;
+        for score in &mut row[start..end] {
+            *score = (*score - most).exp();
+            sum += *score;
+        }
+        let share = sum.recip();
+        row[start..end].iter_mut().for_each(|weight| *weight *= share);
+        row[..start].fill(0.0);
+        row[end..].fill(0.0);
+    }
+}
+
+impl InplaceOp1 for CausalSoftmax {
+    fn name(&self) -> &'static str {
+        "causal-softmax"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (CpuStorage::F32(scores), Some((from, to))) = (storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("scores must be contiguous and f32");
+        };
+        scores[from..to].par_chunks_exact_mut(self.keys * self.visible.len()).for_each(|head| {
+            for (row, visible) in head.chunks_exact_mut(self.keys).zip(&self.visible) {
+                Self::row(row, visible.clone());
+            }
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever gaps there are, the keys seen are those that the rule names, and their weights are the softmax.
+        #[test]
+        fn positions_decide_what_is_seen(
+            gaps in prop::collection::vec(1usize..5, 1..24), first in 0usize..9, new in 1usize..6,
+            reach in prop_oneof![1usize..12, Just(usize::MAX)],
+        ) {
+            let keys: Vec<usize> = gaps.iter().scan(first, |at, gap| { *at += gap; Some(*at) }).collect();
+            let queries = &keys[keys.len().saturating_sub(new)..];
+            let ranges = visible(queries, &keys, reach);
+            for (&t, range) in queries.iter().zip(ranges) {
+                let sees = |&i: &usize| keys[i] <= t && t - keys[i] < reach;
+                prop_assert!(range.clone().eq((0..keys.len()).filter(sees)));
+                let scores: Vec<f32> = keys.iter().map(|p| (p * 7 % 5) as f32 - 2.0).collect();
+                let mut weights = scores.clone();
+                CausalSoftmax::row(&mut weights, range);
+                let part = |i: usize| if sees(&i) { f64::from(scores[i]).exp() } else { 0.0 };
+                let all: f64 = (0..keys.len()).map(part).sum();
+                for (i, &weight) in weights.iter().enumerate() {
+                    prop_assert!((f64::from(weight) - part(i) / all).abs() < 1e-6);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn positions_without_gaps_are_counted() {
+        assert_eq!(visible(&[2, 3], &[0, 1, 2, 3], usize::MAX), [0..3, 0..4]);
+        assert_eq!(visible(&[2, 3], &[0, 1, 2, 3], 2), [1..3, 2..4]);
+        assert_eq!(visible(&[9], &[0, 1, 4], 5), [3..3], "all lie too far back");
+    }
+}

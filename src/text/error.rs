@@ -1,0 +1,113 @@
+use std::path::PathBuf;
+
+use crate::error::Error;
+use crate::files::FileError;
+
+/// What can go wrong when a model is run: one variant for each rule.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuntimeError {
+    /// A text is not UTF-8.
+    #[error("{}: not UTF-8 at byte {at}; convert the text (token ids are accepted instead)", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// Where it stops being UTF-8.
+        at: usize,
+    },
+    /// A text has fewer tokens than one window.
+    #[error("the text has {found} tokens, but one window takes {needed}; give a longer text")]
+    TextTooShort {
+        /// Tokens of the text.
+        found: usize,
+        /// Tokens of a window.
+        needed: usize,
+    },
+    /// A token that the model has no embedding for.
+    #[error("token id {id} is not in the model's vocabulary of {vocabulary}; {hint}")]
+    TokenOutOfRange {
+        /// The token.
+        id: u32,
+        /// Size of the vocabulary.
+        vocabulary: usize,
+        /// What to do instead.
+        hint: &'static str,
+    },
+    /// A file of token ids ends within one.
+    #[error("{}: {bytes} bytes are no whole number of {width}-byte token ids (little-endian)", path.display())]
+    IdBytes {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: usize,
+        /// Bytes of an id.
+        width: usize,
+    },
+    /// A model without tokenizer.json.
+    #[error("{} is missing; token ids are accepted instead, u16 or u32, little-endian", path.display())]
+    NoTokenizer {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A tokenizer that cannot be read, or that cannot read the text.
+    #[error("{}: {source}; token ids are accepted instead, u16 or u32, little-endian", path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A line of a file of multiple choice items that is none.
+    #[error("{}, line {line}: {rule}", path.display())]
+    Choice {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1 on.
+        line: usize,
+        /// What is wrong.
+        rule: String,
+    },
+    /// A model computes NaN or infinities.
+    #[error("{what}: NaN or infinite; the weights overflow f32 somewhere in the model")]
+    NotFinite {
+        /// What was computed.
+        what: String,
+    },
+    /// More tokens than the model has positions for, or rows of different lengths.
+    #[error("{found} tokens do not fit: the model takes 1 to {expected} of them in a row")]
+    Positions {
+        /// The most tokens.
+        expected: usize,
+        /// Tokens given.
+        found: usize,
+    },
+    /// Models that are compared read different tokens.
+    #[error(
+        "the models have vocabularies of {expected} and {found} tokens; only models of one vocabulary can be compared"
+    )]
+    Vocabulary {
+        /// Tokens of the source.
+        expected: usize,
+        /// Tokens of the other model.
+        found: usize,
+    },
+    /// Something is wrong with a file: with the checkpoint, a text, or a file of moments.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The tensor library failed.
+    #[error("while running the model: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A rule of the library was broken.
+    #[error(transparent)]
+    Core(#[from] Error),
+}
+
+impl From<RuntimeError> for Error {
+    fn from(error: RuntimeError) -> Self {
+        match error {
+            RuntimeError::Core(error) => error,
+            RuntimeError::File(error) => error.into(),
+            error => Self::plugin(error),
+        }
+    }
+}
