@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let windows = std::env::var("WINDOWS").ok().and_then(|n| n.parse().ok()).unwrap_or(128);
 
     let (model, run) = (Checkpoint::open(model)?, Run::new(0));
-    let text = Calibration::text(&model, Path::new(text), windows, run)?;
+    let text = Calibration::from_text(&model, Path::new(text), windows, run)?;
     let compress =
         Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock).calibration(&text);
     let compressed = compress.run(&model, run)?;

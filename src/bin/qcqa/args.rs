@@ -15,6 +15,7 @@ use qcqa::partition::SearchSpace;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::Refit;
 use qcqa::pooler::{KvPooler, POOLERS};
+use qcqa::targets::{self, TARGETS};
 
 use crate::calibrated::CalibrationArgs;
 use crate::hints::CliError;
@@ -136,6 +137,15 @@ fn optimizers() -> PossibleValuesParser {
 
 fn allocations() -> PossibleValuesParser {
     PossibleValuesParser::new(ALLOCATORS.names().chain(["sensitivity"]))
+}
+
+pub(super) fn targets_parser() -> PossibleValuesParser {
+    PossibleValuesParser::new(TARGETS.iter().map(|target| target.name()))
+}
+
+/// A target by the name that the parser has let through.
+pub(super) fn target(name: &str) -> Result<&'static dyn Target, CliError> {
+    targets::by_name(name).ok_or_else(|| CliError::usage(format!("there is no target {name}")))
 }
 
 /// A method by the name that the parser has let through.

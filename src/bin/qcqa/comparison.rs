@@ -8,12 +8,10 @@ use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::{LayerPlan, Plan};
 use serde_json::{Value, json};
 
-use super::methods::{AllocationName, MethodName, OptimizerName, PoolerName, name_of};
-use super::output::{bytes, evaluation_json, gap, group_counts, is_wse, kv_bytes, merge, percent, table};
-use super::plot::Curve;
-use crate::checkpoint::Checkpoint;
-use crate::plan::{LayerPlan, Plan};
-use crate::runtime::Evaluation;
+use crate::plot::Curve;
+use crate::report::{
+    bytes, evaluation_json, gap, group_counts, is_wse, kv_bytes, merge, percent, table, total_share,
+};
 
 /// A line of the comparison.
 pub(super) struct Line<'a> {

@@ -1,16 +1,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::PossibleValuesParser;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::output::{self, Report, Target, check_output};
+use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
 use qcqa::pipeline::{Effect, Preset};
-use qcqa::targets;
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{Asked, Writing};
+use crate::args::{Asked, Writing, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, file_bytes, percent, table};
@@ -43,7 +41,7 @@ pub(super) struct CompressArgs {
 #[command(next_help_heading = "Output")]
 struct OutputArgs {
     /// Form of the output: stock loads in every runtime; expanded holds any plan but saves no memory
-    #[arg(long, default_value = "stock", value_parser = PossibleValuesParser::new(targets::names()))]
+    #[arg(long, default_value = "stock", value_parser = targets_parser())]
     target: String,
     /// Directory of the output
     #[arg(long, value_name = "DIR")]
@@ -55,13 +53,13 @@ struct OutputArgs {
 pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.model)?;
     let plan = plan_for(&checkpoint, &args.plan)?;
-    let target = targets::by_name(&args.output.target)?;
-    output::check_plan(target, &checkpoint, &plan).map_err(|e| about(&args.plan, e))?;
+    let target = target(&args.output.target)?;
+    check_plan(&checkpoint, &plan, target).map_err(|e| about(&args.plan, e))?;
     args.output.check(&checkpoint)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, &checkpoint, run)?;
     let shared = shared(&plan, &args.plan, &checkpoint, calibration.as_ref(), run)?;
     let report =
-        output::convert(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
+        write(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
     let (text, json) = args.output.tell(target, &report);
     Ok(Output { text, json })
 }
@@ -71,7 +69,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     args.output.check(&checkpoint)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
-    let target = targets::by_name(&args.output.target)?;
+    let target = target(&args.output.target)?;
     let compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
     let compressed = compress.run(&checkpoint, run)?;
     let report = compressed.write(&args.output.out, args.output.writing.options(), run)?;
@@ -94,7 +92,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
 impl OutputArgs {
     /// Checks the place for the output: better now than after everything is computed.
     fn check(&self, checkpoint: &Checkpoint) -> Result<(), CliError> {
-        Ok(check_output(checkpoint, &self.out, self.writing.options())?)
+        Ok(check_place(checkpoint, &self.out, self.writing.options().force)?)
     }
 
     /// What came of writing.

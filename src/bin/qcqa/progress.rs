@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::run::{Observer, Progress};
+use qcqa::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
 const BARS: [(&str, &str); 9] = [

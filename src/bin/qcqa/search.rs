@@ -1,7 +1,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::PossibleValuesParser;
 use qcqa::Run;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
@@ -9,11 +8,11 @@ use qcqa::files::write_whole;
 use qcqa::front::Front;
 use qcqa::pipeline::Preset;
 use qcqa::plan::{Plan, write_plan};
-use qcqa::{HeadSource, targets};
+use qcqa::HeadSource;
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{Asked, Writing};
+use crate::args::{Asked, Writing, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
 use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
@@ -23,7 +22,7 @@ pub(super) struct SearchArgs {
     #[command(flatten)]
     pub(super) asked: Asked,
     /// Search only what this target can hold
-    #[arg(long, value_parser = PossibleValuesParser::new(targets::names()))]
+    #[arg(long, value_parser = targets_parser())]
     target: Option<String>,
     /// File of the plan
     #[arg(long, value_name = "FILE")]
@@ -38,7 +37,7 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.asked.model)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
-    let target = args.target.as_deref().map(targets::by_name).transpose()?;
+    let target = args.target.as_deref().map(target).transpose()?;
     let compress = args.asked.compress(Preset::QcqaEc, target, calibration)?;
     let source: &dyn HeadSource = calibration.map_or(&checkpoint, |calibration| calibration);
     let searched = compress.search(source, run)?;
