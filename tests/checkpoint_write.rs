@@ -35,7 +35,8 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// Causal attention of a layer in f64, from its definition: RoPE half-split, softmax, query head q on KV head q/r.
+/// Causal attention of a layer in f64, from its definition: RoPE half-split, softmax, query head q on KV head
+/// q/r.
 fn attend(layer: &Heads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
     let (query, output) = (layer.query().unwrap(), layer.output().unwrap());
     let (h, tokens) = (layer.key().head_dim(), x.nrows());

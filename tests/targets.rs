@@ -23,8 +23,8 @@ use qcqa::targets::{Expanded, Stock, TARGETS, by_name};
 use qcqa::{Error, KvPooler, Run};
 use serde_json::{Map, Value};
 
-/// Groups of any size, filled up with query heads of zeros to the size of the largest; the norms of the shared keys; a file;
-/// another name for the embedding.
+/// Groups of any size, filled up with query heads of zeros to the size of the largest; the norms of the
+/// shared keys; a file; another name for the embedding.
 #[derive(Debug)]
 struct Filled;
 
