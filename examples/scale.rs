@@ -10,25 +10,23 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use ndarray::{Array2, Array3};
 use ndarray_rand::RandomExt;
 use ndarray_rand::rand_distr::{Distribution, Normal};
-use qcqa::allocator::UniformAllocation;
-use qcqa::budget::Budget;
-use qcqa::checkpoint::{Checkpoint, LayerRows};
-use qcqa::fitness::{LowRankError, WeightSharingError};
-use qcqa::heads::{Heads, Projection};
+use qcqa::allocator::{CostScale, LayerCosts, UniformAllocation};
+use qcqa::budget::Limits;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::fitness::{FitnessKind, LowRankError, WeightSharing};
+use qcqa::heads::{Heads, Moment, Projection};
 use qcqa::model::Rotation;
-use qcqa::optimizer::LocalSearch;
+use qcqa::optimizer::{LocalSearch, attach_bounds};
 use qcqa::partition::SearchSpace;
-use qcqa::pipeline::Search;
+use qcqa::pipeline::{Compress, Preset};
 use qcqa::pooler::LowRankPooler;
-use qcqa::{FitnessFn, KvPooler, Optimizer, Run};
-use qcqa::{Qcqa, optimize_layers};
+use qcqa::{Allocator, FitnessFn, HeadSource, KvPooler, Optimizer, Run};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
@@ -114,26 +112,34 @@ fn measure(model: &Path) -> Outcome<()> {
             last = Instant::now();
         };
         let mapped = Checkpoint::open(model)?;
-        let layers = mapped.config().n_layers;
-        let rows = (0..layers).map(|i| mapped.rows(i)).collect::<Result<Vec<_>, _>>()?;
+        let layers = mapped.architecture().n_layers();
+        let stored = (0..layers).map(|i| mapped.stored_bytes(i)).collect::<Result<Vec<_>, _>>()?;
         lap(&mut Vec::new());
-        bytes = rows.iter().map(bare_read).sum::<usize>();
+        bytes = stored.iter().map(|parts| bare_read(parts)).sum::<usize>();
         lap(&mut laps);
 
         let checkpoint = Checkpoint::open(model)?;
-        let source = checkpoint.source()?;
+        checkpoint.id()?;
         lap(&mut laps);
-        let distances = |i| Ok(WeightSharingError::new(&checkpoint.rows(i)?)?);
-        let fitness = (0..layers).map(distances).collect::<Outcome<Vec<_>>>()?;
+        let distances = |i| WeightSharing.of(&checkpoint, i);
+        let fitness = (0..layers).map(distances).collect::<Result<Vec<_>, _>>()?;
         lap(&mut laps);
-        let fitness: Vec<&dyn FitnessFn> = fitness.iter().map(|f| f as &dyn FitnessFn).collect();
-        let local = LocalSearch::default();
-        let fronts = optimize_layers(&local, &fitness, &SearchSpace::arbitrary(), Run::new(0))?;
+        let space = SearchSpace::arbitrary();
+        let search = |(i, fitness): (usize, &Box<dyn FitnessFn>)| {
+            let mut front = LocalSearch::default().optimize(fitness.as_ref(), &space, Run::new(i as u64))?;
+            attach_bounds(&mut front, fitness.as_ref(), &space).map(|()| front)
+        };
+        let fronts = fitness.par_iter().enumerate().map(search).collect::<Result<Vec<_>, _>>()?;
         lap(&mut laps);
-        let qcqa = Qcqa::new(Search::Optimizer(&local), &UniformAllocation);
-        let plan = qcqa.plan(&fronts, Budget::Fraction(0.5), source, Run::new(0))?;
+        let costs = LayerCosts::new(&fronts, CostScale::EnergyShare, &Limits::default())?;
+        let half = checkpoint.architecture().kv_heads().iter().sum::<usize>() / 2;
+        let ks = UniformAllocation.allocate(&costs, half, Run::new(0))?;
         lap(&mut laps);
-        assert_eq!(plan.layers.len(), layers);
+        // The same by the pipeline, which keeps to no lap.
+        if round == 0 {
+            let compress = Compress::new(Preset::QcqaAc).optimizer(LocalSearch::default());
+            assert_eq!(compress.plan(&checkpoint, Run::new(0))?.group_counts(), ks);
+        }
         laps.push(laps[1..].iter().sum());
         if round > 0 {
             times.iter_mut().zip(laps).for_each(|(times, lap)| times.push(lap));
@@ -176,7 +182,8 @@ fn low_rank() -> Outcome<()> {
     let output = normal((HEADS, WIDTH, HEAD_DIM));
     let moment = moment(WIDTH, &mut rng);
     let heads = Heads::new(key, value)?.with_queries(query, output)?;
-    let heads = heads.with_rotation(Rotation::HalfSplit { dims: HEAD_DIM })?.with_moment(Arc::new(moment))?;
+    let heads =
+        heads.with_rotation(Rotation::HalfSplit { dims: HEAD_DIM })?.with_moment(Moment::new(moment)?)?;
     println!("{} threads", rayon::current_num_threads());
     print_memory();
     let mut last = Instant::now();
@@ -211,7 +218,7 @@ fn moment(width: usize, rng: &mut ChaCha8Rng) -> Array2<f64> {
 }
 
 /// Touches every stored byte of a layer's keys and values, on all threads; returns their number.
-fn bare_read(rows: &LayerRows<'_>) -> usize {
+fn bare_read(parts: &[&[u8]]) -> usize {
     let sum = |bytes: &[u8]| {
         let mut lanes = [0u64; 16];
         for words in bytes.chunks_exact(128) {
@@ -221,8 +228,8 @@ fn bare_read(rows: &LayerRows<'_>) -> usize {
         }
         lanes.iter().fold(0, |a, b| a ^ b)
     };
-    for bytes in rows.stored() {
+    for bytes in parts {
         std::hint::black_box(bytes.par_chunks(1 << 20).map(sum).reduce(|| 0, |a, b| a ^ b));
     }
-    rows.stored().map(<[u8]>::len).sum()
+    parts.iter().map(|bytes| bytes.len()).sum()
 }

@@ -156,7 +156,10 @@ fn limits_forbid_what_they_say() {
     assert_eq!(LayerSelection::default().allocate(&costs, 8, Run::new(0)).unwrap()[0], 4);
 
     let nowhere = Limits { fixed: BTreeMap::from([(3, 4)]), ..Limits::default() };
-    assert!(matches!(LayerCosts::new(&fronts, CostScale::Raw, &nowhere), Err(Error::LayerCount { .. })));
+    assert!(matches!(
+        LayerCosts::new(&fronts, CostScale::Raw, &nowhere),
+        Err(Error::NoLayer { layer: 3, layers: 3 })
+    ));
     let same = Limits { same_k: true, ..equal };
     let costs = LayerCosts::new(&fronts, CostScale::Raw, &same).unwrap();
     for allocator in [&UniformAllocation as &dyn Allocator, &LayerSelection::default()] {

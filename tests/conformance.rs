@@ -141,7 +141,7 @@ fn the_contracts_find_what_is_wrong() {
         assert!(sentence.contains(words), "{sentence}");
     };
     says(check_optimizer(&Wrong), "no partition of 2 heads into 1");
-    says(check_grouping(&Wrong), "it made");
+    says(check_grouping(&Wrong), "impossible, but were not refused");
     says(check_allocator(&Wrong), "heads of");
     says(check_pooler(&Wrong), "alone in its group");
     says(check_fitness(&Wrong), "without sharing");

@@ -46,7 +46,9 @@ fn singular_moments_are_no_trouble() {
         row.iter_mut().enumerate().for_each(|(i, v)| *v = *v * (1.0 + i as f64) + 0.3 * i as f64);
     }
     let still = Array2::from_elem((7, d), 0.7);
-    for x in [inputs(1, d, 1), inputs(2, d, 3), normed, still, Array2::zeros((4, d))] {
+    // And inputs that were all but 0: nothing at all is no moment.
+    let hardly = Array2::from_elem((4, d), 1e-150);
+    for x in [inputs(1, d, 1), inputs(2, d, 3), normed, still, hardly] {
         for (rotation, pooler) in ROTATIONS.into_iter().zip([UNRIDGED, LowRankPooler::default()].repeat(2)) {
             for biases in [[true; 4], [false; 4]] {
                 let shape = Shape { rotation, biases, tokens: None, queries: 2, ..Shape::new(4, 4, d) };

@@ -340,7 +340,7 @@ fn exact_names_its_limit_and_the_way_out() {
     let space = SearchSpace::arbitrary();
     let error = Exact::default().optimize(&fitness, &space, Run::new(0)).unwrap_err();
     assert!(matches!(error, Error::TooManyHeads { n_heads: 17, max: 16 }), "{error}");
-    assert!(error.to_string().contains("LocalSearch"));
+    assert!(error.to_string().contains("local search"));
     let error = Exact { max_heads: 40 }.optimize(&fitness, &space, Run::new(0)).unwrap_err();
     assert!(matches!(error, Error::Setting { name: "max_heads", .. }), "{error}");
     let whole = WorstGroup(fitness_of(&fixed_points(6, 1)));

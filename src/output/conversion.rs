@@ -15,7 +15,7 @@ use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
 use crate::files::{FileError, WriteOptions, parent_of, sync_directory};
 use crate::heads::HeadSource;
 use crate::model::Axis;
-use crate::plan::SharedHeads;
+use crate::plan::{Plan, SharedHeads};
 use crate::run::Run;
 
 /// What was written or, in a dry run, would be.
@@ -28,8 +28,30 @@ pub struct Report {
     pub kv_bytes_before: usize,
     /// KV cache of the output, bytes per token: as the target stores it, so one that saves no memory says so.
     pub kv_bytes_after: usize,
+    /// Whether a runtime that loads the output needs less KV cache.
+    pub saves_memory: bool,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
+}
+
+/// Checks that a target can hold a plan, without pooling anything.
+///
+/// # Errors
+/// [`Error::PlanSource`](crate::Error::PlanSource) through [`FileError::Core`]; [`FileError::TargetPlan`];
+/// [`FileError::Layout`] for a target that lays heads out wrongly.
+pub fn check_plan(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<(), FileError> {
+    checked(source, plan, target).map(drop)
+}
+
+/// What the target makes of a plan that it can hold.
+fn checked(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<OutputModel, FileError> {
+    let model = source.architecture();
+    plan.source.check_same(&source.id()?)?;
+    let unfit = |source| FileError::TargetPlan { target: target.name(), source };
+    target.limits(model).check(plan.groups()).map_err(unfit)?;
+    let output = target.output(model, source.config().raw(), plan).map_err(unfit)?;
+    check(source, plan, target.name(), &output)?;
+    Ok(output)
 }
 
 /// Writes what a plan makes of `source`, in the form of `target`.
@@ -78,12 +100,7 @@ pub fn convert(
     options: WriteOptions,
     run: Run<'_>,
 ) -> Result<Report, FileError> {
-    let (plan, model) = (shared.plan(), source.architecture());
-    plan.source.check_same(&source.id()?)?;
-    let unfit = |source| FileError::TargetPlan { target: target.name(), source };
-    target.limits(model).check(plan.groups()).map_err(unfit)?;
-    let output = target.output(model, source.config().raw(), plan).map_err(unfit)?;
-    check(source, plan, target.name(), &output)?;
+    let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
     let mut extras = copy::list(source.path())?;
     let shards = source.files().files.iter().map(|shard| &shard.path);
@@ -303,6 +320,7 @@ fn report(
         bytes: data.chain(headers).chain(copied).chain(small.iter().map(|(_, b)| b.len() as u64)).sum(),
         kv_bytes_before: source.kv_bytes_per_token(),
         kv_bytes_after,
+        saves_memory: kv_bytes_after < source.kv_bytes_per_token(),
         files: (stored.iter().map(|s| PathBuf::from(&s.file)))
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))

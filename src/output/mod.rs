@@ -24,7 +24,7 @@ use crate::heads::{Heads, Pooled};
 use crate::model::{Architecture, AttentionSpec, Axis, Part, Stored, StoredHeads};
 use crate::plan::Plan;
 
-pub use conversion::{Report, convert};
+pub use conversion::{Report, check_plan, convert};
 
 /// A form in which a model is written: what it can hold, and what becomes of the source's tensors and
 /// config.json.

@@ -61,7 +61,9 @@ impl<'a> SharedHeads<'a> {
 
     /// The shared heads before any refit.
     pub(crate) fn unfitted(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
-        let shared = Self::with_pooler(plan, source, POOLERS.make(&plan.pooling.pooler)?)?;
+        let mut shared = Self::with_pooler(plan, source, POOLERS.make(&plan.pooling.pooler)?)?;
+        // As the plan says it, whether or not it spells out every setting.
+        shared.done.pooler = plan.pooling.pooler.clone();
         let (expected, found) = (plan.pooling.calibration.clone(), shared.done.calibration.clone());
         if expected != found { Err(Error::PlanCalibration { expected, found }) } else { Ok(shared) }
     }

@@ -9,10 +9,11 @@ use qcqa::checkpoint::Checkpoint;
 use qcqa::plan::{Plan, SharedHeads, read_plan};
 use qcqa::pooler::POOLERS;
 use qcqa::refit;
+use qcqa::runtime::RuntimeError;
 use qcqa::{Error, HeadSource, Run};
 
 use crate::Done;
-use crate::hints::{CliError, about};
+use crate::hints::{CliError, about, of_calibration};
 
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Calibration")]
@@ -42,7 +43,8 @@ impl CalibrationArgs {
         run: Run<'_>,
     ) -> Result<Option<Calibration<'a>>, CliError> {
         let open = |path: &Path| {
-            Calibration::open(checkpoint, path, self.calibration_windows, run).map_err(|e| about(path, e))
+            Calibration::open(checkpoint, path, self.calibration_windows, run)
+                .map_err(|e| of_calibration(path, e))
         };
         self.calibration.as_deref().map(open).transpose()
     }
@@ -68,9 +70,9 @@ impl CalibrationArgs {
             }
         };
         let opened = Calibration::for_plan(checkpoint, path, plan, self.calibration_windows, run);
-        opened.map(Some).map_err(|error| match Error::from(error) {
-            error @ Error::PlanCalibration { .. } => about(plan_file, error),
-            error => about(path, error),
+        opened.map(Some).map_err(|error| match error {
+            RuntimeError::Core(error @ Error::PlanCalibration { .. }) => about(plan_file, error),
+            error => of_calibration(path, error),
         })
     }
 }

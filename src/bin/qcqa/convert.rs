@@ -58,8 +58,7 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     args.output.check(&checkpoint)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, &checkpoint, run)?;
     let shared = shared(&plan, &args.plan, &checkpoint, calibration.as_ref(), run)?;
-    let report =
-        write(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
+    let report = write(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
     let (text, json) = args.output.tell(target, &report);
     Ok(Output { text, json })
 }

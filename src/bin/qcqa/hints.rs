@@ -39,6 +39,16 @@ pub(super) fn about(path: &Path, error: impl Into<CliError>) -> CliError {
     CliError { moment: false, ..error }
 }
 
+/// An error of a file of moments, or of a text.
+pub(super) fn of_calibration(path: &Path, error: RuntimeError) -> CliError {
+    let cut_short = matches!(&error, RuntimeError::File(FileError::Header { .. }));
+    let mut error = about(path, error);
+    if cut_short {
+        error.message += &format!(" {AGAIN}");
+    }
+    error
+}
+
 const IDS: &str = "(`--ids FILE` of eval, compare and calibrate)";
 const AGAIN: &str = "(`qcqa calibrate`)";
 
@@ -95,7 +105,7 @@ fn of_files(error: &FileError) -> (u8, Option<&'static str>) {
         FileError::TargetPlan { .. } => {
             (1, Some("(`--target expanded`, for evaluation, or search with `--target stock`)"))
         }
-        FileError::MomentsHeader { .. } | FileError::MomentsValue { .. } => (1, Some(AGAIN)),
+        FileError::Moment { .. } => (1, Some(AGAIN)),
         FileError::Core(error) => of_library(error),
         FileError::Plan { source, .. } => of_library(source),
         _ => (1, None),

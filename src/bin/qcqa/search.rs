@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use qcqa::HeadSource;
 use qcqa::Run;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
@@ -8,7 +9,6 @@ use qcqa::files::write_whole;
 use qcqa::front::Front;
 use qcqa::pipeline::Preset;
 use qcqa::plan::{Plan, write_plan};
-use qcqa::HeadSource;
 use serde_json::{Value, json};
 
 use crate::Done;
