@@ -10,40 +10,42 @@
 //! # The road
 //!
 //! ```text
-//! checkpoint ─▶ Heads ─▶ FitnessFn ─▶ Optimizer ─▶ Front ─▶ Allocator ─▶ Plan ─▶ KvPooler ─▶ checkpoint
-//!  (files)     (raw tensors)  (quality)    (search)  (one a layer) (k a layer) (JSON)  (merge)     (files)
+//! data ─▶ HeadSource ─▶ FitnessFn ─▶ Optimizer ─▶ Front ─▶ Allocator ─▶ Plan ─▶ KvPooler ─▶ SharedHeads ─▶ Target ─▶ files
 //! ```
 //!
-//! The middle works on plain [`ndarray`] tensors; files and the command line are optional features around it. Every
-//! part is a trait that can be used through `dyn`, with ours and others' side by side:
+//! The middle works on plain [`ndarray`] tensors; files and running models are optional features around it. Every part is a
+//! trait that can be used through `dyn`, with ours and others' side by side:
 //!
 //! | trait | decides | here |
 //! |---|---|---|
-//! | [`Grouping`] | groups by a rule | [`UniformGqa`] (k = 1 is MQA), [`KeyNorm`] |
-//! | [`FitnessFn`], [`SeparableFitness`] | what a partition costs | [`WeightSharingError`], `LowRankError` |
-//! | [`Optimizer`] | groups by a search | [`Nsga2`] (the paper), [`LocalSearch`], [`Exact`] |
-//! | [`Allocator`] | k of every layer | [`UniformAllocation`], [`LayerSelection`] (the paper), [`ExactAllocation`] |
-//! | [`KvPooler`] | how a group is merged | [`MeanPooler`], [`FirstHead`], `LowRankPooler`, `ProcrustesPooler` |
+//! | [`HeadSource`] | where heads come from | [`heads::InMemory`], `checkpoint::Checkpoint`, `calibration::Calibration` |
+//! | [`Grouping`] | groups by a rule | [`grouping::UniformGqa`] (k = 1 is MQA), [`grouping::KeyNorm`] |
+//! | [`FitnessFn`] | what a partition costs | [`fitness::WeightSharingError`], `fitness::LowRankError` |
+//! | [`Optimizer`] | groups by a search | [`optimizer::Nsga2`] (the paper), [`optimizer::LocalSearch`], [`optimizer::Exact`] |
+//! | [`Allocator`] | k of every layer | [`allocator::UniformAllocation`], [`allocator::LayerSelection`] (the paper), [`allocator::ExactAllocation`] |
+//! | [`KvPooler`] | how a group is merged | [`pooler::MeanPooler`], [`pooler::FirstHead`], `pooler::LowRankPooler`, `pooler::ProcrustesPooler` |
+//! | `checkpoint::Family` | how a model is read | `families::FAMILIES` |
+//! | `output::Target` | how a model is written | `targets::TARGETS` |
 //!
-//! [`Qcqa`] composes them over a whole model.
+//! [`pipeline::Compress`] composes them over a whole model, from a [`pipeline::Preset`] or from parts.
 //!
 //! # Words and symbols
 //!
 //! One layer has H KV heads of h dimensions over inputs of width d; head i has key rows `K_i` and value rows `V_i`,
-//! both (h, d). A [`Partition`] puts each head in exactly one group; k is its number of groups. The KV cache of the
-//! layer is k/H of what it was. In a model that already uses GQA the items are its KV heads, each with its r query
+//! both (h, d). A [`Partition`](partition::Partition) puts each head in exactly one group; k is its number of groups. The KV cache of
+//! the layer is k/H of what it was. In a model that already uses GQA the items are its KV heads, each with its r query
 //! heads. Errors are f64, tensors f32.
 //!
 //! # One layer
 //!
 //! ```
-//! use qcqa::ndarray::Array3;
-//! use qcqa::{KvPooler, Optimizer, Run};
 //! use qcqa::fitness::WeightSharingError;
 //! use qcqa::heads::{Heads, Projection};
+//! use qcqa::ndarray::Array3;
 //! use qcqa::optimizer::Exact;
 //! use qcqa::partition::SearchSpace;
 //! use qcqa::pooler::MeanPooler;
+//! use qcqa::{KvPooler, Optimizer, Run};
 //!
 //! # fn main() -> qcqa::Result<()> {
 //! // Four heads of 2 × 3; heads 0 and 2 are alike, and so are 1 and 3.
@@ -61,6 +63,8 @@
 //! # }
 //! ```
 //!
+//! A whole checkpoint, in ten lines: `examples/compress.rs`.
+//!
 //! # Features
 //!
 //! None is on by default.
@@ -70,9 +74,10 @@
 //! * `simd`: AVX2 where the processor has it, for the one pass over the weights: several times faster.
 //! * `linalg`: spectral lower bounds, low-rank sharing.
 //! * `matching`: exact pairs of heads (equal cardinality, k = H/2); needs Rust 1.87.
-//! * `checkpoint`: Hugging Face directories in and out.
+//! * `checkpoint`: Hugging Face directories in and out, files of moments.
 //! * `runtime`: models run for real, on the CPU: perplexity, divergence from the source, multiple choice, second
 //!   moments of the inputs, sensitivity of the layers, refits. Brings `checkpoint`, `linalg` and `rayon`.
+//! * `testing`: the contracts of the traits, for the tests of plugins.
 //! * `cli`: the binary `qcqa`, with all of the above.
 //!
 //! # Limits
@@ -82,7 +87,7 @@
 //! * Mean pooling loses much: at half the cache the small trained models in the tests need fine-tuning to be of use.
 //!   Calibrated low-rank sharing, refitted, does not.
 //! * For near-orthogonal heads of unequal norms the least error is one large group and single heads; look at the
-//!   group sizes, and limit them by [`SearchSpace::max_group_size`].
+//!   group sizes, and limit them by [`SearchSpace::max_group_size`](partition::SearchSpace::max_group_size).
 //! * Spectral bounds are loose for strongly clustered heads; a gap is what is certified, not what is lost.
 //! * Tested on Linux, x86-64. Big-endian machines, Windows and 32-bit machines are not.
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -149,3 +154,7 @@ pub use heads::HeadSource;
 pub use optimizer::Optimizer;
 pub use pooler::KvPooler;
 pub use run::{Observer, Progress, Run};
+
+#[doc = include_str!("../README.md")]
+#[cfg(all(doctest, feature = "runtime"))]
+struct Readme;

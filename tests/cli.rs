@@ -9,6 +9,7 @@ use std::process::Command;
 
 use command::{done, fails, json, qcqa, text};
 use models::{llama, novels, says, snapshot};
+use qcqa::HeadSource;
 use qcqa::checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -36,7 +37,7 @@ fn compress_writes_a_model_of_half_the_cache() {
     assert_eq!(value["plan"], dry["plan"]);
     assert_eq!(value["plan"]["method"]["name"], "qcqa-ec");
     assert_eq!(value["kv_bytes_per_token"], value["output"]["kv_bytes_per_token"]);
-    assert_eq!(Checkpoint::open(&out).unwrap().config().kv_heads, 4);
+    assert_eq!(Checkpoint::open(&out).unwrap().architecture().kv_heads(), [4; 4]);
     assert_eq!(snapshot(&model), before, "the source is untouched");
     // Once more: refused, then replaced.
     says(&fails(1, &args), &[text(&out), "--force"]);

@@ -78,11 +78,14 @@ fn compress_does_everything() {
     let value = json(&calibrated);
     assert_eq!(value["plan"], dry["plan"]);
     assert_eq!(snapshot(&desk.model), before, "the source is untouched");
-    let method = &value["plan"]["method"];
-    assert_eq!((&method["name"], &method["pooler"]), (&"low-rank".into(), &"low-rank".into()));
-    assert_eq!((&method["fitness"], &method["target"]), (&"low-rank".into(), &"stock".into()));
-    says(method["search"].as_str().unwrap(), &["Exact", "UniformGqa", "calibration loss"]);
-    says(value["plan"]["calibration"].as_str().unwrap(), &["sha256:"]);
+    let (method, pooling) = (&value["plan"]["method"], &value["plan"]["pooling"]);
+    assert_eq!((&method["name"], &pooling["pooler"]["name"]), (&"low-rank".into(), &"low-rank".into()));
+    assert_eq!((&method["fitness"]["name"], &method["target"]), (&"low-rank".into(), &"stock".into()));
+    let names: Vec<_> = method["search"].as_array().unwrap().iter().map(|s| s["name"].clone()).collect();
+    assert_eq!((names, &method["chosen_by_loss"]), (vec!["auto".into(), "uniform".into()], &true.into()));
+    says(pooling["calibration"].as_str().unwrap(), &["sha256:"]);
+    assert_eq!(pooling["refit"], "full");
+    assert_eq!(pooling["calibration"], method["calibration"]);
     assert_eq!((&value["wse"], &value["note"]), (&Value::Null, &Value::Null));
     assert_eq!(
         value["error"],
@@ -120,7 +123,7 @@ fn weights_alone_work_and_say_what_is_lost() {
     let desk = Desk::new();
     let (model, out, again) = (text(&desk.model), desk.at("half"), desk.at("again"));
     let value = json(&["compress", model, "--kv", "0.5", "--out", text(&out)]);
-    assert_eq!(value["plan"].get("calibration"), None);
+    assert_eq!(value["plan"]["pooling"].get("calibration"), None);
     assert_eq!(value.get("calibration_text"), None);
     says(value["note"].as_str().unwrap(), &["--calibration FILE", "36.3", "29.1", "novels-1m"]);
     says(&done(&["compress", model, "--kv", "0.5", "--out", text(&again)]), &["note: without --calibration"]);
@@ -167,7 +170,7 @@ fn another_calibration_is_refused() {
     let desk = Desk::new();
     let (model, plan) = (text(&desk.model), desk.at("plan.json"));
     let value = desk.search(&plan, &[&["--calibration", text(&desk.words)], &FOUR[..]].concat());
-    let expected = value["plan"]["calibration"].as_str().unwrap();
+    let expected = value["plan"]["pooling"]["calibration"].as_str().unwrap();
     let out = desk.at("out");
     let convert = ["convert", model, "--plan", text(&plan), "--out", text(&out)];
     let eval = ["eval", model, "--plan", text(&plan), "--text", text(&desk.other)];
@@ -206,8 +209,9 @@ fn poolers_and_allocations_can_be_chosen() {
         let args =
             [&["--method", method, "--pooler", pooler, "--target", "stock"], &calibration[..]].concat();
         let found = search(&args);
-        assert_eq!(found["method"]["pooler"], pooler);
-        assert_eq!(found.get("calibration").is_some(), used, "{method} {pooler}");
+        assert_eq!(found["pooling"]["pooler"]["name"], pooler);
+        assert_eq!(found["method"].get("calibration").is_some(), used, "{method} {pooler}");
+        assert_eq!(found["pooling"].get("calibration").is_some(), !matches!(pooler, "mean" | "first"));
         // The mean needs no calibration, whatever the groups were found with.
         let eval = ["eval", model, "--plan", text(&plan), "--text", text(&desk.other)];
         if matches!(pooler, "mean" | "first") {
@@ -226,19 +230,20 @@ fn poolers_and_allocations_can_be_chosen() {
     );
     assert_eq!(note(&["--pooler", "low-rank"]), Value::Null);
     let bare = search(&[]);
-    assert_eq!((&bare["method"]["name"], &bare["method"]["pooler"]), (&"qcqa-ec".into(), &"mean".into()));
+    let named = (&bare["method"]["name"], &bare["pooling"]["pooler"]["name"]);
+    assert_eq!(named, (&"qcqa-ec".into(), &"mean".into()));
 
     let low_rank = |more: &[&str]| search(&[&["--method", "low-rank"], more].concat())["method"].clone();
     let by_text = low_rank(&calibration);
-    assert_eq!((&by_text["cost"], &by_text["cardinality"]), (&"measured".into(), &"arbitrary".into()));
+    assert_eq!((&by_text["cost"], &by_text["space"]["cardinality"]), (&"measured".into(), &"arbitrary".into()));
     assert_eq!(low_rank(&[])["cost"], "energy-share");
-    says(low_rank(&[])["allocation"].as_str().unwrap(), &["ExactAllocation"]);
+    assert_eq!(low_rank(&[])["allocation"]["name"], "exact");
     let stock = low_rank(&[&["--target", "stock"], &calibration[..]].concat());
-    says(stock["allocation"].as_str().unwrap(), &["UniformAllocation"]);
+    assert_eq!(stock["allocation"]["name"], "uniform");
     let measured =
         search(&[&["--method", "qcqa-ac", "--allocation", "sensitivity"], &calibration[..]].concat());
     assert_eq!(measured["method"]["cost"], "measured");
-    assert!(measured["calibration"].is_string());
+    assert!(measured["method"]["calibration"].is_string());
     let moments = desk.moments(&desk.words, "moments.safetensors");
     for calibration in [&[][..], &["--calibration", text(&moments)]] {
         let args = ["search", model, "--kv", "0.5", "--allocation", "sensitivity", "--out", "never"];

@@ -135,8 +135,8 @@ fn edited_plans_are_named_and_never_obeyed() {
     let eval = ["eval", text(&model), "--plan", text(&plan), "--text", &words];
     let edited = |change: &dyn Fn(&mut Value)| {
         let mut value = good.clone();
-        value["calibration"] = format!("sha256:{}", "0".repeat(64)).into();
-        value["method"]["pooler"] = "low-rank".into();
+        value["pooling"]["calibration"] = format!("sha256:{}", "0".repeat(64)).into();
+        value["pooling"]["pooler"]["name"] = "low-rank".into();
         change(&mut value);
         fs::write(&plan, value.to_string()).unwrap();
     };
@@ -152,21 +152,23 @@ fn edited_plans_are_named_and_never_obeyed() {
     refused(1, &|v| v["source"]["hidden"] = 64.into(), &["another model", "hidden size"]);
     let red = || Value::from("\u{1b}[31mred");
     refused(1, &|v| v["source"]["model_type"] = red(), &["another model", "\\u{1b}[31mred"]);
-    refused(1, &|v| v["calibration"] = red(), &["64 hex digits"]);
+    refused(1, &|v| v["pooling"]["calibration"] = red(), &["64 hex digits"]);
     refused(1, &|v| v["\u{1b}[31m"] = 1.into(), &["unknown field"]);
-    refused(2, &|v| v["method"]["pooler"] = red(), &["no pooler"]);
-    refused(1, &|v| v["method"]["refit"] = red(), &["no refit", "none, output, full"]);
-    refused(2, &|v| v["method"]["refit"] = "full".into(), &["none was given", "--calibration FILE"]);
+    refused(2, &|v| v["pooling"]["pooler"]["name"] = red(), &["no pooler"]);
+    refused(2, &|v| v["pooling"]["pooler"]["colour"] = 1.into(), &["no setting", "colour", "ridge"]);
+    refused(1, &|v| v["pooling"]["pooler"]["ridge"] = red(), &["ridge is", "a number"]);
+    refused(1, &|v| v["pooling"]["refit"] = red(), &["output", "full"]);
+    refused(2, &|v| v["pooling"]["refit"] = "full".into(), &["none was given", "--calibration FILE"]);
     let uncalibrated = |v: &mut Value| {
-        v["method"]["refit"] = "full".into();
-        v.as_object_mut().unwrap().remove("calibration");
+        v["pooling"]["refit"] = "full".into();
+        v["pooling"].as_object_mut().unwrap().remove("calibration");
     };
-    refused(1, &uncalibrated, &["refit \"full\"", "names no calibration"]);
+    refused(1, &uncalibrated, &["full refit", "names no calibration"]);
     let mean = |v: &mut Value| {
-        v["method"]["refit"] = "full".into();
-        v["method"]["pooler"] = "mean".into();
+        v["pooling"]["refit"] = "full".into();
+        v["pooling"]["pooler"]["name"] = "mean".into();
     };
-    refused(2, &mean, &["refit \"full\"", "pooler is \"mean\"", "procrustes, low-rank"]);
+    refused(2, &mean, &["a refit starts from calibrated heads", "pooler mean", "procrustes"]);
 
     // What the target cannot hold: a rule of convert alone.
     edited(&|v| {

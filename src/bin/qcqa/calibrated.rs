@@ -81,7 +81,11 @@ impl CalibrationArgs {
 pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<Plan, CliError> {
     let plan = read_plan(file)?;
     plan.source.check_same(&checkpoint.id()?).map_err(|e| about(file, e))?;
-    POOLERS.make(&plan.pooling.pooler).map_err(|e| about(file, e))?;
+    let pooler = POOLERS.make(&plan.pooling.pooler).map_err(|e| about(file, e))?;
+    if plan.pooling.refit.is_some() && !pooler.needs().moment {
+        let pooler = plan.pooling.pooler.name().to_string();
+        return Err(about(file, Error::RefitPooler { pooler }));
+    }
     Ok(plan)
 }
 
