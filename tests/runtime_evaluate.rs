@@ -13,7 +13,6 @@ use ndarray::{Array2, Array3};
 use qcqa::calibration::Moments;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against, evaluate_through_cache};
-use qcqa::heads::HeadSource;
 use qcqa::partition::Partition;
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::Model;

@@ -11,7 +11,7 @@ use qcqa::heads::{Heads, Pooled, Projection};
 use qcqa::partition::Partition;
 use qcqa::plan::SharedHeads;
 use qcqa::pooler::{FirstHead, MeanPooler};
-use qcqa::runtime::{KvCache, Model};
+use qcqa::runtime::{KvCache, Model, RuntimeError};
 use qcqa::spec::Spec;
 use qcqa::targets::{Expanded, Stock};
 use running::{
@@ -222,7 +222,8 @@ fn other_biases_count() {
 fn refusal(model: &models::Model) -> String {
     let root = tempfile::tempdir().unwrap();
     model.write(root.path());
-    Model::load(&Checkpoint::open(root.path()).unwrap()).unwrap_err().to_string()
+    let checkpoint = Checkpoint::open(root.path()).map_err(RuntimeError::from);
+    checkpoint.and_then(|checkpoint| Model::load(&checkpoint)).unwrap_err().to_string()
 }
 
 #[test]
