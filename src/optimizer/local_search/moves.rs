@@ -103,7 +103,8 @@ pub(super) trait Moves {
     /// Closes an empty group; the last group takes its number.
     fn drop_empty(&mut self, group: usize);
 
-    /// The relocation of `head` with the least change, and where to; where there is room and its group keeps a head.
+    /// The relocation of `head` with the least change, and where to: a group with room, while its own keeps a
+    /// head.
     fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)>;
 
     /// The exchange of `i` with a head from `first` on that has the least change, and with which.
