@@ -98,7 +98,7 @@ impl SeparableFitness for Radius {
     }
 }
 
-/// The same with a hint where to start.
+/// [`Radius`] with a hint where to start.
 #[derive(Debug)]
 struct Hinted(Radius);
 

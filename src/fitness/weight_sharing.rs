@@ -116,12 +116,14 @@ impl WeightSharingError {
         if self.n_heads() > MANY {
             return partition.groups().iter().map(|members| self.group_error(members)).sum();
         }
-        // As wide as the distances, so that comparing and adding take the same lanes.
+        // Labels as wide as the distances, so that comparing and adding take the same lanes; of each group the sum
+        // over its pairs, and its size.
         let (mut labels, mut groups) = ([0.0; MANY], [[0.0; 2]; MANY]);
         labels.iter_mut().zip(partition.labels()).for_each(|(wide, &label)| *wide = f64::from(label));
-        // Of each group the sum over its pairs, and its size.
-        let rows = self.distances.as_slice().unwrap_or_default().chunks_exact(self.n_heads());
-        for (head, (&group, row)) in partition.labels().iter().zip(rows).enumerate() {
+        let rows = self.distances.as_slice().expect("contiguous since it was made");
+        for (head, (&group, row)) in
+            partition.labels().iter().zip(rows.chunks_exact(self.n_heads())).enumerate()
+        {
             let own = labels[head];
             let within = |(&other, &distance): (&f64, &f64)| if other == own { distance } else { 0.0 };
             let (others, row) = (labels[..head].chunks_exact(LANES), row[..head].chunks_exact(LANES));

@@ -125,9 +125,9 @@ pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
 /// For k = 1…H at index k − 1: a bound from the distances of every head to its nearest heads.
 ///
 /// In a group of m heads, head i pays half the mean of its m distances, at least `c_i(m) = 1/2m · (sum of its
-/// m − 1 smallest D_ij)`. Sizes obey `Σ_i 1/m_i = k`, so for every μ the error is at least `Σ_i min_m (c_i(m)
-/// + μ/m) − μ k`; the best μ is found by bisection. m keeps to the sizes of the space. It is strong where the
-/// spectral bound is weak: for equal and for small groups. D must be at least 0.
+/// m − 1 smallest D_ij)`. Sizes obey `Σ_i 1/m_i = k`, so for every μ the error is at least
+/// `Σ_i min_m (c_i(m) + μ/m) − μ k`; the best μ is found by bisection. m keeps to the sizes of the space. It
+/// is strong where the spectral bound is weak: for equal and for small groups. D must be at least 0.
 ///
 /// ```
 /// use qcqa::ndarray::Array2;

@@ -189,10 +189,10 @@ impl<'a, M: Moves> Search<'a, M> {
         }
     }
 
-    fn load(&mut self, k: usize, cap: usize) -> Result<bool> {
+    fn load(&mut self, k: usize, cap: usize) -> Result<()> {
         match &self.best[k] {
-            Some(found) => self.moves.load(&found.labels, k, cap).map(|()| true),
-            None => Ok(false),
+            Some(found) => self.moves.load(&found.labels, k, cap),
+            None => Ok(()),
         }
     }
 
@@ -266,7 +266,7 @@ impl<'a, M: Moves> Search<'a, M> {
             if pass == 1 && fresh {
                 self.chain()?;
             }
-            let found = if pass % 2 == 0 { self.down()? } else { self.up()? };
+            let found = self.pass(pass % 2 == 0)?;
             if (pass > 0 && !found) || self.moves.exhausted() {
                 break;
             }
@@ -274,29 +274,35 @@ impl<'a, M: Moves> Search<'a, M> {
         Ok(())
     }
 
-    /// From k + 1 groups to k, for every k.
-    fn down(&mut self) -> Result<bool> {
+    /// From the best with k groups to k − 1, for every k from the top down, or to k + 1 from the bottom up.
+    fn pass(&mut self, down: bool) -> Result<bool> {
         let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
-        let mut found = false;
         // Above the counts that are wanted there is one pass, the first, which only joins.
-        let from = if self.best[most].is_some() { most } else { self.n_heads };
-        for k in (least..from).rev() {
+        let top = if self.best[most].is_some() { most } else { self.n_heads };
+        let starts: Vec<usize> =
+            if down { (least + 1..=top).rev().collect() } else { (least..most).collect() };
+        let mut gained = false;
+        for k in starts {
             if self.moves.exhausted() {
                 break;
             }
-            match &mut self.best[k + 1] {
-                Some(found) if !found.fused => found.fused = true,
-                _ => continue,
+            let Some(found) = &mut self.best[k] else { continue };
+            if std::mem::replace(if down { &mut found.fused } else { &mut found.split }, true) {
+                continue;
             }
-            self.load(k + 1, self.cap)?;
-            fuse(&mut self.moves)?;
-            if k <= most {
+            self.load(k, self.cap)?;
+            if down {
+                fuse(&mut self.moves)?
+            } else {
+                split(&mut self.moves)?
+            }
+            if self.moves.groups().n_groups() <= most {
                 descend(&mut self.moves, true)?;
             }
-            found |= self.offer();
+            gained |= self.offer();
             self.run.step("local", 0, 1)?;
         }
-        Ok(found)
+        Ok(gained)
     }
 
     /// Splits from the fewest groups on without looking at what is known: other valleys than joining finds.
@@ -309,27 +315,6 @@ impl<'a, M: Moves> Search<'a, M> {
             self.offer();
         }
         Ok(())
-    }
-
-    /// From k groups to k + 1, for every k.
-    fn up(&mut self) -> Result<bool> {
-        let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(false) };
-        let mut found = false;
-        for k in least..most {
-            if self.moves.exhausted() {
-                break;
-            }
-            match &mut self.best[k] {
-                Some(found) if !found.split => found.split = true,
-                _ => continue,
-            }
-            self.load(k, self.cap)?;
-            split(&mut self.moves)?;
-            descend(&mut self.moves, true)?;
-            found |= self.offer();
-            self.run.step("local", 0, 1)?;
-        }
-        Ok(found)
     }
 
     /// A balanced start, then exchanges.

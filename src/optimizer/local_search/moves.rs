@@ -91,15 +91,6 @@ pub(super) trait Moves {
     /// The change when `head` moves to another group.
     fn relocation(&mut self, head: usize, to: usize) -> Result<f64>;
 
-    /// The change when two heads of different groups trade places.
-    fn exchange(&mut self, i: usize, j: usize) -> Result<f64>;
-
-    /// The change when two groups become one.
-    fn union(&mut self, a: usize, b: usize) -> Result<f64>;
-
-    /// The change when `head` leaves its group for one of its own.
-    fn isolation(&mut self, head: usize) -> Result<f64>;
-
     /// Moves `head` to another group; its own may be left empty.
     fn relocate(&mut self, head: usize, to: usize) -> Result<()>;
 
@@ -112,67 +103,18 @@ pub(super) trait Moves {
     /// Closes an empty group; the last group takes its number.
     fn drop_empty(&mut self, group: usize);
 
-    /// The relocation of `head` with the least change, where there is room and its group keeps a head.
-    fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
-        let from = self.groups().of(head);
-        let mut best = (f64::INFINITY, from);
-        if self.groups().sizes[from] > 1 {
-            for to in 0..self.groups().n_groups() {
-                let groups = self.groups();
-                if to != from && groups.has_room(to) {
-                    let change = self.relocation(head, to)?;
-                    if change < best.0 {
-                        best = (change, to);
-                    }
-                }
-            }
-        }
-        Ok(best)
-    }
+    /// The relocation of `head` with the least change, and where to: a group with room, while its own keeps a
+    /// head.
+    fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)>;
 
-    /// The exchange of `i` with a head from `first` on that has the least change.
-    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)> {
-        let mut best = (f64::INFINITY, i);
-        for j in first..self.groups().n_heads() {
-            if self.groups().labels[i] != self.groups().labels[j] {
-                let change = self.exchange(i, j)?;
-                if change < best.0 {
-                    best = (change, j);
-                }
-            }
-        }
-        Ok(best)
-    }
+    /// The exchange of `i` with a head from `first` on that has the least change, and with which.
+    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)>;
 
     /// The union with the least change that the cap allows.
-    fn best_union(&mut self) -> Result<(f64, usize, usize)> {
-        let mut best = (f64::INFINITY, 0, 0);
-        for a in 0..self.groups().n_groups() {
-            for b in 0..a {
-                if self.groups().sizes[a] + self.groups().sizes[b] <= self.groups().cap {
-                    let change = self.union(a, b)?;
-                    if change < best.0 {
-                        best = (change, a, b);
-                    }
-                }
-            }
-        }
-        Ok(best)
-    }
+    fn best_union(&mut self) -> Result<(f64, usize, usize)>;
 
-    /// Heads of one group that gain most when they leave it together: one here.
-    fn best_split(&mut self) -> Result<Vec<usize>> {
-        let mut best = (f64::INFINITY, None);
-        for head in 0..self.groups().n_heads() {
-            if self.groups().sizes[self.groups().of(head)] > 1 {
-                let change = self.isolation(head)?;
-                if change < best.0 || best.1.is_none() {
-                    best = (change, Some(head));
-                }
-            }
-        }
-        Ok(best.1.into_iter().collect())
-    }
+    /// Heads of one group that gain most when they leave it for a new one, together.
+    fn best_split(&mut self) -> Result<Vec<usize>>;
 
     /// Heads of one group that gain when they go to another together, and where they go: none here.
     fn best_migration(&mut self) -> Result<(usize, Vec<usize>)> {
@@ -217,6 +159,21 @@ pub(super) fn descend(moves: &mut impl Moves, exchanges: bool) -> Result<()> {
     }
 }
 
+/// The first candidate with the least change, and that change.
+pub(super) fn least<T: Copy>(
+    candidates: Vec<T>,
+    mut change: impl FnMut(T) -> Result<f64>,
+) -> Result<Option<(f64, T)>> {
+    let mut best: Option<(f64, T)> = None;
+    for candidate in candidates {
+        let change = change(candidate)?;
+        if best.is_none_or(|(least, _)| change < least) {
+            best = Some((change, candidate));
+        }
+    }
+    Ok(best)
+}
+
 /// One group fewer: the cheapest union that the cap allows. Where it allows none, the smallest group is dealt
 /// out to those with room.
 pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
@@ -228,16 +185,10 @@ pub(super) fn fuse(moves: &mut impl Moves) -> Result<()> {
     let smallest = (0..k).min_by_key(|&g| moves.groups().sizes[g]).unwrap_or(0);
     for head in 0..moves.groups().n_heads() {
         if moves.groups().of(head) == smallest {
-            let mut best = (f64::INFINITY, None);
-            for to in (0..k).filter(|&g| g != smallest) {
-                if moves.groups().has_room(to) {
-                    let change = moves.relocation(head, to)?;
-                    if change < best.0 || best.1.is_none() {
-                        best = (change, Some(to));
-                    }
-                }
-            }
-            let to = best.1.expect("k − 1 groups of at most cap heads hold all heads");
+            let groups = moves.groups();
+            let rooms: Vec<usize> = (0..k).filter(|&g| g != smallest && groups.has_room(g)).collect();
+            let best = least(rooms, |to| moves.relocation(head, to))?;
+            let (_, to) = best.expect("k − 1 groups of at most cap heads hold all heads");
             moves.relocate(head, to)?;
         }
     }

@@ -149,26 +149,6 @@ impl Moves for Pairs {
         Ok(paid - self.saved(head, self.groups.of(head)))
     }
 
-    fn exchange(&mut self, i: usize, j: usize) -> Result<f64> {
-        let (a, b) = (self.groups.of(i), self.groups.of(j));
-        let distance = self.row(i)[j];
-        let in_a = (self.sum(j, a) - self.sum(i, a) - distance) * self.scale[self.groups.sizes[a]];
-        let in_b = (self.sum(i, b) - self.sum(j, b) - distance) * self.scale[self.groups.sizes[b]];
-        Ok(in_a + in_b)
-    }
-
-    fn union(&mut self, a: usize, b: usize) -> Result<f64> {
-        let heads = (0..self.n).filter(|&i| self.groups.of(i) == a);
-        let across: f64 = heads.map(|i| self.sum(i, b)).sum();
-        let joint = (self.within[a] + self.within[b] + across)
-            * self.scale[self.groups.sizes[a] + self.groups.sizes[b]];
-        Ok(joint - self.errors[a] - self.errors[b])
-    }
-
-    fn isolation(&mut self, head: usize) -> Result<f64> {
-        Ok(-self.saved(head, self.groups.of(head)))
-    }
-
     fn relocate(&mut self, head: usize, to: usize) -> Result<()> {
         let from = self.groups.of(head);
         self.within[from] -= self.sum(head, from);

@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use super::moves::{Groups, Moves};
+use super::moves::{Groups, Moves, least};
 use crate::error::Result;
 use crate::fitness::{FitnessFn, SeparableFitness};
 use crate::partition::Partition;
@@ -135,6 +135,24 @@ impl<'a> Queried<'a> {
         Ok(self.group_error(&new_a, false)? + self.group_error(&new_b, false)? - old)
     }
 
+    /// The change when two heads of different groups trade places.
+    fn exchange(&mut self, i: usize, j: usize) -> Result<f64> {
+        let (a, b) = (self.groups.of(i), self.groups.of(j));
+        self.change(a, self.toggled(a, &[i, j]), b, self.toggled(b, &[i, j]))
+    }
+
+    /// The change when two groups become one.
+    fn union(&mut self, a: usize, b: usize) -> Result<f64> {
+        self.change(a, self.with_both(a, b), b, self.nobody())
+    }
+
+    /// The change when `head` leaves its group for one of its own.
+    fn isolation(&mut self, head: usize) -> Result<f64> {
+        let (from, mut alone) = (self.groups.of(head), self.nobody());
+        alone[head / 64] |= 1 << (head % 64);
+        self.change(from, self.toggled(from, &[head]), self.groups.n_groups(), alone)
+    }
+
     /// Scores the groups `a` and `b` anew, or the whole.
     fn rescore(&mut self, a: usize, b: usize) -> Result<()> {
         if self.separable.is_none() {
@@ -198,19 +216,33 @@ impl Moves for Queried<'_> {
         self.change(from, self.toggled(from, &[head]), to, self.toggled(to, &[head]))
     }
 
-    fn exchange(&mut self, i: usize, j: usize) -> Result<f64> {
-        let (a, b) = (self.groups.of(i), self.groups.of(j));
-        self.change(a, self.toggled(a, &[i, j]), b, self.toggled(b, &[i, j]))
+    fn best_relocation(&mut self, head: usize) -> Result<(f64, usize)> {
+        let (groups, from) = (&self.groups, self.groups.of(head));
+        let free = |to: &usize| groups.sizes[from] > 1 && *to != from && groups.has_room(*to);
+        let rooms: Vec<usize> = (0..groups.n_groups()).filter(free).collect();
+        Ok(least(rooms, |to| self.relocation(head, to))?.unwrap_or((f64::INFINITY, from)))
     }
 
-    fn union(&mut self, a: usize, b: usize) -> Result<f64> {
-        self.change(a, self.with_both(a, b), b, self.nobody())
+    fn best_exchange(&mut self, i: usize, first: usize) -> Result<(f64, usize)> {
+        let labels = &self.groups.labels;
+        let others: Vec<usize> = (first..labels.len()).filter(|&j| labels[j] != labels[i]).collect();
+        Ok(least(others, |j| self.exchange(i, j))?.unwrap_or((f64::INFINITY, i)))
     }
 
-    fn isolation(&mut self, head: usize) -> Result<f64> {
-        let (from, mut alone) = (self.groups.of(head), self.nobody());
-        alone[head / 64] |= 1 << (head % 64);
-        self.change(from, self.toggled(from, &[head]), self.groups.n_groups(), alone)
+    fn best_union(&mut self) -> Result<(f64, usize, usize)> {
+        let Groups { sizes, cap, .. } = &self.groups;
+        let pairs = (0..sizes.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
+        let allowed: Vec<_> = pairs.filter(|&(a, b)| sizes[a] + sizes[b] <= *cap).collect();
+        let (change, (a, b)) = least(allowed, |(a, b)| self.union(a, b))?.unwrap_or((f64::INFINITY, (0, 0)));
+        Ok((change, a, b))
+    }
+
+    /// One head: what others would gain by following it is not known.
+    fn best_split(&mut self) -> Result<Vec<usize>> {
+        let groups = &self.groups;
+        let heads: Vec<usize> =
+            (0..groups.n_heads()).filter(|&head| groups.sizes[groups.of(head)] > 1).collect();
+        Ok(least(heads, |head| self.isolation(head))?.map(|(_, head)| head).into_iter().collect())
     }
 
     fn relocate(&mut self, head: usize, to: usize) -> Result<()> {
