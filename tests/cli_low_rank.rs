@@ -235,7 +235,10 @@ fn poolers_and_allocations_can_be_chosen() {
 
     let low_rank = |more: &[&str]| search(&[&["--method", "low-rank"], more].concat())["method"].clone();
     let by_text = low_rank(&calibration);
-    assert_eq!((&by_text["cost"], &by_text["space"]["cardinality"]), (&"measured".into(), &"arbitrary".into()));
+    assert_eq!(
+        (&by_text["cost"], &by_text["space"]["cardinality"]),
+        (&"measured".into(), &"arbitrary".into())
+    );
     assert_eq!(low_rank(&[])["cost"], "energy-share");
     assert_eq!(low_rank(&[])["allocation"]["name"], "exact");
     let stock = low_rank(&[&["--target", "stock"], &calibration[..]].concat());

@@ -107,7 +107,7 @@ fn only_families_know_model_types_and_tensor_names() {
         "o_proj",
         "embed_tokens",
         "lm_head",
-        "rotary_emb",
+        "inv_freq",
         "input_layernorm",
         "\"llama\"",
         "\"mistral\"",

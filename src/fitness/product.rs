@@ -15,7 +15,7 @@ pub(super) fn add_gram(tile: &[f32], sum: &mut [f64]) {
     pulp::Arch::new().dispatch(AddGram { tile, sum });
 }
 
-/// The same through `ndarray`'s product, which knows nothing of symmetry and packs what need not be packed.
+/// Adds `X Xᵀ` to `sum` through `ndarray`'s product, which knows nothing of symmetry and packs what need not be packed.
 #[cfg(not(feature = "simd"))]
 pub(super) fn add_gram(tile: &[f32], sum: &mut [f64]) {
     /// Its sums run one after the other, not in lanes: shorter ones keep their digits.

@@ -13,7 +13,7 @@ pub(crate) fn eigenvalues<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>) ->
     decompose(matrix, false).map(|(values, _)| values)
 }
 
-/// The same with the eigenvectors as columns.
+/// Eigenvalues, ascending, and eigenvectors as columns.
 pub(crate) fn eigen<T: ComplexField<Real = f64>>(matrix: MatRef<'_, T>) -> Option<(Vec<f64>, Mat<T>)> {
     decompose(matrix, true)
 }

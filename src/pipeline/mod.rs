@@ -5,28 +5,25 @@
 mod compressed;
 mod preset;
 mod search;
+mod searched;
 
 use std::sync::Arc;
 
-use crate::allocator::{Allocator, CostScale, ExactAllocation, LayerCosts, UniformAllocation};
+use crate::allocator::{Allocator, CostScale, ExactAllocation, UniformAllocation};
 use crate::budget::{Budget, Limits};
 #[cfg(feature = "runtime")]
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-#[cfg(feature = "runtime")]
-use crate::evaluation::{Sensitivity, Trial, choose_model};
 use crate::fitness::FitnessKind;
-use crate::front::Front;
 use crate::grouping::{Grouping, UniformGqa};
 use crate::heads::HeadSource;
 use crate::optimizer::Optimizer;
 #[cfg(feature = "checkpoint")]
 use crate::output::Target;
 use crate::partition::{Cardinality, SearchSpace};
-use crate::plan::{LayerPlan, Method, Plan, Pooling, Refit};
+use crate::plan::{Plan, Refit};
 use crate::pooler::KvPooler;
 use crate::run::Run;
-use crate::spec::Spec;
 
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
@@ -36,13 +33,7 @@ pub use compressed::Compressed;
 pub use compressed::Effect;
 pub use preset::Preset;
 pub use search::Search;
-
-/// Windows that decide between groups: the order of two losses shows early.
-#[cfg(feature = "runtime")]
-const CHOOSING_WINDOWS: usize = 32;
-/// Windows that measure how much each layer pays: losses of one text differ by little but what is measured.
-#[cfg(feature = "runtime")]
-const MEASURING_WINDOWS: usize = 16;
+pub use searched::Searched;
 
 /// How the layers share the budget.
 #[derive(Debug, Clone)]
@@ -303,160 +294,5 @@ impl<'a> Compress<'a> {
             Some(Some(_)) if !self.has_text() => Err(Error::NeedsText { what: "a refit" }),
             Some(asked) => Ok(asked),
         }
-    }
-}
-
-/// What a search found: the front of every layer, from which plans for any budget are made.
-#[derive(Debug)]
-pub struct Searched<'s> {
-    compress: &'s Compress<'s>,
-    source: &'s dyn HeadSource,
-    limits: Limits,
-    refit: Option<Refit>,
-    search: Vec<Spec>,
-    /// And whether by measured costs.
-    allocation: (Arc<dyn Allocator>, bool),
-    fronts: Vec<Front>,
-    /// Groups of neighbours by the same fitness, where the calibration text is to choose between the two.
-    neighbours: Vec<Front>,
-    #[cfg(feature = "runtime")]
-    sensitivity: Option<Sensitivity>,
-}
-
-impl Searched<'_> {
-    /// The front of every layer.
-    pub fn fronts(&self) -> &[Front] {
-        &self.fronts
-    }
-
-    /// How the layers share the budget: the allocator's name, or `sensitivity` where costs were measured.
-    pub fn allocation(&self) -> String {
-        if self.allocation.1 {
-            "sensitivity".to_string()
-        } else {
-            self.allocation.0.spec().name().to_string()
-        }
-    }
-
-    /// The plan within a budget: of every layer's front the point that the allocator chooses.
-    ///
-    /// # Errors
-    /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator report; what
-    /// running the model reports, where a text chooses between groups.
-    pub fn plan(&self, budget: Budget, run: Run<'_>) -> Result<Plan> {
-        let cost = if self.allocation.1 { CostScale::Measured } else { self.compress.cost };
-        self.allocated(self.allocation.0.as_ref(), &self.costs()?, cost, budget, run)
-    }
-
-    /// The plan within a budget that another allocator chooses, from the errors.
-    ///
-    /// # Errors
-    /// As [`Searched::plan`].
-    pub fn plan_by(&self, allocator: &dyn Allocator, budget: Budget, run: Run<'_>) -> Result<Plan> {
-        let cost = self.compress.cost;
-        self.allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)
-    }
-
-    /// The plan within a budget under costs from elsewhere: `costs` holds what each k of each layer loses, under the limits
-    /// (see [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
-    ///
-    /// # Errors
-    /// As [`Searched::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
-    pub fn plan_with_costs(&self, costs: &LayerCosts, budget: Budget, run: Run<'_>) -> Result<Plan> {
-        self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)
-    }
-
-    fn allocated(
-        &self,
-        allocator: &dyn Allocator,
-        costs: &LayerCosts,
-        cost: CostScale,
-        budget: Budget,
-        run: Run<'_>,
-    ) -> Result<Plan> {
-        let (compress, heads) = (self.compress, self.source.architecture().kv_heads());
-        let budget = if compress.preset == Some(Preset::Mqa) { Budget::Heads(heads.len()) } else { budget };
-        if costs.n_layers() != heads.len() {
-            let (what, expected, found) = ("layer costs", heads.len(), costs.n_layers());
-            return Err(Error::LayerCount { what, expected, found });
-        }
-        let most = budget.kv_heads(&heads)?;
-        let ks = allocator.allocate(costs, most, run)?;
-        let point = |(front, &k): (&Front, &usize)| {
-            front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
-        };
-        let layers: Vec<LayerPlan> = self.fronts.iter().zip(&ks).map(point).collect::<Result<_>>()?;
-        let layers = self.chosen(layers, run)?;
-        let moments = self.source.calibration();
-        let calibrated = compress.pooler.needs().moment;
-        let counts = calibrated || compress.fitness.needs().moment || cost == CostScale::Measured;
-        let name = compress.name.clone();
-        let method = Method::new(name, Spec::default(), compress.fitness.spec(), allocator.spec());
-        let method = Method {
-            search: self.search.clone(),
-            chosen_by_loss: !self.neighbours.is_empty(),
-            calibration: moments.clone().filter(|_| counts),
-            cost,
-            target: compress.target_limits(self.source).0.map(str::to_string),
-            ..method.with_limits(&self.limits)
-        };
-        let pooling = Pooling::new(compress.pooler.spec())
-            .with_calibration(moments.filter(|_| calibrated))
-            .with_refit(self.refit);
-        Plan::new(self.source.id()?, method, pooling, layers, budget.fraction(&heads), run.seed())
-    }
-
-    fn costs(&self) -> Result<LayerCosts> {
-        #[cfg(feature = "runtime")]
-        if let Some(sensitivity) = &self.sensitivity {
-            return sensitivity.costs(&self.fronts, &self.limits);
-        }
-        LayerCosts::new(&self.fronts, self.compress.cost, &self.limits)
-    }
-
-    #[cfg(not(feature = "runtime"))]
-    fn measure(&mut self, _run: Run<'_>) -> Result<()> {
-        Ok(())
-    }
-
-    /// What each layer pays, where that divides the budget.
-    #[cfg(feature = "runtime")]
-    fn measure(&mut self, run: Run<'_>) -> Result<()> {
-        if let (true, Some((model, windows))) = (self.allocation.1, self.text()) {
-            let windows = windows.clone().first(MEASURING_WINDOWS);
-            let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
-            self.sensitivity = Some(Sensitivity::measure(&trial, &self.fronts, run)?);
-        }
-        Ok(())
-    }
-
-    #[cfg(feature = "runtime")]
-    fn text(&self) -> Option<(&crate::runtime::Model, &crate::text::Windows)> {
-        self.compress.calibration.and_then(Calibration::text)
-    }
-
-    #[cfg(not(feature = "runtime"))]
-    fn chosen(&self, layers: Vec<LayerPlan>, _run: Run<'_>) -> Result<Vec<LayerPlan>> {
-        Ok(layers)
-    }
-
-    /// Groups of neighbours in the place of those found, where the model then reads the calibration text better.
-    #[cfg(feature = "runtime")]
-    fn chosen(&self, layers: Vec<LayerPlan>, run: Run<'_>) -> Result<Vec<LayerPlan>> {
-        let Some((model, windows)) = self.text() else { return Ok(layers) };
-        // A bound holds for every partition of that many equal groups.
-        let other = |(layer, front): (&LayerPlan, &Front)| match front.get(layer.groups.n_groups()) {
-            Some(point) => LayerPlan { lower_bound: layer.lower_bound, ..LayerPlan::from(point) },
-            None => layer.clone(),
-        };
-        let others: Vec<LayerPlan> = layers.iter().zip(&self.neighbours).map(other).collect();
-        let groups = |layers: &[LayerPlan]| layers.iter().map(|l| l.groups.clone()).collect::<Vec<_>>();
-        if others.is_empty() || groups(&layers) == groups(&others) {
-            return Ok(layers);
-        }
-        let windows = windows.clone().first(CHOOSING_WINDOWS);
-        let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
-        let models = [trial.grouped(&groups(&layers))?, trial.grouped(&groups(&others))?];
-        Ok(if choose_model(&models, &windows, run)?.0 == 1 { others } else { layers })
     }
 }

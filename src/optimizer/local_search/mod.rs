@@ -21,20 +21,18 @@ use crate::spec::Spec;
 
 /// Iterated local search that starts from Ward's agglomeration, for all numbers of groups in one go.
 ///
-/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads
-/// the cheapest pair of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition
-/// on the way improved by relocations and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830).
-/// Then the best with k groups is split towards k + 1 and joined towards k − 1 and improved again, up and
-/// down until neither helps; heads of one group go to another together where the first alone would lose (a
-/// chain of moves, as in Kernighan & Lin 1970, doi:10.1002/j.1538-7305.1970.tb01770.x); and, where
-/// [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved again (iterated local search,
-/// Lourenço, Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal
-/// cardinality, k = H/2) are minimum-weight perfect matchings: exact with the feature `matching`.
+/// Grouping by an error `Σ_g Σ_{i,j∈g} D_ij / 2|g|` is minimum-sum-of-squares clustering. From single heads the cheapest pair
+/// of groups is joined (Ward 1963, doi:10.1080/01621459.1963.10500845) and every partition on the way improved by relocations
+/// and exchanges of heads (Hartigan & Wong 1979, doi:10.2307/2346830). Then the best with k groups is split towards k + 1 and
+/// joined towards k − 1 and improved again, up and down until neither helps; heads of one group go to another together where
+/// the first alone would lose (a chain of moves, as in Kernighan & Lin 1970, doi:10.1002/j.1538-7305.1970.tb01770.x); and,
+/// where [`rounds`](LocalSearch::rounds) ask for it, all is shaken and improved again (iterated local search, Lourenço,
+/// Martin & Stützle 2003, doi:10.1007/0-306-48056-5_11). Partitions into pairs of heads (equal cardinality, k = H/2) are
+/// minimum-weight perfect matchings: exact with the feature `matching`.
 ///
-/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move
-/// takes O(1). Any other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the
-/// errors of all pairs of heads, and is asked for groups (once each), or for whole partitions where it is not
-/// a sum over groups.
+/// A fitness with [`pairwise`](SeparableFitness::pairwise) distances is never asked during the search: a move takes O(1). Any
+/// other starts from its [`pairwise_proxy`](SeparableFitness::pairwise_proxy), or from the errors of all pairs of heads, and
+/// is asked for groups (once each), or for whole partitions where it is not a sum over groups.
 ///
 /// ```
 /// use qcqa::ndarray::Array2;
