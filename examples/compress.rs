@@ -2,31 +2,31 @@
 //!
 //! `cargo run --release --features runtime --example compress -- tests/data/novels-1m tests/data/novels-1m/calibration.txt target/half`
 
-use std::path::Path;
-
 use qcqa::budget::Budget;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::files::WriteOptions;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::targets::Stock;
-use qcqa::{Result, Run};
+use qcqa::{Error, Result, Run};
 
-fn main() -> Result<()> {
-    let args: Vec<String> = std::env::args().collect();
-    let [_, model, text, out] = &args[..] else {
-        return Err(qcqa::Error::plugin("usage: compress MODEL TEXT OUT"));
-    };
-    let windows = std::env::var("WINDOWS").ok().and_then(|n| n.parse().ok()).unwrap_or(128);
-
+/// Halves the KV cache of `model`, calibrated on `windows` windows of `text`, and writes it to `out`.
+pub fn compress(model: &str, text: &str, windows: usize, out: &str) -> Result<()> {
     let (model, run) = (Checkpoint::open(model)?, Run::new(0));
-    let text = Calibration::from_text(&model, Path::new(text), windows, run)?;
-    let compress =
-        Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock).calibration(&text);
+    let text = Calibration::from_text(&model, text.as_ref(), windows, run)?;
+    let compress = Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock);
+    let compress = compress.calibration(&text);
     let compressed = compress.run(&model, run)?;
     if let Some(effect) = &compressed.effect {
         println!("perplexity {:.2} → {:.2}", effect.before.perplexity(), effect.after.perplexity());
     }
-    compressed.write(Path::new(out), WriteOptions::default(), run)?;
+    compressed.write(out.as_ref(), WriteOptions::default(), run)?;
     Ok(())
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, text, out] = &args[..] else { return Err(Error::plugin("usage: compress MODEL TEXT OUT")) };
+    let windows = std::env::var("WINDOWS").ok().and_then(|n| n.parse().ok()).unwrap_or(128);
+    compress(model, text, windows, out)
 }

@@ -49,6 +49,17 @@ fn commands(text: &str) -> Vec<String> {
     found
 }
 
+/// What a document leaves open: a model, texts, a directory.
+fn filled_in(word: &str) -> &str {
+    match word {
+        "MODEL" => "tests/data/novels-1m",
+        "DIR" => "target/dir",
+        "calibration.txt" | "TEXT" => "tests/data/novels-1m/calibration.txt",
+        "evaluation.txt" | "FILE" => "tests/data/novels-1m/evaluation.txt",
+        word => word,
+    }
+}
+
 #[test]
 fn every_command_of_the_documents_works() {
     // A desk that looks like the repository, so that nothing is written to it.
@@ -75,7 +86,7 @@ fn every_command_of_the_documents_works() {
                 continue;
             }
             let output = Command::new(env!("CARGO_BIN_EXE_qcqa"))
-                .args(arguments.split_whitespace())
+                .args(arguments.split_whitespace().map(filled_in))
                 .current_dir(desk.path())
                 .output()
                 .unwrap();
