@@ -3,44 +3,53 @@
 
 mod models;
 
-use std::cell::Cell;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use models::{llama, not_written, ready, says, snapshot};
-use qcqa::checkpoint::{Checkpoint, Expanded, FileError, Layout, Stock, Target, WriteOptions, convert};
-use qcqa::{Error, Heads, KvPooler, Limits, MeanPooler, Partition, Plan, Pooled, Progress, Run};
-use serde_json::Value;
+use models::{attention, convert, convert_by, llama, not_written, ready, says, snapshot};
+use qcqa::budget::Limits;
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::{FileError, WriteOptions};
+use qcqa::heads::{Heads, Pooled};
+use qcqa::model::Architecture;
+use qcqa::output::{OutputModel, Slot, Target, check_place};
+use qcqa::partition::Partition;
+use qcqa::plan::Plan;
+use qcqa::pooler::MeanPooler;
+use qcqa::spec::Spec;
+use qcqa::targets::{Expanded, Stock};
+use qcqa::{Error, KvPooler, Progress, Run};
+use serde_json::{Map, Value};
 
 /// A target that mixes up its heads.
 #[derive(Debug)]
-struct Confused(Layout);
+struct Confused(Vec<Slot>, Vec<Slot>);
 
 impl Target for Confused {
     fn name(&self) -> &'static str {
         "confused"
     }
-    fn limits(&self) -> Limits {
+    fn limits(&self, _: &Architecture) -> Limits {
         Limits::default()
     }
-    fn saves_memory(&self) -> bool {
-        true
+    fn output(
+        &self,
+        model: &Architecture,
+        config: &Map<String, Value>,
+        _: &Plan,
+    ) -> qcqa::Result<OutputModel> {
+        OutputModel::from_slots(model, config.clone(), |_| (self.0.clone(), self.1.clone()))
     }
-    fn check(&self, _: &Plan) -> Result<(), FileError> {
-        Ok(())
-    }
-    fn layout(&self, _: &Partition, _: usize) -> Layout {
-        self.0.clone()
-    }
-    fn configure(&self, _: &mut serde_json::Map<String, Value>, _: &Plan) {}
 }
 
 #[test]
 fn layouts_that_mix_up_heads() {
     let (root, source, plan) = ready();
     let refused = |kv_rows: &[usize], query_order: &[usize]| {
-        let target = Confused(Layout { kv_rows: kv_rows.to_vec(), query_order: query_order.to_vec() });
+        let [kv, query] = [kv_rows, query_order].map(|all| all.iter().map(|&i| Slot::Head(i)).collect());
+        let target = Confused(kv, query);
         not_written(&root, &source, &plan, &target, &root.path().join("out"), false)
     };
     says(
@@ -50,13 +59,19 @@ fn layouts_that_mix_up_heads() {
     says(&refused(&[0, 1], &[0, 1, 2, 3, 4, 4]), &["no permutation of 6"]);
     says(&refused(&[0, 0, 1, 1], &[0, 1, 2, 3, 4, 5]), &["cannot be shared evenly by 4"]);
     says(&refused(&[], &[0, 1, 2, 3, 4, 5]), &["by 0 KV heads"]);
+    says(&refused(&[0, 2], &[0, 1, 2, 3, 4, 5]), &["no group 2 of 2"]);
 }
 
 #[test]
 fn outputs_in_the_way() {
     let (root, source, plan) = ready();
     let input = root.path().join("in");
-    let refused = |out: &Path, force: bool| not_written(&root, &source, &plan, &Stock, out, force);
+    let refused = |out: &Path, force: bool| {
+        let message = not_written(&root, &source, &plan, &Stock, out, force);
+        assert_eq!(check_place(&source, out, force).unwrap_err().to_string(), message);
+        message
+    };
+    check_place(&source, &root.path().join("out"), false).unwrap();
     for force in [false, true] {
         says(&refused(&input, force), &["must not lie within"]);
         says(&refused(&input.join("extra/../new/out"), force), &["must not lie within"]);
@@ -68,7 +83,7 @@ fn outputs_in_the_way() {
     let full = root.path().join("full");
     fs::create_dir(&full).unwrap();
     fs::write(full.join("diary.txt"), "dear").unwrap();
-    says(&refused(&full, false), &["full exists", "--force"]);
+    says(&refused(&full, false), &["full exists", "not replaced unless"]);
     says(&refused(&full, true), &["full is not a model directory"]);
     says(&refused(&full.join("diary.txt"), true), &["is not a model directory"]);
     says(&refused(&full.join("diary.txt/out"), false), &["cannot write"]);
@@ -99,8 +114,7 @@ fn links_hide_nothing() {
     symlink(&linked, linked.join("loop")).unwrap();
     symlink(input.join("tokenizer.json"), linked.join("tokenizer.json")).unwrap();
     let out = root.path().join("out");
-    let report =
-        convert(&indirect, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
+    let report = convert(&indirect, &plan, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap();
     assert_eq!(report.files.len(), 4);
     assert!(out.join("tokenizer.json").symlink_metadata().unwrap().is_file());
     Checkpoint::open(&out).unwrap();
@@ -110,41 +124,44 @@ fn links_hide_nothing() {
 fn a_cancelled_run_leaves_nothing() {
     let (root, source, plan) = ready();
     let before = snapshot(root.path());
-    let convert = |stop_at: u64, seen: &Cell<u64>, total: &Cell<u64>| {
+    let convert = |stop_at: u64, seen: &AtomicU64, total: &AtomicU64| {
         let observer = |progress: &Progress<'_>| {
             assert_eq!(progress.stage, "write");
-            seen.set(progress.done);
-            total.set(progress.total);
+            seen.store(progress.done, Ordering::Relaxed);
+            total.store(progress.total, Ordering::Relaxed);
             if progress.done == stop_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let run = Run::new(0).with_observer(&observer);
         let out = root.path().join("new/out");
-        convert(&source, &plan, &MeanPooler, &Stock, &out, WriteOptions::default(), run)
+        convert(&source, &plan, &Stock, &out, WriteOptions::default(), run)
     };
-    let (seen, total) = (Cell::new(0), Cell::new(1));
+    let (seen, total) = (AtomicU64::new(0), AtomicU64::new(1));
     let mut stop_at = 0;
-    while stop_at <= total.get() {
+    while stop_at <= total.load(Ordering::Relaxed) {
         let error = convert(stop_at, &seen, &total).unwrap_err();
         assert!(matches!(error, FileError::Core(Error::Cancelled)), "{error}");
         assert!(matches!(Error::from(error), Error::Cancelled));
-        assert_eq!(seen.get(), stop_at);
+        assert_eq!(seen.load(Ordering::Relaxed), stop_at);
         assert_eq!(snapshot(root.path()), before);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
         stop_at += 1;
     }
-    assert_eq!(total.get(), 11 + 2);
+    assert_eq!(total.load(Ordering::Relaxed), 11 + 2);
     convert(u64::MAX, &seen, &total).unwrap();
-    assert_eq!(seen.get(), total.get());
+    assert_eq!(seen.load(Ordering::Relaxed), total.load(Ordering::Relaxed));
     assert_eq!(fs::read_dir(root.path().join("new")).unwrap().count(), 1);
 }
 
 /// Fails at the second layer it is given.
 #[derive(Debug)]
-struct Fails(std::sync::atomic::AtomicUsize);
+struct Fails(AtomicUsize);
 
 impl KvPooler for Fails {
+    fn spec(&self) -> Spec {
+        Spec::new("fails")
+    }
     fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
-        match self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+        match self.0.fetch_add(1, Ordering::Relaxed) {
             0 => MeanPooler.pool(heads, partition),
             _ => Err(Error::plugin("no more")),
         }
@@ -155,19 +172,19 @@ impl KvPooler for Fails {
 fn force_replaces_only_by_what_is_whole() {
     let (root, source, plan) = ready();
     let (input, out) = (snapshot(&root.path().join("in")), root.path().join("out"));
-    let forced = WriteOptions { force: true, ..WriteOptions::default() };
-    convert(&source, &plan, &MeanPooler, &Stock, &out, forced, Run::new(0)).unwrap();
+    let forced = WriteOptions::default().force(true);
+    convert(&source, &plan, &Stock, &out, forced, Run::new(0)).unwrap();
     fs::write(out.join("notes.txt"), "of the old one").unwrap();
     let old = snapshot(&out);
 
-    says(&not_written(&root, &source, &plan, &Stock, &out, false), &["out exists", "--force"]);
-    let error = convert(&source, &plan, &Fails(0.into()), &Expanded, &out, forced, Run::new(0)).unwrap_err();
+    says(&not_written(&root, &source, &plan, &Stock, &out, false), &["out exists", "not replaced unless"]);
+    let error = convert_by(Fails(0.into()), &source, &plan, &Expanded, &out, forced).unwrap_err();
     says(&error.to_string(), &["no more"]);
     assert_eq!(snapshot(&out), old);
 
-    convert(&source, &plan, &MeanPooler, &Expanded, &out, forced, Run::new(0)).unwrap();
+    convert(&source, &plan, &Expanded, &out, forced, Run::new(0)).unwrap();
     assert!(!out.join("notes.txt").exists());
-    assert_eq!(Checkpoint::open(&out).unwrap().config().kv_heads, 6);
+    assert_eq!(attention(&Checkpoint::open(&out).unwrap()).kv_heads, 6);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     assert_eq!(snapshot(&root.path().join("in")), input);
 }

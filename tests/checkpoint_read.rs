@@ -3,11 +3,13 @@
 
 mod models;
 
-use models::{Model, Tensor, encode, novels};
+use models::{Model, Tensor, attention, encode, novels};
 use ndarray::{Array2, Axis};
 use proptest::prelude::*;
 use qcqa::checkpoint::{Checkpoint, Dtype};
-use qcqa::{HeadRows, Heads, Rotation, WeightSharingError};
+use qcqa::fitness::WeightSharingError;
+use qcqa::heads::{HeadRows, HeadSource, Heads};
+use qcqa::model::{Rotary, Rotation};
 use safetensors::Dtype as Stored;
 use serde_json::{Value, json};
 
@@ -16,6 +18,23 @@ fn open(model: &Model) -> (tempfile::TempDir, Checkpoint) {
     model.write(directory.path());
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     (directory, checkpoint)
+}
+
+/// Radians per position of each pair.
+fn frequencies(checkpoint: &Checkpoint) -> &[f32] {
+    &attention(checkpoint).rotary.as_ref().unwrap().frequencies
+}
+
+fn usual(dims: usize, theta: f64) -> Vec<f32> {
+    Rotary::from_theta(Rotation::HalfSplit { dims }, theta).frequencies
+}
+
+/// Whether keys of all layers have a bias (or of none).
+fn has_bias(checkpoint: &Checkpoint) -> bool {
+    let biases = |part| checkpoint.tensors().names().filter(|name| name.contains(part)).count();
+    let n = biases("k_proj.bias");
+    assert!(n == biases("v_proj.bias") && [0, checkpoint.architecture().n_layers()].contains(&n));
+    n > 0
 }
 
 fn row(rows: &dyn HeadRows, head: usize) -> Vec<f32> {
@@ -27,17 +46,19 @@ fn row(rows: &dyn HeadRows, head: usize) -> Vec<f32> {
 #[test]
 fn the_model_in_the_tree() {
     let checkpoint = Checkpoint::open(novels()).unwrap();
-    let config = checkpoint.config();
-    assert_eq!((config.n_layers, config.hidden, config.query_heads), (4, 128, 8));
-    assert_eq!((config.kv_heads, config.head_dim, config.rope_theta), (8, 16, 10_000.0));
-    assert!(config.tie_word_embeddings && !checkpoint.has_bias());
+    let (model, layer) = (checkpoint.architecture(), attention(&checkpoint));
+    assert_eq!((model.n_layers(), model.hidden, layer.query_heads), (4, 128, 8));
+    assert_eq!((layer.kv_heads, layer.head_dim), (8, 16));
+    assert_eq!(frequencies(&checkpoint), usual(16, 10_000.0));
+    assert!(model.tied_embeddings && !has_bias(&checkpoint));
     assert_eq!((checkpoint.dtype(), checkpoint.shards()), (Dtype::Bf16, 1));
-    let numbers: usize = checkpoint.tensor_names().map(|name| checkpoint.tensor(name).unwrap().len()).sum();
+    let numbers: usize =
+        checkpoint.tensors().names().map(|name| checkpoint.tensor(name).unwrap().len()).sum();
     assert_eq!(checkpoint.weight_bytes(), 2 * numbers as u64);
-    assert_eq!(config.raw["vocab_size"], 1024);
+    assert_eq!(checkpoint.config().raw()["vocab_size"], 1024);
 
     for i in 0..4 {
-        let layer = checkpoint.layer(i).unwrap();
+        let layer = checkpoint.heads(i).unwrap();
         assert_eq!(layer.rotation(), Rotation::HalfSplit { dims: 16 });
         assert_eq!(layer.key().weight().dim(), (8, 16, 128));
         // Against the plain tensors, element by element.
@@ -56,7 +77,7 @@ fn the_model_in_the_tree() {
         }
         let rows = checkpoint.rows(i).unwrap();
         rows.check_finite().unwrap();
-        assert_eq!(WeightSharingError::new(&rows).unwrap(), WeightSharingError::new(&layer).unwrap());
+        assert_eq!(WeightSharingError::new(&*rows).unwrap(), WeightSharingError::new(&layer).unwrap());
     }
 }
 
@@ -68,20 +89,20 @@ fn every_form_reads_alike() {
             let (_a, whole) = open(&model);
             let (_b, sharded) = open(&model.clone().sharded(3));
             assert_eq!((whole.shards(), sharded.shards()), (1, 3));
-            assert_eq!(whole.source().unwrap(), sharded.source().unwrap());
+            assert_eq!(whole.id().unwrap(), sharded.id().unwrap());
             assert_eq!(whole.dtype().name(), format!("{dtype}").to_lowercase());
-            assert_eq!(whole.has_bias(), bias);
+            assert_eq!(has_bias(&whole), bias);
             for i in 0..2 {
-                let (layer, other) = (whole.layer(i).unwrap(), sharded.layer(i).unwrap());
+                let (layer, other) = (whole.heads(i).unwrap(), sharded.heads(i).unwrap());
                 assert_eq!(layer.key(), other.key());
                 assert_eq!(layer.query(), other.query());
                 assert_eq!((layer.n_heads(), layer.queries_per_head()), (kv_heads, 6 / kv_heads));
                 assert_eq!(layer.value().bias().is_some(), bias);
-                assert_eq!(whole.key_value(i).unwrap().value(), layer.value());
+                assert_eq!(layer.layer(), i);
                 let rows = sharded.rows(i).unwrap();
                 assert_eq!(rows.row_len(), layer.row_len());
                 for head in 0..kv_heads {
-                    assert_eq!(row(&rows, head), row(&layer, head));
+                    assert_eq!(row(&*rows, head), row(&layer, head));
                 }
             }
         }
@@ -95,35 +116,35 @@ fn values_are_those_stored() {
     *model.tensor("model.layers.1.self_attn.v_proj.weight") =
         Tensor { dtype: Stored::F16, shape: vec![24, 24], bytes: encode(Stored::F16, &numbers) };
     let (_dir, checkpoint) = open(&model);
-    let layer = checkpoint.layer(1).unwrap();
+    let layer = checkpoint.heads(1).unwrap();
     assert_eq!(layer.value().weight().iter().copied().collect::<Vec<_>>(), numbers);
 }
 
 #[test]
 fn both_generations_of_config() {
     let base = Model::new("llama", Stored::F32, 6, false);
-    let theta = |model: &Model| open(model).1.config().rope_theta;
-    assert_eq!(theta(&base), 500.0);
+    let theta = |model: &Model| frequencies(&open(model).1).to_vec();
+    assert_eq!(theta(&base), usual(4, 500.0));
     let nested =
         base.clone().set("rope_theta", Value::Null).set("rope_parameters", json!({"rope_theta": 7e5}));
-    assert_eq!(theta(&nested), 7e5);
-    assert_eq!(theta(&base.clone().set("rope_theta", Value::Null)), 1e4);
+    assert_eq!(theta(&nested), usual(4, 7e5));
+    assert_eq!(theta(&base.clone().set("rope_theta", Value::Null)), usual(4, 1e4));
     // Without head_dim: 24 / 6.
-    assert_eq!(open(&base.clone().set("head_dim", Value::Null)).1.config().head_dim, 4);
+    assert_eq!(attention(&open(&base.clone().set("head_dim", Value::Null)).1).head_dim, 4);
     // An explicit null, as transformers reads it: as many as query heads, in every family.
     for family in ["llama", "mistral", "qwen2"] {
         let model = Model::new(family, Stored::F32, 6, false).set("num_key_value_heads", Value::Null);
-        assert_eq!(open(&model).1.config().kv_heads, 6);
+        assert_eq!(attention(&open(&model).1).kv_heads, 6);
     }
     let mut absent = base;
     absent.config.as_object_mut().unwrap().remove("num_key_value_heads");
-    assert_eq!(open(&absent).1.config().kv_heads, 6);
+    assert_eq!(attention(&open(&absent).1).kv_heads, 6);
 }
 
 #[test]
 fn the_fingerprint_sees_keys_and_values() {
     let base = Model::new("llama", Stored::BF16, 6, true);
-    let print = |model: &Model| open(model).1.source().unwrap().fingerprint.unwrap();
+    let print = |model: &Model| open(model).1.id().unwrap().fingerprint.unwrap();
     let original = print(&base);
     assert!(original.starts_with("sha256:") && original.len() == 7 + 64);
     for (name, seen) in [("k_proj.weight", true), ("v_proj.weight", true), ("q_proj.weight", false)] {
@@ -149,19 +170,17 @@ fn unaligned_files_are_read() {
     std::fs::copy(directory.path().join("config.json"), other.path().join("config.json")).unwrap();
     let moved = Checkpoint::open(other.path()).unwrap();
     for i in 0..2 {
-        assert_eq!(moved.layer(i).unwrap().key(), checkpoint.layer(i).unwrap().key());
-        assert_eq!(row(&moved.rows(i).unwrap(), 3), row(&checkpoint.rows(i).unwrap(), 3));
+        assert_eq!(moved.heads(i).unwrap().key(), checkpoint.heads(i).unwrap().key());
+        assert_eq!(row(&*moved.rows(i).unwrap(), 3), row(&*checkpoint.rows(i).unwrap(), 3));
     }
 }
 
 #[test]
 fn layers_and_tensors_that_are_not_there() {
     let (_dir, checkpoint) = open(&Model::new("llama", Stored::F32, 6, false));
-    for message in [
-        checkpoint.layer(2).err().unwrap().to_string(),
-        checkpoint.rows(2).err().unwrap().to_string(),
-        checkpoint.key_value(2).err().unwrap().to_string(),
-    ] {
+    for message in
+        [checkpoint.heads(2).err().unwrap().to_string(), checkpoint.rows(2).err().unwrap().to_string()]
+    {
         assert!(message.contains("layer 2 does not exist in a model of 2 layers"), "{message}");
     }
     let message = checkpoint.tensor("lm_head.weight").unwrap_err().to_string();
@@ -180,7 +199,7 @@ proptest! {
         ends in (0.0..1.0, 0.0..1.0),
     ) {
         let (_dir, checkpoint) = open(&Model::new("qwen2", dtype, 3, bias));
-        let (layer, rows) = (checkpoint.layer(1).unwrap(), checkpoint.rows(1).unwrap());
+        let (layer, rows) = (checkpoint.heads(1).unwrap(), checkpoint.rows(1).unwrap());
         prop_assert_eq!(rows.row_len(), 2 * 4 * 24 + if bias { 8 } else { 0 });
         let at = |share: f64| (share * (rows.row_len() + 1) as f64) as usize;
         let (start, end) = (at(ends.0).min(at(ends.1)), at(ends.0).max(at(ends.1)));

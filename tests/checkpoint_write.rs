@@ -6,19 +6,26 @@ mod models;
 use std::fs;
 use std::path::Path;
 
-use models::{Model, novels, plan, same_plan, shared_model, snapshot, stored};
+use models::{
+    Model, attention, convert, convert_by, novels, plan, same_plan, shared_model, snapshot, stored,
+};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use proptest::prelude::*;
-use qcqa::checkpoint::{
-    Checkpoint, Expanded, FileError, Stock, Target, WriteOptions, convert, read_plan, targets, write_plan,
-};
-use qcqa::{Heads, KvPooler, MeanPooler, Partition, Plan, Pooled, Projection, Run};
+use qcqa::checkpoint::Checkpoint;
+use qcqa::files::{FileError, WriteOptions};
+use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
+use qcqa::output::Target;
+use qcqa::partition::Partition;
+use qcqa::plan::{Plan, read_plan, write_plan};
+use qcqa::pooler::MeanPooler;
+use qcqa::spec::Spec;
+use qcqa::targets::{Expanded, Stock, TARGETS};
+use qcqa::{KvPooler, Run};
 use safetensors::Dtype;
 use serde_json::Value;
 
 fn write(source: &Checkpoint, plan: &Plan, target: &dyn Target, out: &Path) -> Checkpoint {
-    let report =
-        convert(source, plan, &MeanPooler, target, out, WriteOptions::default(), Run::new(0)).unwrap();
+    let report = convert(source, plan, target, out, WriteOptions::default(), Run::new(0)).unwrap();
     let sizes: u64 = report.files.iter().map(|f| out.join(f).metadata().unwrap().len()).sum();
     assert_eq!((report.bytes, report.files.len()), (sizes, snapshot(out).len()));
     Checkpoint::open(out).unwrap()
@@ -28,8 +35,9 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// Causal attention of a layer in f64, from its definition: RoPE half-split, softmax, query head q on KV head q/r.
-fn attention(layer: &Heads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
+/// Causal attention of a layer in f64, from its definition: RoPE half-split, softmax, query head q on KV head
+/// q/r.
+fn attend(layer: &Heads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
     let (query, output) = (layer.query().unwrap(), layer.output().unwrap());
     let (h, tokens) = (layer.key().head_dim(), x.nrows());
     let project = |p: &Projection, head: usize| -> Array2<f64> {
@@ -64,18 +72,21 @@ fn attention(layer: &Heads, x: &Array2<f64>, theta: f64) -> Array2<f64> {
     sum
 }
 
+/// Base of the rotary frequencies, by config.json.
+fn theta(model: &Checkpoint) -> f64 {
+    let raw = model.config().raw();
+    raw.get("rope_theta").unwrap_or_else(|| &raw["rope_parameters"]["rope_theta"]).as_f64().unwrap()
+}
+
 /// Inputs of 7 tokens.
 fn inputs(width: usize) -> Array2<f64> {
     Array2::from_shape_fn((7, width), |(t, i)| ((t * 31 + i * 17) % 23) as f64 / 23.0 - 0.5)
 }
 
 fn assert_same_function(a: &Checkpoint, b: &Checkpoint) {
-    let x = inputs(a.config().hidden);
-    for i in 0..a.config().n_layers {
-        let (a, b) = (
-            attention(&a.layer(i).unwrap(), &x, a.config().rope_theta),
-            attention(&b.layer(i).unwrap(), &x, b.config().rope_theta),
-        );
+    let x = inputs(a.architecture().hidden);
+    for i in 0..a.architecture().n_layers() {
+        let [a, b] = [a, b].map(|model| attend(&model.heads(i).unwrap(), &x, theta(model)));
         let error = (&a - &b).iter().fold(0.0, |m: f64, e| m.max(e.abs()));
         assert!(a.iter().any(|v| v.abs() > 0.01) && error < 1e-12, "layer {i}: {error}");
     }
@@ -91,9 +102,9 @@ fn stock_holds_means_and_moved_queries() {
     let stock = write(&source, &plan, &Stock, &root.path().join("stock"));
     assert_eq!(snapshot(&novels()), before);
 
-    assert_eq!((stock.config().kv_heads, stock.config().query_heads), (4, 8));
+    assert_eq!((attention(&stock).kv_heads, attention(&stock).query_heads), (4, 8));
     for i in 0..4 {
-        let (old, new) = (source.layer(i).unwrap(), stock.layer(i).unwrap());
+        let (old, new) = (source.heads(i).unwrap(), stock.heads(i).unwrap());
         for (old, new) in [(old.key(), new.key()), (old.value(), new.value())] {
             for ((g, row, column), &found) in new.weight().indexed_iter() {
                 let [a, b] = [groups[g][0], groups[g][1]].map(|m| f64::from(old.weight()[[m, row, column]]));
@@ -109,7 +120,8 @@ fn stock_holds_means_and_moved_queries() {
         }
     }
     let expanded = write(&source, &plan, &Expanded, &root.path().join("expanded"));
-    assert_eq!(expanded.config(), source.config());
+    assert_eq!(expanded.config().raw(), source.config().raw());
+    assert_eq!(expanded.architecture(), source.architecture());
     assert_same_function(&stock, &expanded);
 
     let mut config = json(&root.path().join("stock/config.json"));
@@ -142,9 +154,9 @@ fn no_sharing_changes_no_bit() {
             model.write(&directory);
             let source = Checkpoint::open(&directory).unwrap();
             let alone = vec![Partition::singletons(6).unwrap(); 2];
-            for target in targets::NAMES {
-                let out = root.path().join(format!("{n}-{files}-{target}"));
-                write(&source, &plan(&source, &alone), &*targets::by_name(target).unwrap(), &out);
+            for &target in TARGETS {
+                let out = root.path().join(format!("{n}-{files}-{}", target.name()));
+                write(&source, &plan(&source, &alone), target, &out);
                 for i in 0..files {
                     assert_eq!(stored(&directory.join(model.file(i))), stored(&out.join(model.file(i))));
                 }
@@ -208,7 +220,7 @@ fn a_sharded_model_of_transformers() {
     let plan = same_plan(&source, &[&[0, 7, 11], &[1, 2, 3], &[4, 6, 10], &[5, 8, 9]]);
     let stock = write(&source, &plan, &Stock, &root.path().join("stock"));
     let expanded = write(&source, &plan, &Expanded, &root.path().join("expanded"));
-    assert_eq!((stock.config().kv_heads, stock.config().query_heads), (4, 12));
+    assert_eq!((attention(&stock).kv_heads, attention(&stock).query_heads), (4, 12));
     assert_same_function(&stock, &expanded);
     let index = |directory: &Path| json(&directory.join("model.safetensors.index.json"));
     let (old, new) = (index(&path), index(stock.path()));
@@ -224,15 +236,13 @@ fn reports_the_cache_and_writes_nothing_in_a_dry_run() {
     let root = tempfile::tempdir().unwrap();
     let plan = same_plan(&source, &[&[0, 1, 2, 3], &[4, 5, 6, 7]]);
     let out = root.path().join("not/there/yet");
-    let dry = WriteOptions { dry_run: true, ..WriteOptions::default() };
+    let dry = WriteOptions::default().dry_run(true);
     for (target, after) in [(&Stock as &dyn Target, 4 * 2 * 16 * 2 * 2), (&Expanded, 4 * 8 * 16 * 2 * 2)] {
-        let guess = convert(&source, &plan, &MeanPooler, target, &out, dry, Run::new(0)).unwrap();
+        let guess = convert(&source, &plan, target, &out, dry, Run::new(0)).unwrap();
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
         assert_eq!((guess.kv_bytes_before, guess.kv_bytes_after), (4 * 8 * 16 * 2 * 2, after));
         let real = root.path().join(target.name());
-        let report =
-            convert(&source, &plan, &MeanPooler, target, &real, WriteOptions::default(), Run::new(0))
-                .unwrap();
+        let report = convert(&source, &plan, target, &real, WriteOptions::default(), Run::new(0)).unwrap();
         assert_eq!(report.files, guess.files);
         assert!(report.bytes.abs_diff(guess.bytes) < 256, "{} {}", report.bytes, guess.bytes);
         fs::remove_dir_all(real).unwrap();
@@ -244,19 +254,17 @@ fn reports_the_cache_and_writes_nothing_in_a_dry_run() {
 struct Negated;
 
 impl KvPooler for Negated {
+    fn spec(&self) -> Spec {
+        Spec::new("negated")
+    }
     fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         let negated = |p: &Projection| {
             let (weight, bias) = p.clone().into_parts();
             Projection::new(-weight, bias.map(|b| -b))
         };
         let mean = MeanPooler.pool(heads, partition)?;
-        Ok(Pooled {
-            key: negated(&mean.key)?,
-            value: negated(&mean.value)?,
-            query: heads.query().map(negated).transpose()?,
-            output: heads.output().map(|o| -&o),
-            output_bias: None,
-        })
+        let shared = Pooled::new(negated(&mean.key)?, negated(&mean.value)?);
+        Ok(shared.with_queries(negated(heads.query().unwrap())?, -&heads.output().unwrap()))
     }
 }
 
@@ -268,7 +276,7 @@ fn a_pooler_may_change_queries_and_output() {
     let plan = same_plan(&source, &[&[0, 2], &[1]]);
     let mean = write(&source, &plan, &Expanded, &root.path().join("mean"));
     let out = root.path().join("negated");
-    convert(&source, &plan, &Negated, &Expanded, &out, WriteOptions::default(), Run::new(0)).unwrap();
+    convert_by(Negated, &source, &plan, &Expanded, &out, WriteOptions::default()).unwrap();
     let negated = Checkpoint::open(&out).unwrap();
     assert_same_function(&mean, &negated);
     let name = "model.layers.1.self_attn.o_proj.weight";
@@ -280,10 +288,13 @@ fn a_pooler_may_change_queries_and_output() {
 struct Huge;
 
 impl KvPooler for Huge {
+    fn spec(&self) -> Spec {
+        Spec::new("huge")
+    }
     fn pool(&self, heads: &Heads, partition: &Partition) -> qcqa::Result<Pooled> {
         let mean = MeanPooler.pool(heads, partition)?;
         let key = Projection::new(Array3::from_elem(mean.key.weight().dim(), 1e5), None)?;
-        Ok(Pooled { key, ..mean })
+        Ok(Pooled::new(key, mean.value))
     }
 }
 
@@ -294,8 +305,7 @@ fn overflow_is_an_error_and_leaves_nothing() {
     let source = Checkpoint::open(root.path().join("in")).unwrap();
     let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
     let out = root.path().join("a/b/out");
-    let error =
-        convert(&source, &plan, &Huge, &Stock, &out, WriteOptions::default(), Run::new(0)).unwrap_err();
+    let error = convert_by(Huge, &source, &plan, &Stock, &out, WriteOptions::default()).unwrap_err();
     let message = error.to_string();
     assert!(message.contains("layers.0.self_attn.k_proj.weight") && message.contains("100000"), "{message}");
     assert!(message.contains("f16"), "{message}");
@@ -315,12 +325,10 @@ fn plans_come_back_as_they_were_written() {
     let error = write_plan(&path, &plan, WriteOptions::default()).unwrap_err();
     assert!(matches!(error, FileError::OutputExists { .. }), "{error}");
     plan.seed = 9;
-    write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() }).unwrap();
+    write_plan(&path, &plan, WriteOptions::default().force(true)).unwrap();
     assert_eq!(read_plan(&path).unwrap().seed, 9);
     plan.layers.pop();
-    let message = write_plan(&path, &plan, WriteOptions { force: true, ..WriteOptions::default() })
-        .unwrap_err()
-        .to_string();
+    let message = write_plan(&path, &plan, WriteOptions::default().force(true)).unwrap_err().to_string();
     assert!(message.contains("plan.json") && message.contains("3 layers"), "{message}");
     assert_eq!(read_plan(&path).unwrap().seed, 9);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
@@ -345,7 +353,7 @@ proptest! {
         let plan = same_plan(&source, &groups);
         let stock = write(&source, &plan, &Stock, &root.path().join("stock"));
         let expanded = write(&source, &plan, &Expanded, &root.path().join("expanded"));
-        prop_assert_eq!(stock.config().kv_heads, kv_heads / size);
+        prop_assert_eq!(attention(&stock).kv_heads, kv_heads / size);
         assert_same_function(&stock, &expanded);
     }
 }

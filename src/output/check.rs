@@ -96,8 +96,8 @@ struct Laid {
 }
 
 impl Laid {
-    /// Query head q reads KV head q / (query heads / KV heads), and must find its own group there. The message says what is
-    /// wrong.
+    /// Query head q reads KV head q / (query heads / KV heads), and must find its own group there. The
+    /// message says what is wrong.
     fn check(
         &self,
         attention: &AttentionSpec,

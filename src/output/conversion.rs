@@ -34,12 +34,13 @@ pub struct Report {
 
 /// Writes what a plan makes of `source`, in the form of `target`.
 ///
-/// Everything is checked before anything is written: that the plan was made for this source, what the target can hold and
-/// says, the place and the room there. The output appears whole or not at all: it is written to a hidden directory beside
-/// `out`, config.json last, and renamed. Tensors without heads are copied bit for bit, and heads that no pooler changed keep
-/// their bits; at most one layer is in memory as f32. Other files are copied, but not other weight files. `qcqa.json` tells
-/// how the model was made: the plan with what was done, and `planned_pooling`, what the plan asks for, where that differs.
-/// Progress is reported as stage `"write"`.
+/// Everything is checked before anything is written: that the plan was made for this source, what the target
+/// can hold and says, the place and the room there. The output appears whole or not at all: it is written to
+/// a hidden directory beside `out`, config.json last, and renamed. Tensors without heads are copied bit for
+/// bit, and heads that no pooler changed keep their bits; at most one layer is in memory as f32. Other files
+/// are copied, but not other weight files. `qcqa.json` tells how the model was made: the plan with what was
+/// done, and `planned_pooling`, what the plan asks for, where that differs. Progress is reported as stage
+/// `"write"`.
 ///
 /// ```
 /// use qcqa::Run;
@@ -67,7 +68,8 @@ pub struct Report {
 ///
 /// # Errors
 /// One [`FileError`] for each rule; [`Error::PlanSource`](crate::Error::PlanSource) and
-/// [`Error::Cancelled`](crate::Error::Cancelled), among others, through [`FileError::Core`]. After an error `out` is as it was.
+/// [`Error::Cancelled`](crate::Error::Cancelled), among others, through [`FileError::Core`]. After an error
+/// `out` is as it was.
 pub fn convert(
     source: &Checkpoint,
     shared: &SharedHeads<'_>,

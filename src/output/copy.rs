@@ -41,7 +41,8 @@ pub(super) struct Extra {
     pub(super) bytes: u64,
 }
 
-/// The files to copy from a model directory and those below it, sorted; links are followed, those to a directory above end.
+/// The files to copy from a model directory and those below it, sorted; links are followed, those to a
+/// directory above end.
 pub(super) fn list(root: &Path) -> Result<Vec<Extra>, FileError> {
     let mut extras = Vec::new();
     let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);

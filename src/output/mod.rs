@@ -1,7 +1,7 @@
 //! Models out: what a [`Target`] says of an output, written whole or not at all.
 //!
-//! A target describes a model by what differs from its source, an [`OutputModel`]; [`convert`] checks the description,
-//! fills it with shared heads, and writes it.
+//! A target describes a model by what differs from its source, an [`OutputModel`]; [`convert`] checks the
+//! description, fills it with shared heads, and writes it.
 
 mod check;
 mod conversion;
@@ -26,7 +26,8 @@ use crate::plan::Plan;
 
 pub use conversion::{Report, convert};
 
-/// A form in which a model is written: what it can hold, and what becomes of the source's tensors and config.json.
+/// A form in which a model is written: what it can hold, and what becomes of the source's tensors and
+/// config.json.
 ///
 /// ```
 /// use qcqa::Result;
@@ -71,20 +72,40 @@ pub trait Target: Debug + Send + Sync {
     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel>;
 }
 
-/// A model to be written, as far as it differs from its source: tensors and files that nothing is said of are copied.
+/// A model to be written, as far as it differs from its source: tensors and files that nothing is said of are
+/// copied.
 ///
 /// [`OutputModel::from_slots`] makes one of lists of heads, for targets that only lay heads out anew.
+///
+/// ```
+/// use qcqa::model::{Architecture, AttentionSpec, Axis, Stored, StoredHeads};
+/// use qcqa::output::{OutputModel, Slot};
+/// use serde_json::Map;
+///
+/// // Two heads of 4, each with its own tensor rows, become one that both read.
+/// let part = |name, axis| Stored::split(name, axis, 2, 4);
+/// let [q, k, v] = ["q", "k", "v"].map(|name| part(name, Axis::Rows));
+/// let stored = StoredHeads::new(q, k, v, part("o", Axis::Columns));
+/// let model = Architecture::new("raw", 8, vec![AttentionSpec::new(2, 2, 4).with_stored(stored)]);
+///
+/// let (kv, queries) = (vec![Slot::Head(0)], vec![Slot::Head(0), Slot::Head(1)]);
+/// let output = OutputModel::from_slots(&model, Map::new(), |_| (kv.clone(), queries.clone()))?;
+/// assert_eq!(output.kv_heads, [1]);
+/// assert!(output.tensors.iter().map(|tensor| &*tensor.name).eq(["k", "o", "q", "v"]));
+/// # Ok::<(), qcqa::Error>(())
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct OutputModel {
     /// config.json.
     pub config: Map<String, Value>,
-    /// Tensors that are new, or not what they are in the source: all that hold heads or their biases are among them.
+    /// Tensors that are new, or not what they are in the source: all that hold heads or their biases are
+    /// among them.
     pub tensors: Vec<OutputTensor>,
     /// Tensors of the source that the output does not have.
     pub left_out: BTreeSet<String>,
-    /// Files besides weights and config.json, by their place in the output, with their bytes: new ones, or in the place of the
-    /// source's.
+    /// Files besides weights and config.json, by their place in the output, with their bytes: new ones, or in
+    /// the place of the source's.
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Heads that each layer of the output keeps in its cache.
     pub kv_heads: Vec<usize>,
@@ -100,7 +121,8 @@ pub struct OutputTensor {
     pub content: Content,
 }
 
-/// What is in a tensor of an output. [`Content::heads`] and [`Content::made`] make those with more than one field.
+/// What is in a tensor of an output. [`Content::heads`] and [`Content::made`] make those with more than one
+/// field.
 #[non_exhaustive]
 pub enum Content {
     /// A tensor of the source, bit for bit; none that holds heads, which sharing changes.
@@ -153,7 +175,8 @@ impl OutputTensor {
 }
 
 impl Content {
-    /// Heads of a layer along `axis`, or their biases (`None`); type and file are those of `like`, a tensor of the source.
+    /// Heads of a layer along `axis`, or their biases (`None`); type and file are those of `like`, a tensor
+    /// of the source.
     pub fn heads(
         like: impl Into<String>,
         layer: usize,
@@ -193,21 +216,22 @@ impl Debug for Content {
 }
 
 impl OutputModel {
-    /// An output with this config.json and these numbers of cached heads, and nothing yet in the place of the source's heads.
+    /// An output with this config.json and these numbers of cached heads, and nothing yet in the place of the
+    /// source's heads.
     pub fn new(config: Map<String, Value>, kv_heads: Vec<usize>) -> Self {
         Self { config, tensors: Vec::new(), left_out: BTreeSet::new(), files: Vec::new(), kv_heads }
     }
 
-    /// An output in the source's tensors, with other heads in them: `slots` gives the KV heads and the query heads of a layer,
-    /// in their new order.
+    /// An output in the source's tensors, with other heads in them: `slots` gives the KV heads and the query
+    /// heads of a layer, in their new order.
     ///
-    /// Query position p reads KV slot p / (queries / KV heads) and must find its own group there. Heads that lie alone or in a
-    /// row are laid out anew, as many as there are; where they lie among others, one of each kind in turn, their number must
-    /// stay.
+    /// Query position p reads KV slot p / (queries / KV heads) and must find its own group there. Heads that
+    /// lie alone or in a row are laid out anew, as many as there are; where they lie among others, one of
+    /// each kind in turn, their number must stay.
     ///
     /// # Errors
-    /// [`Error::Limits`] for another number of heads that lie among others, for a tensor that holds more than heads, and for a
-    /// layer whose tensors are not known.
+    /// [`Error::Limits`] for another number of heads that lie among others, for a tensor that holds more than
+    /// heads, and for a layer whose tensors are not known.
     pub fn from_slots(
         model: &Architecture,
         config: Map<String, Value>,
@@ -296,8 +320,8 @@ impl Relaid<'_> {
 /// Checks the place that [`convert`] would write to, as far as that can be without a plan.
 ///
 /// # Errors
-/// [`FileError::OutputExists`] unless `force` is set, [`FileError::OutputForeign`], [`FileError::OutputOverlap`],
-/// [`FileError::Io`].
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::OutputForeign`],
+/// [`FileError::OutputOverlap`], [`FileError::Io`].
 pub fn check_place(source: &Checkpoint, out: &Path, force: bool) -> Result<(), FileError> {
     staging::Destination::check(out, source.path(), force).map(drop)
 }
