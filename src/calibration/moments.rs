@@ -236,10 +236,9 @@ impl File<'_> {
         let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
         let numbers = stored.data().chunks_exact(8).map(number).collect();
         let matrix = Array2::from_shape_vec((size, size), numbers).map_err(Error::plugin)?;
-        Moment::new(matrix).map_err(|source| FileError::Moment {
-            path: self.path.to_path_buf(),
-            tensor,
-            source,
+        Moment::new(matrix).map_err(|error| match error {
+            Error::Moment { rule, .. } => FileError::Moment { path: self.path.to_path_buf(), tensor, rule },
+            error => error.into(),
         })
     }
 }

@@ -170,14 +170,14 @@ pub enum FileError {
         tensor: String,
     },
     /// A matrix in a file of moments that is no second moment.
-    #[error("{}, tensor {tensor}: {source}", path.display())]
+    #[error("{}: tensor {tensor} {rule}; measure it again", path.display())]
     Moment {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
         /// The rule that it breaks.
-        source: Error,
+        rule: &'static str,
     },
     /// Moments of another model.
     #[error(
