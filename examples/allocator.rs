@@ -46,7 +46,7 @@ fn main() -> Result<()> {
     let model = InMemory::new((0..4).map(layer).collect::<Result<_>>()?)?;
     let compress = Compress::new(Preset::QcqaAc);
     let searched = compress.search(&model, Run::new(0))?;
-    let costs = LayerCosts::new(searched.fronts(), CostScale::EnergyShare, &Limits::default())?;
+    let costs = LayerCosts::new(searched.layers(), CostScale::EnergyShare, &Limits::default())?;
     let allocators: [&dyn Allocator; 4] =
         [&UniformAllocation, &LayerSelection::default(), &Greedy, &ExactAllocation];
     for allocator in allocators {

@@ -41,7 +41,7 @@ fn main() -> Result<()> {
     for grouping in groupings {
         let search = Search::Grouping(Arc::clone(&grouping));
         let compress = Compress::custom(search, Arc::new(WeightSharing), Arc::new(MeanPooler));
-        for point in compress.search(&model, Run::new(0))?.fronts()[0].iter() {
+        for point in compress.search(&model, Run::new(0))?.layers()[0].iter() {
             println!(
                 "{grouping:?} k = {}: {:8.2}  {:?}",
                 point.partition.n_groups(),

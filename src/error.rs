@@ -25,6 +25,15 @@ pub enum Error {
         /// The tensor, by its role or its name in a file.
         what: String,
     },
+    /// Numbers that cannot be squared in f32.
+    #[error("{what}: a value is NaN, infinite, or too large to be squared in f32")]
+    OutOfRange {
+        /// The tensors.
+        what: String,
+    },
+    /// A matrix that holds no squared distances.
+    #[error("squared distances {0}")]
+    Distances(&'static str),
     /// The query heads cannot be shared out evenly over the KV heads.
     #[error("{query_heads} query heads cannot be shared evenly by {kv_heads} KV heads")]
     QueryHeads {

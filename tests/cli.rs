@@ -237,3 +237,25 @@ fn an_interrupt_leaves_nothing() {
     assert_eq!(status.code(), Some(130));
     assert_eq!(snapshot(root.path()), before);
 }
+
+/// `-h` is for a glance: one screen of 24 lines; `--help` has the rest.
+#[test]
+fn short_help_fits_one_screen() {
+    let commands = [
+        &[][..],
+        &["inspect"],
+        &["compare"],
+        &["search"],
+        &["convert"],
+        &["compress"],
+        &["eval"],
+        &["calibrate"],
+    ];
+    for command in commands {
+        let [short, long] = ["-h", "--help"].map(|flag| done(&[command, &[flag]].concat()));
+        assert!(short.lines().count() <= 24, "{command:?}:\n{short}");
+        assert!(long.lines().count() >= short.lines().count(), "{command:?}");
+    }
+    says(&done(&["compress", "--help"]), &["--pooler", "--refit", "--optimizer", "--max-group-size"]);
+    assert!(!done(&["compress", "--help"]).contains("ward,"), "an old name works, but is not advertised");
+}

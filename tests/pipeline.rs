@@ -71,7 +71,7 @@ const PINNED: [(&str, f64); 3] = [
 fn stage_two_by_raw_error_is_the_paper_to_the_letter() {
     let (compress, model) = (compress().allocator(LayerSelection::default()).cost(CostScale::Raw), model());
     let searched = compress.search(&model, Run::new(7)).unwrap();
-    let (fronts, plan) = (searched.fronts(), searched.plan(Budget::Fraction(0.5), Run::new(7)).unwrap());
+    let (fronts, plan) = (searched.layers(), searched.plan(Budget::Fraction(0.5), Run::new(7)).unwrap());
     let ks = plan.group_counts();
     let grouped: Vec<_> = ks.iter().filter(|k| **k != 8).collect();
     assert!(grouped.iter().all(|k| *k == grouped[0]) && plan.kv_heads() <= 12);
@@ -94,7 +94,7 @@ fn measured_costs_decide_within_the_limits() {
     let limits = Limits { space: SearchSpace::equal(), fixed: [(2, 4)].into(), ..Limits::default() };
     let (compress, model) = (compress().allocator(ExactAllocation).limits(limits.clone()), model());
     let searched = compress.search(&model, Run::new(7)).unwrap();
-    let fronts = searched.fronts();
+    let fronts = searched.layers();
     let price = |layer: usize, point: &FrontPoint| {
         Ok((point.partition.n_groups() > 1).then(|| layer as f64 * (8 - point.partition.n_groups()) as f64))
     };
@@ -141,7 +141,7 @@ fn the_same_seed_gives_the_same_plan_on_any_number_of_threads() {
 
 #[test]
 fn a_layers_front_does_not_depend_on_the_layers_before_it() {
-    let fronts = |model: &InMemory| compress().search(model, Run::new(7)).unwrap().fronts().to_vec();
+    let fronts = |model: &InMemory| compress().search(model, Run::new(7)).unwrap().layers().to_vec();
     let changed = (0..3u8).map(|i| integer_layer(if i < 2 { 99 } else { i.into() }, 8, 2, 3));
     assert_eq!(fronts(&common::model(changed))[2], fronts(&model())[2]);
 }

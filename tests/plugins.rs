@@ -179,7 +179,7 @@ fn a_fitness_of_ones_own_drives_the_search() {
     let searched = compress.search(&model, Run::new(1));
     // It has no energy to take a share of, and says what to do about it.
     let searched = searched.unwrap();
-    assert!(searched.fronts().iter().all(|f| f.error(2) == Some(2.0) && f.error(3) == Some(1.0)));
+    assert!(searched.layers().iter().all(|f| f.error(2) == Some(2.0) && f.error(3) == Some(1.0)));
     let share = searched.plan(Budget::Fraction(0.5), Run::new(1));
     assert!(matches!(share, Err(Error::NoEnergy { layer: 0 })));
     let plan = compress.clone().cost(CostScale::Raw).plan(&model, Run::new(1)).unwrap();

@@ -11,11 +11,10 @@ use common::plain_wse;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::fitness::WeightSharingError;
 use qcqa::front::Front;
-use qcqa::grouping::UniformGqa;
 use qcqa::optimizer::{Exact, LocalSearch, Nsga2};
 use qcqa::partition::SearchSpace;
-use qcqa::pipeline::Search;
-use qcqa::{FitnessFn, Optimizer, Run};
+use qcqa::pipeline::{Compress, Preset};
+use qcqa::{FitnessFn, HeadSource, Optimizer, Run};
 
 /// The model of that name among the shared ones; `None`, said aloud, where there are none here.
 fn shared(name: &str) -> Option<PathBuf> {
@@ -30,13 +29,16 @@ fn shared(name: &str) -> Option<PathBuf> {
 
 fn methods_are_ordered_and_honest(model: &Path) {
     let checkpoint = Checkpoint::open(model).unwrap();
-    for i in 0..checkpoint.config().n_layers {
-        let heads = checkpoint.key_value(i).unwrap();
+    let rule = Compress::new(Preset::Gqa);
+    let gqa = rule.search(&checkpoint, Run::new(0)).unwrap();
+    for (i, gqa) in gqa.layers().iter().enumerate() {
+        let heads = checkpoint.heads(i).unwrap();
         let fitness = WeightSharingError::new(&heads).unwrap();
-        assert_eq!(fitness, WeightSharingError::new(&checkpoint.rows(i).unwrap()).unwrap(), "read in pieces");
-        let gqa = Search::Grouping(&UniformGqa)
-            .front(&heads, &fitness, &SearchSpace::equal(), Run::new(0))
-            .unwrap();
+        assert_eq!(
+            fitness,
+            WeightSharingError::new(checkpoint.rows(i).unwrap().as_ref()).unwrap(),
+            "read in pieces"
+        );
         let honest = |front: &Front| {
             for point in front.iter() {
                 let expected = plain_wse(&heads, &point.partition);
@@ -46,7 +48,7 @@ fn methods_are_ordered_and_honest(model: &Path) {
                 );
             }
         };
-        honest(&gqa);
+        honest(gqa);
         let optimizers: [&dyn Optimizer; 3] = [&Nsga2::default(), &LocalSearch::default(), &Exact::default()];
         for optimizer in optimizers {
             let run = Run::new(0).fork(i as u64);
@@ -55,7 +57,7 @@ fn methods_are_ordered_and_honest(model: &Path) {
             honest(&arbitrary);
             honest(&equal);
             for k in [fitness.n_heads() / 2, fitness.n_heads() / 4] {
-                let errors = [&arbitrary, &equal, &gqa].map(|front| front.error(k).unwrap());
+                let errors = [&arbitrary, &equal, gqa].map(|front| front.error(k).unwrap());
                 assert!(errors.is_sorted(), "layer {i}, k = {k}, {optimizer:?}: {errors:?}");
             }
         }
@@ -66,8 +68,8 @@ fn methods_are_ordered_and_honest(model: &Path) {
 fn local_search_is_nearly_exact(model: &Path) {
     let checkpoint = Checkpoint::open(model).unwrap();
     let (mut equal, mut all) = (0, 0);
-    for i in 0..checkpoint.config().n_layers {
-        let fitness = WeightSharingError::new(&checkpoint.rows(i).unwrap()).unwrap();
+    for i in 0..checkpoint.architecture().n_layers() {
+        let fitness = WeightSharingError::new(checkpoint.rows(i).unwrap().as_ref()).unwrap();
         for space in [SearchSpace::arbitrary(), SearchSpace::equal()] {
             let optimizers: [&dyn Optimizer; 3] =
                 [&Exact::default(), &LocalSearch::default(), &Nsga2::default()];

@@ -123,11 +123,11 @@ impl Moments {
     /// Gives the heads of a layer their moment.
     ///
     /// # Errors
-    /// [`Error::LayerCount`] when there is no such layer; [`Error::Shape`].
+    /// [`Error::NoLayer`] when there is none of it; [`Error::Shape`].
     pub fn attach(&self, heads: Heads) -> Result<Heads> {
-        let (expected, found) = (heads.layer() + 1, self.layers.len());
-        let moment = self.layers.get(heads.layer());
-        heads.with_moment(moment.ok_or(Error::LayerCount { what: "moments", expected, found })?.clone())
+        let missing = Error::NoLayer { layer: heads.layer(), layers: self.layers.len() };
+        let moment = self.layers.get(heads.layer()).ok_or(missing)?.clone();
+        heads.with_moment(moment)
     }
 }
 

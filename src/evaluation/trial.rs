@@ -69,13 +69,13 @@ impl<'a> Trial<'a> {
 /// text and a higher one on others (docs/quality.md).
 ///
 /// # Errors
-/// [`Error::LayerCount`] without models; as [`evaluate`](super::evaluate()).
+/// [`Error::Setting`] without models; as [`evaluate`](super::evaluate()).
 pub fn choose_model(
     models: &[Model],
     windows: &Windows,
     run: Run<'_>,
 ) -> Result<(usize, Vec<f64>), RuntimeError> {
-    let first = models.first().ok_or(Error::LayerCount { what: "models", expected: 1, found: 0 })?;
+    let first = models.first().ok_or(Error::setting("the number of models", 0, "at least 1"))?;
     let reading = Reading::new(first, windows)?;
     let total = models.len() as u64;
     let mut losses = Vec::with_capacity(models.len());

@@ -69,7 +69,6 @@ struct Sweep {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::front::dominates;
     use proptest::prelude::*;
 
     /// Ranks from the definition: peel off the points that nothing left dominates.

@@ -19,13 +19,14 @@ const NEAR: f64 = 0.25;
 /// relative however close two heads are (docs/method.md, "Accuracy").
 ///
 /// # Errors
-/// [`Error::NotFinite`] when a row holds NaN or an infinity, or values whose squares overflow f32.
+/// [`Error::OutOfRange`] when a row holds NaN or an infinity, or values whose squares overflow f32; what
+/// [`HeadRows::check_finite`] says of the first two.
 pub fn squared_distances(rows: &dyn HeadRows) -> Result<(Array2<f64>, f64)> {
     let n = rows.n_heads();
     let gram = gram(rows);
     if !gram.iter().all(|v| v.is_finite()) {
         rows.check_finite()?;
-        return Err(Error::NotFinite { what: "keys and values of a layer".to_string() });
+        return Err(Error::OutOfRange { what: "keys and values of a layer".to_string() });
     }
     let mut distances = Array2::zeros((n, n));
     let mut near = Vec::new();

@@ -37,11 +37,14 @@ pub struct WeightSharingError {
 /// Heads above which an error is summed up group by group.
 const MANY: usize = 64;
 
+/// What squared distances, and the energy with them, must be.
+const DISTANCES: &str = "must be symmetric, finite and at least 0, with a zero diagonal and a finite energy";
+
 impl WeightSharingError {
     /// The WSE of a layer, from its [`Heads`] or any other rows.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] when a weight is NaN or infinite or its square overflows f32;
+    /// [`Error::OutOfRange`] when a weight is NaN or infinite or its square overflows f32;
     /// [`Error::HeadCount`].
     pub fn new(rows: &dyn HeadRows) -> Result<Self> {
         let (distances, energy) = squared_distances(rows)?;
@@ -77,7 +80,7 @@ impl WeightSharingError {
         };
         let distances = Array2::from_shape_fn((n, n), |(i, j)| distance((i.min(j), i.max(j))));
         Self::from_distances(distances, energy).map_err(|error| match error {
-            Error::NotFinite { .. } => {
+            Error::Distances(_) => {
                 Error::Moment { layer: None, rule: "makes squared distances of heads negative or infinite" }
             }
             error => error,
@@ -88,7 +91,7 @@ impl WeightSharingError {
     /// known.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless D is square, [`Error::HeadCount`], [`Error::NotFinite`] unless D is symmetric,
+    /// [`Error::Shape`] unless D is square, [`Error::HeadCount`], [`Error::Distances`] unless D is symmetric,
     /// finite and at least 0 with a zero diagonal, and the energy finite and at least 0.
     pub fn from_distances(distances: Array2<f64>, energy: f64) -> Result<Self> {
         let (n, m) = distances.dim();
@@ -101,9 +104,7 @@ impl WeightSharingError {
         };
         let legal_distances = distances.indexed_iter().all(|(at, &d)| legal(at, d));
         if !(legal_distances && energy.is_finite() && energy >= 0.0) {
-            return Err(Error::NotFinite {
-                what: "squared distances (symmetric, ≥ 0, zero diagonal)".to_string(),
-            });
+            return Err(Error::Distances(DISTANCES));
         }
         Ok(Self { distances: distances.as_standard_layout().into_owned(), energy })
     }

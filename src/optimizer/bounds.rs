@@ -38,7 +38,7 @@ use crate::partition::{Cardinality, SearchSpace};
 ///
 /// # Errors
 /// [`Error::PartitionSize`] for a front of another number of heads, [`Error::Setting`] and
-/// [`Error::NotFinite`] as the bounds themselves.
+/// [`Error::Distances`] as the bounds themselves.
 pub fn attach_bounds(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchSpace) -> Result<()> {
     let n = fitness.n_heads();
     if front.n_heads() != n {
@@ -97,7 +97,7 @@ pub fn attach_bounds(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchS
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] unless D is square, [`Error::NotFinite`].
+/// [`Error::Shape`] unless D is square, [`Error::Distances`].
 #[cfg(feature = "linalg")]
 pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
     let n = check(distances)?;
@@ -145,7 +145,7 @@ pub fn spectral_bounds(distances: ArrayView2<'_, f64>) -> Result<Vec<f64>> {
 /// ```
 ///
 /// # Errors
-/// [`Error::Shape`] unless D is square, [`Error::NotFinite`], [`Error::Setting`] for a limit of 0.
+/// [`Error::Shape`] unless D is square, [`Error::Distances`], [`Error::Setting`] for a limit of 0.
 pub fn nearest_bounds(distances: ArrayView2<'_, f64>, space: &SearchSpace) -> Result<Vec<f64>> {
     let n = check(distances)?;
     let inverse: Vec<f64> = (1..=n).map(|m| 1.0 / m as f64).collect();
@@ -209,7 +209,7 @@ fn check(distances: ArrayView2<'_, f64>) -> Result<usize> {
         return Err(Error::shape("squared distances", &[n.max(1), n.max(1)], &[n, columns]));
     }
     if !distances.iter().all(|d| d.is_finite() && *d >= 0.0) {
-        return Err(Error::NotFinite { what: "squared distances".to_string() });
+        return Err(Error::Distances("must be finite and at least 0"));
     }
     Ok(n)
 }

@@ -1,7 +1,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Compress, Searched};
+use super::{Compress, Fronts};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 #[cfg(feature = "runtime")]
@@ -60,12 +60,12 @@ impl<'a> Compress<'a> {
     /// ```
     ///
     /// # Errors
-    /// As [`Compress::search`] and [`Searched::plan`]; what pooling, refitting and running the model report.
+    /// As [`Compress::search`] and [`Fronts::plan`]; what pooling, refitting and running the model report.
     pub fn run(&self, model: &'a Checkpoint, run: Run<'_>) -> Result<Compressed<'a>> {
         let source = self.source(model);
         let searched = self.search(source, run)?;
         let plan = searched.plan(self.budget, run)?;
-        let Searched { fronts, .. } = searched;
+        let Fronts { fronts, .. } = searched;
         let shared = self.shared(&plan, source, run)?;
         #[cfg(feature = "runtime")]
         let effect = self.effect(&shared, run)?;

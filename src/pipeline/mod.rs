@@ -3,9 +3,9 @@
 
 #[cfg(feature = "checkpoint")]
 mod compressed;
+mod fronts;
 mod preset;
 mod search;
-mod searched;
 
 use std::sync::Arc;
 
@@ -31,9 +31,9 @@ pub use compressed::Compressed;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
 pub use compressed::Effect;
+pub use fronts::Fronts;
 pub use preset::Preset;
 pub use search::Search;
-pub use searched::Searched;
 
 /// How the layers share the budget.
 #[derive(Debug, Clone)]
@@ -188,7 +188,7 @@ impl<'a> Compress<'a> {
         Self { calibration: Some(calibration), ..self }
     }
 
-    /// The plan for a model: [`Compress::search`] and [`Searched::plan`] in one.
+    /// The plan for a model: [`Compress::search`] and [`Fronts::plan`] in one.
     ///
     /// # Errors
     /// As these.
@@ -202,7 +202,7 @@ impl<'a> Compress<'a> {
     /// # Errors
     /// [`Error::TargetMethod`] for a method whose groups the target cannot hold, [`Error::NeedsText`] and
     /// [`Error::RefitPooler`] for what a calibration text is missing for; what source, fitness and search report.
-    pub fn search<'s>(&'s self, source: &'s dyn HeadSource, run: Run<'_>) -> Result<Searched<'s>> {
+    pub fn search<'s>(&'s self, source: &'s dyn HeadSource, run: Run<'_>) -> Result<Fronts<'s>> {
         let limits = self.all_limits(source)?;
         let allocation = self.resolved_allocation(&limits)?;
         let refit = self.resolved_refit()?;
@@ -217,7 +217,7 @@ impl<'a> Compress<'a> {
             }
         }
         let search = [self.search.spec()].into_iter().chain(beside.map(Grouping::spec)).collect();
-        let mut searched = Searched {
+        let mut fronts = Fronts {
             compress: self,
             source,
             limits,
@@ -229,8 +229,8 @@ impl<'a> Compress<'a> {
             #[cfg(feature = "runtime")]
             sensitivity: None,
         };
-        searched.measure(run)?;
-        Ok(searched)
+        fronts.measure(run)?;
+        Ok(fronts)
     }
 
     fn has_text(&self) -> bool {

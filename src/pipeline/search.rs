@@ -77,9 +77,9 @@ fn ruled(
     Ok(front)
 }
 
-/// The fronts of a model.
+/// The fronts of a model, by both roads.
 #[derive(Debug, Default)]
-pub(super) struct Fronts {
+pub(super) struct BothFronts {
     /// One a layer.
     pub(super) searched: Vec<Front>,
     /// By the rule that stands beside the search, where one does.
@@ -96,10 +96,10 @@ pub(super) fn fronts(
     source: &dyn HeadSource,
     space: &SearchSpace,
     run: Run<'_>,
-) -> Result<Fronts> {
+) -> Result<BothFronts> {
     let job = Job { space, run };
     let total = source.architecture().n_layers();
-    let (mut fronts, mut waiting) = (Fronts::default(), Vec::new());
+    let (mut fronts, mut waiting) = (BothFronts::default(), Vec::new());
     for layer in 0..total {
         run.step("layers", layer as u64, total as u64)?;
         let fitness = kind.of(source, layer)?;

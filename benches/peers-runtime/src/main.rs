@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama::{Cache, Config, Llama};
 use ndarray::Array2;
+use qcqa::HeadSource;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::runtime::Model;
 
@@ -51,23 +52,25 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn config(checkpoint: &Checkpoint) -> Result<Config, Box<dyn Error>> {
-    let c = checkpoint.config();
-    let number = |key: &str| c.raw.get(key).and_then(|v| v.as_u64()).ok_or(format!("{key} is missing"));
+    let (c, model) = (checkpoint.config().raw(), checkpoint.architecture());
+    let number = |key: &str| c.get(key).and_then(|v| v.as_u64()).ok_or(format!("{key} is missing"));
+    let float = |key: &str| c.get(key).or_else(|| c.get("rope_parameters")?.get(key)).and_then(|v| v.as_f64());
+    let layer = &model.layers[0];
     Ok(Config {
-        hidden_size: c.hidden,
+        hidden_size: model.hidden,
         intermediate_size: number("intermediate_size")? as usize,
         vocab_size: number("vocab_size")? as usize,
-        num_hidden_layers: c.n_layers,
-        num_attention_heads: c.query_heads,
-        num_key_value_heads: c.kv_heads,
+        num_hidden_layers: model.n_layers(),
+        num_attention_heads: layer.query_heads,
+        num_key_value_heads: layer.kv_heads,
         use_flash_attn: false,
-        rms_norm_eps: c.raw.get("rms_norm_eps").and_then(|v| v.as_f64()).unwrap_or(1e-6),
-        rope_theta: c.rope_theta as f32,
+        rms_norm_eps: float("rms_norm_eps").unwrap_or(1e-6),
+        rope_theta: float("rope_theta").unwrap_or(10_000.0) as f32,
         bos_token_id: None,
         eos_token_id: None,
         rope_scaling: None,
         max_position_embeddings: number("max_position_embeddings")? as usize,
-        tie_word_embeddings: c.tie_word_embeddings,
+        tie_word_embeddings: model.tied_embeddings,
     })
 }
 

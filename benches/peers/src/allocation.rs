@@ -3,10 +3,13 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use qcqa::{
-    CostScale, ExactAllocation, Front, LayerCosts, Limits, LocalSearch, Optimizer, Run, SearchSpace,
-    WeightSharingError,
-};
+use qcqa::{Optimizer, Run};
+use qcqa::allocator::{CostScale, ExactAllocation, LayerCosts};
+use qcqa::budget::Limits;
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::optimizer::LocalSearch;
+use qcqa::partition::SearchSpace;
 
 use crate::instances;
 use crate::table::Times;

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use qcqa::checkpoint::Checkpoint;
-use qcqa::{HeadRows, WeightSharingError};
+use qcqa::fitness::WeightSharingError;
+use qcqa::HeadSource;
+use qcqa::heads::HeadRows;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -73,15 +75,15 @@ pub fn models(seed: u64) -> Vec<Set> {
     };
     let set = |path: &PathBuf| {
         let model = Checkpoint::open(path).expect("a model");
-        let config = model.config();
+        let heads = model.architecture().kv_heads();
         let layer = |i: usize| {
             let rows = model.rows(i).expect("a layer");
-            (seed + i as u64, WeightSharingError::new(&rows).expect("finite weights"))
+            (seed + i as u64, WeightSharingError::new(rows.as_ref()).expect("finite weights"))
         };
         Set {
             name: path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
-            heads: config.kv_heads,
-            layers: (0..config.n_layers).map(layer).collect(),
+            heads: heads[0],
+            layers: (0..heads.len()).map(layer).collect(),
         }
     };
     paths.iter().map(set).collect()

@@ -11,7 +11,11 @@ use std::hint::black_box;
 use std::rc::Rc;
 use std::time::Instant;
 
-use qcqa::{FitnessFn, Front, LocalSearch, Optimizer, Run, SearchSpace, WeightSharingError};
+use qcqa::{FitnessFn, Optimizer, Run};
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::optimizer::LocalSearch;
+use qcqa::partition::SearchSpace;
 
 use crate::instances::Set;
 use crate::methods::{ALL, Method};

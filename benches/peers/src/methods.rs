@@ -13,9 +13,11 @@ use ndarray::{Array2, ArrayViewMut1};
 use puggles::core::Problem;
 use puggles::gatypes::{Integer, SolutionDataTypes};
 use puggles::genetic_algorithms_v2::{ExecutionMode, NSGAII};
-use qcqa::{
-    Exact, FitnessFn, Front, LocalSearch, Nsga2, Optimizer, Partition, Run, SearchSpace, WeightSharingError,
-};
+use qcqa::{FitnessFn, Optimizer, Run};
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::optimizer::{Exact, LocalSearch, Nsga2};
+use qcqa::partition::{Partition, SearchSpace};
 
 const POPULATION: usize = 100;
 

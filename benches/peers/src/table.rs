@@ -3,7 +3,10 @@
 use std::fmt;
 use std::time::Duration;
 
-use qcqa::{FitnessFn, Front, Partition, WeightSharingError};
+use qcqa::FitnessFn;
+use qcqa::fitness::WeightSharingError;
+use qcqa::front::Front;
+use qcqa::partition::Partition;
 
 /// Times of the same work.
 #[derive(Debug, Default)]

@@ -22,14 +22,18 @@ use crate::hints::CliError;
 
 /// What searching takes, wherever it is done.
 #[derive(Debug, Args)]
-pub(super) struct Asked {
+pub(super) struct SearchOptions {
     /// Directory of the model: config.json and safetensors
     #[arg(value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// Share of the KV cache that may be kept, above 0 and at most 1 (not needed for mqa)
+    /// Share of the KV cache that may be kept, above 0 and at most 1
+    ///
+    /// An upper bound: a plan may use less. Not needed for mqa.
     #[arg(long, value_name = "FRACTION", value_parser = fraction)]
     pub(super) kv: Option<f64>,
-    /// How heads are grouped; search: qcqa-ec unless said, compress: low-rank
+    /// How heads are grouped
+    ///
+    /// Unless said, search does qcqa-ec and compress low-rank.
     #[arg(long, value_parser = methods())]
     pub(super) method: Option<String>,
     #[command(flatten)]
@@ -209,7 +213,7 @@ impl MethodArgs {
     }
 }
 
-impl Asked {
+impl SearchOptions {
     /// The budget; multi-query attention needs none.
     pub(super) fn budget(&self, method: Preset) -> Result<Budget, CliError> {
         match self.kv {

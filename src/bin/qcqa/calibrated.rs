@@ -18,7 +18,9 @@ use crate::hints::{CliError, about, of_calibration};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Calibration")]
 pub(super) struct CalibrationArgs {
-    /// Text like those that the model will read, or moments of one that `qcqa calibrate` wrote
+    /// Text like those that the model will read, or moments of one
+    ///
+    /// `qcqa calibrate` writes moments.
     #[arg(long, value_name = "FILE")]
     pub(super) calibration: Option<PathBuf>,
     /// The most windows of the text to read

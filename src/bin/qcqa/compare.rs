@@ -31,7 +31,9 @@ pub(super) struct CompareArgs {
     /// Shares of the KV cache that may be kept
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction, required = true)]
     kv: Vec<f64>,
-    /// Methods to compare; all but low-rank unless said, and that, too, with a calibration
+    /// Methods to compare
+    ///
+    /// Unless said, all but low-rank, and that, too, with a calibration.
     #[arg(long, value_parser = methods(), value_name = "METHODS", value_delimiter = ',')]
     method: Vec<String>,
     /// Show the groups of this layer under every method
@@ -175,7 +177,7 @@ fn plans<'a>(
             None => searched.plan(budget, run)?,
         };
         let allocation = allocation.map_or_else(|| searched.allocation(), str::to_string);
-        lines.push(Line::new(compress, *method, optimizer.clone(), allocation, plan, searched.fronts()));
+        lines.push(Line::new(compress, *method, optimizer.clone(), allocation, plan, searched.layers()));
     }
     Ok(lines)
 }

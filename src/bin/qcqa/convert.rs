@@ -8,7 +8,7 @@ use qcqa::pipeline::{Effect, Preset};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{Asked, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, file_bytes, percent, table};
@@ -31,7 +31,7 @@ pub(super) struct ConvertArgs {
 #[derive(Debug, Args)]
 pub(super) struct CompressArgs {
     #[command(flatten)]
-    pub(super) asked: Asked,
+    pub(super) asked: SearchOptions,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -40,7 +40,9 @@ pub(super) struct CompressArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 struct OutputArgs {
-    /// Form of the output: stock loads in every runtime; expanded holds any plan but saves no memory
+    /// Form of the output
+    ///
+    /// stock loads in every runtime; expanded holds any plan but saves no memory: it is for evaluation.
     #[arg(long, default_value = "stock", value_parser = targets_parser())]
     target: String,
     /// Directory of the output

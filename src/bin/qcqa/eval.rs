@@ -19,11 +19,14 @@ use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
 
 /// A text, in words or in tokens.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Text")]
 pub(super) struct TextArgs {
     /// Text to read, UTF-8; tokenised by the model's tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub(super) text: Option<PathBuf>,
-    /// Token ids to read instead: little-endian, 2 bytes each for up to 65536 words, else 4
+    /// Token ids to read instead
+    ///
+    /// Little-endian, 2 bytes each for vocabularies of up to 65536, else 4.
     #[arg(long, value_name = "FILE", conflicts_with = "text")]
     pub(super) ids: Option<PathBuf>,
 }
@@ -72,7 +75,9 @@ pub(super) struct EvalArgs {
     pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
-    /// Multiple choice items, a line each: {"query": …, "choices": […], "gold": 0}
+    /// Multiple choice items, a JSON object a line
+    ///
+    /// {"query": …, "choices": […], "gold": 0}
     #[arg(long, value_name = "FILE")]
     choices: Option<PathBuf>,
 }

@@ -36,7 +36,9 @@ struct Cli {
     /// Print JSON instead of tables
     #[arg(long, global = true)]
     json: bool,
-    /// Seed of every random choice; the same seed gives the same result on any number of threads
+    /// Seed of every random choice
+    ///
+    /// One seed, one result, on any number of threads.
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     seed: u64,
 }

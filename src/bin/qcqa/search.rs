@@ -12,7 +12,7 @@ use qcqa::plan::{Plan, write_plan};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{Asked, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
 use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
@@ -20,7 +20,7 @@ use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table,
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
     #[command(flatten)]
-    pub(super) asked: Asked,
+    pub(super) asked: SearchOptions,
     /// Search only what this target can hold
     #[arg(long, value_parser = targets_parser())]
     target: Option<String>,
@@ -45,7 +45,7 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     write_plan(&args.out, &plan, args.writing.options())?;
     let dry_run = args.writing.dry_run;
     let done = if dry_run { "would be written to" } else { "written to" };
-    let planned = Planned::new(&plan, searched.fronts(), &checkpoint, calibration)?;
+    let planned = Planned::new(&plan, searched.layers(), &checkpoint, calibration)?;
     let mut json = planned.report();
     json["out"] = json!(args.out);
     json["dry_run"] = dry_run.into();

@@ -21,9 +21,9 @@ const CHOOSING_WINDOWS: usize = 32;
 #[cfg(feature = "runtime")]
 const MEASURING_WINDOWS: usize = 16;
 
-/// What a search found: the front of every layer, from which plans for any budget are made.
+/// The front of every layer, as a search found them: plans for any budget are made of these.
 #[derive(Debug)]
-pub struct Searched<'s> {
+pub struct Fronts<'s> {
     pub(super) compress: &'s Compress<'s>,
     pub(super) source: &'s dyn HeadSource,
     pub(super) limits: Limits,
@@ -38,9 +38,9 @@ pub struct Searched<'s> {
     pub(super) sensitivity: Option<Sensitivity>,
 }
 
-impl Searched<'_> {
+impl Fronts<'_> {
     /// The front of every layer.
-    pub fn fronts(&self) -> &[Front] {
+    pub fn layers(&self) -> &[Front] {
         &self.fronts
     }
 
@@ -66,7 +66,7 @@ impl Searched<'_> {
     /// The plan within a budget that another allocator chooses, from the errors.
     ///
     /// # Errors
-    /// As [`Searched::plan`].
+    /// As [`Fronts::plan`].
     pub fn plan_by(&self, allocator: &dyn Allocator, budget: Budget, run: Run<'_>) -> Result<Plan> {
         let cost = self.compress.cost;
         self.allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)
@@ -76,7 +76,7 @@ impl Searched<'_> {
     /// (see [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
     ///
     /// # Errors
-    /// As [`Searched::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
+    /// As [`Fronts::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
     pub fn plan_with_costs(&self, costs: &LayerCosts, budget: Budget, run: Run<'_>) -> Result<Plan> {
         self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)
     }
