@@ -54,7 +54,7 @@ impl Partition {
     /// The partition in which heads with equal labels share a group; any labels will do.
     ///
     /// ```
-    /// # use qcqa::Partition;
+    /// # use qcqa::partition::Partition;
     /// assert_eq!(Partition::from_labels(&[1, 0, 1])?, Partition::from_labels(&[5, 9, 5])?);
     /// # Ok::<(), qcqa::Error>(())
     /// ```
@@ -80,7 +80,8 @@ impl Partition {
     /// The partition with these groups; their order and the order within them do not matter.
     ///
     /// ```
-    /// # use qcqa::{Error, Partition};
+    /// # use qcqa::Error;
+    /// # use qcqa::partition::Partition;
     /// let partition = Partition::from_groups(3, &[vec![1], vec![2, 0]])?;
     /// assert_eq!(partition.labels(), [0, 1, 0]);
     /// assert!(matches!(Partition::from_groups(3, &[[0, 1]]), Err(Error::HeadMissing { head: 2, .. })));

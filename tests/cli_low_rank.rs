@@ -2,9 +2,6 @@
 #![cfg(feature = "cli")]
 
 mod command;
-#[path = "../examples/compress.rs"]
-#[allow(dead_code, unreachable_pub, reason = "its main is not called here")]
-mod example;
 mod models;
 
 use std::fs;
@@ -119,22 +116,6 @@ fn compress_does_everything() {
         &["low-rank: asked", " error |", "on the calibration text", "before", "after", &after, "KV cache"],
     );
     assert!(!shown.contains("WSE") && !shown.contains("note"));
-}
-
-/// The library does what the binary does, to the byte.
-#[test]
-fn the_example_writes_what_the_binary_writes() {
-    let desk = Desk::new();
-    let (model, words) = (text(&desk.model), text(&desk.words));
-    let [by_binary, by_library] = ["binary", "library"].map(|name| desk.at(name));
-    let args = ["compress", model, "--kv", "0.5", "--calibration", words, "--out", text(&by_binary)];
-    done(&[&args[..], &FOUR].concat());
-    example::compress(model, words, 4, text(&by_library)).unwrap();
-    let files = |directory: &Path| -> Vec<(PathBuf, Vec<u8>)> {
-        let files = snapshot(directory).into_iter();
-        files.map(|(path, bytes)| (path.strip_prefix(directory).unwrap().to_path_buf(), bytes)).collect()
-    };
-    assert!(files(&by_binary) == files(&by_library));
 }
 
 #[test]

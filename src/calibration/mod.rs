@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::heads::{HeadRows, HeadSource, Heads};
 use crate::model::{Architecture, ModelId};
 #[cfg(feature = "runtime")]
-use crate::{runtime::Model, text::Windows};
+use crate::runtime::Model;
+#[cfg(feature = "runtime")]
+use crate::text::Windows;
 
 pub use moments::Moments;
 

@@ -211,3 +211,11 @@ impl Slow<'_> {
         (self.norm(&x, "model.norm.weight").dot(&head.t()), inputs, streams)
     }
 }
+
+/// The made-up model with so many key/value heads, and windows of its tokens.
+pub fn ready(kv_heads: usize) -> (TempDir, Checkpoint, Model, Windows) {
+    let (root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, kv_heads, true));
+    let model = Model::load(&checkpoint).unwrap();
+    let tokens = (0..50u32).map(|t| t * t % 11 + t % 5).collect();
+    (root, checkpoint, model, Windows::new(tokens, 8).unwrap())
+}

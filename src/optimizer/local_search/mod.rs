@@ -72,9 +72,7 @@ impl LocalSearch {
     pub fn thorough() -> Self {
         Self { rounds: 200, ..Self::default() }
     }
-}
 
-impl LocalSearch {
     pub(super) fn from_spec(spec: &Spec) -> Result<Self> {
         spec.only(&["rounds", "evaluations"])?;
         let own = Self::default();
