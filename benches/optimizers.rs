@@ -70,7 +70,7 @@ fn bounds(c: &mut Criterion) {
         });
         #[cfg(feature = "linalg")]
         group.bench_function(BenchmarkId::new("spectral", n), |b| {
-            b.iter(|| qcqa::spectral_bounds(black_box(fitness.distances())));
+            b.iter(|| qcqa::optimizer::spectral_bounds(black_box(fitness.distances())));
         });
     }
 }

@@ -125,11 +125,12 @@ fn measure(model: &Path) -> Outcome<()> {
         let fitness = (0..layers).map(distances).collect::<Result<Vec<_>, _>>()?;
         lap(&mut laps);
         let space = SearchSpace::arbitrary();
-        let search = |(i, fitness): (usize, &Box<dyn FitnessFn>)| {
-            let mut front = LocalSearch::default().optimize(fitness.as_ref(), &space, Run::new(i as u64))?;
-            attach_bounds(&mut front, fitness.as_ref(), &space).map(|()| front)
+        let search = |(i, fitness): (usize, &dyn FitnessFn)| {
+            let mut front = LocalSearch::default().optimize(fitness, &space, Run::new(i as u64))?;
+            attach_bounds(&mut front, fitness, &space).map(|()| front)
         };
-        let fronts = fitness.par_iter().enumerate().map(search).collect::<Result<Vec<_>, _>>()?;
+        let fronts =
+            fitness.par_iter().map(|f| f.as_ref()).enumerate().map(search).collect::<Result<Vec<_>, _>>()?;
         lap(&mut laps);
         let costs = LayerCosts::new(&fronts, CostScale::EnergyShare, &Limits::default())?;
         let half = checkpoint.architecture().kv_heads().iter().sum::<usize>() / 2;

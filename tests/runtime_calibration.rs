@@ -10,26 +10,20 @@ use std::path::Path;
 
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
-use qcqa::budget::Limits;
 use qcqa::calibration::{Calibration, Moments};
-use qcqa::checkpoint::Checkpoint;
-use qcqa::evaluation::{Sensitivity, Trial, choose_model, evaluate};
+use qcqa::evaluation::Trial;
 use qcqa::files::WriteOptions;
 use qcqa::fitness::WeightSharingError;
-use qcqa::front::Front;
 use qcqa::heads::{HeadSource, Heads, Moment, Projection};
-use qcqa::optimizer::Nsga2;
-use qcqa::partition::{Partition, SearchSpace};
+use qcqa::partition::Partition;
 use qcqa::plan::{Pooling, SharedHeads};
-use qcqa::pooler::{FirstHead, LowRankPooler, MeanPooler};
-use qcqa::runtime::Model;
+use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::spec::Spec;
 use qcqa::text::Windows;
-use qcqa::{FitnessFn, KvPooler, Optimizer, Progress, Run};
-use running::{Slow, calibration_text, novels, opened, planned, ready, runnable};
+use qcqa::{FitnessFn, KvPooler, Progress, Run};
+use running::{Slow, calibration_text, novels, ready};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use tempfile::TempDir;
 
 #[test]
 fn moments_are_their_definition() {

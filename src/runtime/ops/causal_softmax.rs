@@ -92,6 +92,6 @@ mod tests {
     fn positions_without_gaps_are_counted() {
         assert_eq!(visible(&[2, 3], &[0, 1, 2, 3], usize::MAX), [0..3, 0..4]);
         assert_eq!(visible(&[2, 3], &[0, 1, 2, 3], 2), [1..3, 2..4]);
-        assert_eq!(visible(&[9], &[0, 1, 4], 5), [3..3], "all lie too far back");
+        assert!(visible(&[9], &[0, 1, 4], 5)[0].is_empty(), "all lie too far back");
     }
 }
