@@ -52,7 +52,7 @@ pub enum Error {
         /// Dimensions of a head.
         head_dim: usize,
     },
-    /// A layer without heads, or with more than [`MAX_HEADS`](crate::Partition::MAX_HEADS).
+    /// A layer without heads, or with more than [`MAX_HEADS`](crate::partition::Partition::MAX_HEADS).
     #[error("a layer of {n_heads} KV heads cannot be partitioned (1 to {max} are possible)")]
     HeadCount {
         /// Heads found.

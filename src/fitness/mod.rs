@@ -45,7 +45,7 @@ pub trait FitnessFn: Debug + Send + Sync {
     fn evaluate(&self, partition: &Partition) -> Result<f64>;
 
     /// What the error is a share of, in the same unit: makes layers comparable
-    /// ([`CostScale::EnergyShare`](crate::CostScale::EnergyShare)). `None` where there is no such thing.
+    /// ([`CostScale::EnergyShare`](crate::allocator::CostScale::EnergyShare)). `None` where there is no such thing.
     fn energy(&self) -> Option<f64> {
         None
     }

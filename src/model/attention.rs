@@ -77,7 +77,7 @@ pub enum Axis {
 
 /// Where the heads of one projection lie in a tensor: head i takes h places from `first + i·stride` on.
 ///
-/// Split projections have `stride` h and `first` 0; in a fused [Q;K;V] keys begin after the queries; where each head's
+/// Split projections have `stride` h and `first` 0; in a fused `[Q; K; V]` keys begin after the queries; where each head's
 /// query, key and value lie side by side the stride is 3h.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
