@@ -154,7 +154,8 @@ fn no_sharing_changes_no_bit() {
             model.write(&directory);
             let source = Checkpoint::open(&directory).unwrap();
             let alone = vec![Partition::singletons(6).unwrap(); 2];
-            for &target in TARGETS {
+            let holds = |target: &&dyn Target| target.limits(source.architecture()).check(&alone).is_ok();
+            for target in TARGETS.iter().copied().filter(holds) {
                 let out = root.path().join(format!("{n}-{files}-{}", target.name()));
                 write(&source, &plan(&source, &alone), target, &out);
                 for i in 0..files {

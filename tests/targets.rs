@@ -16,6 +16,7 @@ use qcqa::heads::{HeadSource, Heads, Pooled};
 use qcqa::model::{Architecture, Part};
 use qcqa::output::{Content, OutputModel, OutputTensor, Slot, Target, convert as write};
 use qcqa::partition::Partition;
+use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::{Plan, SharedHeads};
 use qcqa::pooler::MeanPooler;
 use qcqa::spec::Spec;
@@ -298,7 +299,8 @@ fn biases_of_outputs_are_written_where_they_changed() {
     model.write(&root.path().join("in"));
     let source = Checkpoint::open(root.path().join("in")).unwrap();
     let plan = same_plan(&source, &[&[0, 1, 2], &[3, 4, 5]]);
-    for &target in TARGETS {
+    let holds = |target: &&dyn Target| target.limits(source.architecture()).check(plan.groups()).is_ok();
+    for target in TARGETS.iter().copied().filter(holds) {
         let [same, lifted] =
             ["same", "lifted"].map(|name| root.path().join(format!("{}-{name}", target.name())));
         convert(&source, &plan, target, &same, WriteOptions::default(), Run::new(0)).unwrap();
@@ -340,4 +342,45 @@ fn what_stock_and_expanded_can_hold() {
 fn raw() -> Heads {
     let projection = || qcqa::heads::Projection::new(Array3::ones((4, 2, 3)), None).unwrap();
     Heads::new(projection(), projection()).unwrap()
+}
+
+/// Fixes half of the heads of layer 0.
+#[derive(Debug)]
+struct Pinned;
+
+impl Target for Pinned {
+    fn name(&self) -> &'static str {
+        "pinned"
+    }
+
+    fn limits(&self, model: &Architecture) -> Limits {
+        Limits { fixed: [(0, model.layers[0].kv_heads / 2)].into(), ..Expanded.limits(model) }
+    }
+
+    fn output(
+        &self,
+        model: &Architecture,
+        config: &Map<String, Value>,
+        plan: &Plan,
+    ) -> qcqa::Result<OutputModel> {
+        Expanded.output(model, config, plan)
+    }
+}
+
+#[test]
+fn what_a_target_fixes_nobody_changes() {
+    let source = Checkpoint::open(models::novels()).unwrap();
+    let plan = |fixed: &[(usize, usize)]| {
+        let limits = Limits { fixed: fixed.iter().copied().collect(), ..Limits::default() };
+        Compress::new(Preset::QcqaAc).target(&Pinned).limits(limits).plan(&source, Run::new(0))
+    };
+    for fixed in [&[][..], &[(0, 4)], &[(1, 2)]] {
+        let plan = plan(fixed).unwrap();
+        assert_eq!(plan.group_counts()[0], 4);
+        assert!(fixed.iter().all(|&(layer, k)| plan.group_counts()[layer] == k));
+    }
+    says(
+        &plan(&[(0, 2)]).unwrap_err().to_string(),
+        &["layer 0 is fixed to 2 groups", "the target pinned fixes 4"],
+    );
 }

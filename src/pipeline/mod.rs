@@ -264,7 +264,17 @@ impl<'a> Compress<'a> {
         let (max_groups, max_group_size) = (least(|s| s.max_groups), least(|s| s.max_group_size));
         let space = SearchSpace { cardinality: own.cardinality, max_groups, max_group_size };
         let mut fixed = held.fixed;
-        fixed.extend(&self.limits.fixed);
+        for (&layer, &asked) in &self.limits.fixed {
+            let held = *fixed.entry(layer).or_insert(asked);
+            if held != asked {
+                let target = target.unwrap_or_default();
+                return Err(Error::Limits {
+                    layer,
+                    found: format!("is fixed to {asked} groups"),
+                    expected: format!("the target {target} fixes {held}"),
+                });
+            }
+        }
         Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed })
     }
 
