@@ -252,6 +252,9 @@ pub enum Error {
         /// Fingerprint of the calibration given.
         found: Option<String>,
     },
+    /// A plan's heads were distilled, which a plan alone cannot do again.
+    #[error("the heads of this plan were distilled from their source, which takes a distillation: the plan alone does not hold what that found")]
+    PlanDistilled,
     /// A plan asks for a refit, which needs a model that runs and the text that the plan was calibrated on.
     #[error(
         "the plan asks for the {refit} refit, which runs the model on the text that it was calibrated on: give that text (moments do not suffice)"

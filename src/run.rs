@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 
 /// How far a stage of a computation has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Progress<'a> {
     /// Name of the stage, for people: `"layers"`, `"nsga2"`, ….
     pub stage: &'a str,
@@ -17,6 +18,8 @@ pub struct Progress<'a> {
     pub done: u64,
     /// Steps in all.
     pub total: u64,
+    /// How it goes, for people; mostly empty.
+    pub detail: &'a str,
 }
 
 /// Watches a computation and may stop it. Closures `Fn(&Progress) -> ControlFlow<()>` are observers.
@@ -70,8 +73,16 @@ impl<'a> Run<'a> {
     /// # Errors
     /// [`Error::Cancelled`] when the observer breaks.
     pub fn step(&self, stage: &str, done: u64, total: u64) -> Result<()> {
+        self.step_with(stage, done, total, "")
+    }
+
+    /// Reports as [`Run::step`] does, and how it goes.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] when the observer breaks.
+    pub fn step_with(&self, stage: &str, done: u64, total: u64, detail: &str) -> Result<()> {
         let Some(observer) = self.observer else { return Ok(()) };
-        match observer.observe(&Progress { stage, done, total }) {
+        match observer.observe(&Progress { stage, done, total, detail }) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Cancelled),
         }

@@ -4,6 +4,7 @@
 //! Sums over tokens are taken in f64 and in the order of the text: results do not depend on the number of threads.
 
 mod choices;
+mod fisher;
 mod sensitivity;
 mod trial;
 

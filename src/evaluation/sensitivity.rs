@@ -58,7 +58,11 @@ impl Sensitivity {
             layers.push(rises);
             reading.pass_layer(model)?;
         }
-        Ok(Self { key, heads: fronts.iter().map(Front::n_heads).collect(), layers })
+        Ok(Self::from_rises(key, fronts, layers))
+    }
+
+    pub(super) fn from_rises(key: String, fronts: &[Front], layers: Vec<Vec<(usize, f64)>>) -> Self {
+        Self { key, heads: fronts.iter().map(Front::n_heads).collect(), layers }
     }
 
     /// Reads the file `cache` where that was measured with the same [`Sensitivity::key`]; else measures, and writes the file.
@@ -165,6 +169,6 @@ impl Sensitivity {
 }
 
 /// The points of a front that are measured.
-fn measured(front: &Front) -> impl Iterator<Item = &FrontPoint> {
+pub(super) fn measured(front: &Front) -> impl Iterator<Item = &FrontPoint> {
     MEASURED.iter().filter(|&&k| k < front.n_heads()).filter_map(|&k| front.get(k))
 }

@@ -19,6 +19,12 @@ pub enum FileError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The saved state of a distillation is of another one, or damaged.
+    #[error("{}: not the state of this distillation; go on with what it was begun with, or remove it", path.display())]
+    DistillState {
+        /// The file.
+        path: PathBuf,
+    },
     /// There is no directory of that name.
     #[error("{} is not a directory; give the directory that holds config.json and model.safetensors", path.display())]
     NotADirectory {

@@ -6,6 +6,7 @@
 mod check;
 mod conversion;
 mod copy;
+mod read_back;
 mod staging;
 mod views;
 
@@ -25,6 +26,7 @@ use crate::model::{Architecture, AttentionSpec, Axis, Part, Stored, StoredHeads}
 use crate::plan::Plan;
 
 pub use conversion::{Report, check_plan, convert};
+pub use read_back::{Provenance, read_back};
 
 /// A form in which a model is written: what it can hold, and what becomes of the source's tensors and
 /// config.json.

@@ -21,6 +21,8 @@ use crate::spec::Spec;
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use file::{read_plan, write_plan};
+#[cfg(feature = "checkpoint")]
+pub(crate) use file::{PLAN_LIMIT, parse_plan};
 pub use shared::SharedHeads;
 
 /// A partition for every layer, with what made it and what makes shared heads of it.
@@ -123,17 +125,45 @@ pub struct Pooling {
     /// What is fitted again on the calibration text afterwards; `None` for nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refit: Option<Refit>,
+    /// How the heads were distilled after that; `None` where they were not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distilled: Option<Distillation>,
+}
+
+/// What a distillation has read until its best step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Distillation {
+    /// Tokens, each as often as it was read.
+    pub tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Fingerprint of the text.
+    pub text: String,
+}
+
+impl Distillation {
+    /// So many tokens of a text of this fingerprint, in so many steps.
+    pub fn new(tokens: u64, steps: u64, text: impl Into<String>) -> Self {
+        Self { tokens, steps, text: text.into() }
+    }
 }
 
 impl Pooling {
     /// Pooling by weights alone.
     pub fn new(pooler: Spec) -> Self {
-        Self { pooler, calibration: None, refit: None }
+        Self { pooler, calibration: None, refit: None, distilled: None }
     }
 
     /// Says under which calibration the pooler works.
     pub fn with_calibration(self, fingerprint: Option<String>) -> Self {
         Self { calibration: fingerprint, ..self }
+    }
+
+    /// Says how the heads were distilled.
+    pub fn with_distillation(self, distilled: Option<Distillation>) -> Self {
+        Self { distilled, ..self }
     }
 
     /// Says what is fitted again.

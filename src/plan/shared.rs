@@ -38,10 +38,17 @@ use crate::pooler::{KvPooler, POOLERS};
 pub struct SharedHeads<'a> {
     plan: Plan,
     source: &'a dyn HeadSource,
-    pooler: Box<dyn KvPooler>,
-    /// Layers that were fitted again, all of them, in the place of what the pooler makes.
-    fitted: Option<Vec<Pooled>>,
+    made: Made,
     done: Pooling,
+}
+
+/// Where shared heads come from.
+#[derive(Debug)]
+enum Made {
+    /// From a pooler, when they are asked for.
+    By(Box<dyn KvPooler>),
+    /// From elsewhere, all layers: refits, distillation, files.
+    Given(Vec<Pooled>),
 }
 
 impl<'a> SharedHeads<'a> {
@@ -53,9 +60,10 @@ impl<'a> SharedHeads<'a> {
     /// [`Error::PlanCalibration`] unless the pooler uses the moments that the plan names; [`Error::PlanRefit`] for a plan
     /// with a refit: that takes a text (feature `runtime`: [`refit`](crate::refit)).
     pub fn new(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
-        match plan.pooling.refit {
-            Some(refit) => Err(Error::PlanRefit { refit: refit.name() }),
-            None => Self::unfitted(plan, source),
+        match (plan.pooling.refit, &plan.pooling.distilled) {
+            (_, Some(_)) => Err(Error::PlanDistilled),
+            (Some(refit), None) => Err(Error::PlanRefit { refit: refit.name() }),
+            (None, None) => Self::unfitted(plan, source),
         }
     }
 
@@ -78,13 +86,28 @@ impl<'a> SharedHeads<'a> {
         plan.source.check_same(&source.id()?)?;
         let calibration = source.calibration().filter(|_| pooler.needs().moment);
         let done = Pooling::new(pooler.spec()).with_calibration(calibration);
-        Ok(Self { plan: plan.clone(), source, pooler, fitted: None, done })
+        Ok(Self { plan: plan.clone(), source, made: Made::By(pooler), done })
+    }
+
+    /// Shared heads that a plan's pooling has made before, one [`Pooled`] a layer.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn made(plan: &Plan, source: &'a dyn HeadSource, layers: Vec<Pooled>) -> Result<Self> {
+        plan.check()?;
+        plan.source.check_same(&source.id()?)?;
+        let done = plan.pooling.clone();
+        Ok(Self { plan: plan.clone(), source, made: Made::Given(layers), done })
     }
 
     /// These layers in the place of what the pooler makes, with the refit that made them.
     #[cfg(feature = "runtime")]
     pub(crate) fn refitted(self, layers: Vec<Pooled>, refit: super::Refit) -> Self {
-        Self { fitted: Some(layers), done: self.done.with_refit(Some(refit)), ..self }
+        Self { made: Made::Given(layers), done: self.done.with_refit(Some(refit)), ..self }
+    }
+
+    /// These layers after distillation, in the place of what there was.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn distilled(self, layers: Vec<Pooled>, distilled: super::Distillation) -> Self {
+        Self { made: Made::Given(layers), done: self.done.with_distillation(Some(distilled)), ..self }
     }
 
     /// The plan.
@@ -123,9 +146,9 @@ impl<'a> SharedHeads<'a> {
         let planned = self.plan.layers.get(layer);
         let groups = &planned.ok_or(Error::NoLayer { layer, layers: self.plan.layers.len() })?.groups;
         let heads = self.source.heads(layer)?;
-        let pooled = match &self.fitted {
-            Some(layers) => layers[layer].clone(),
-            None => self.pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
+        let pooled = match &self.made {
+            Made::Given(layers) => layers[layer].clone(),
+            Made::By(pooler) => pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
         };
         pooled.check(&heads, groups)?;
         Ok((heads, pooled))

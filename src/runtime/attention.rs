@@ -24,17 +24,24 @@ struct Block {
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     /// Query heads (times the scale of the scores), then key heads, then value heads: ((n_q + 2k)·h, d).
-    qkv: Tensor,
-    bias: Option<Tensor>,
+    pub(super) qkv: Tensor,
+    pub(super) bias: Option<Tensor>,
     /// (d, n_q·h).
-    output: Tensor,
-    output_bias: Option<Tensor>,
+    pub(super) output: Tensor,
+    pub(super) output_bias: Option<Tensor>,
     blocks: Vec<Block>,
-    query_heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+    pub(super) query_heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
     /// Positions that a query may look back at, its own included.
     reach: usize,
+    /// What products of queries and keys are multiplied by: the queries have it in them.
+    pub(super) scale: f64,
+    /// The query heads of the source in the order in which they lie here, and the groups.
+    pub(super) query_order: Vec<usize>,
+    pub(super) kv_order: Vec<usize>,
+    /// Which of queries, keys, values and outputs have a bias.
+    pub(super) biased: [bool; 4],
 }
 
 /// What all layers of one forward pass share.
@@ -115,12 +122,16 @@ impl Attention {
                 columns.iter().copied().collect(),
                 &[output.dim().1, query_order.len() * head_dim],
             )?,
-            output_bias: output_bias.map(|b| tensor(b.to_vec(), &[b.len()])).transpose()?,
+            output_bias: output_bias.as_ref().map(|b| tensor(b.to_vec(), &[b.len()])).transpose()?,
             blocks,
             query_heads: query_order.len(),
             kv_heads: kv_order.len(),
             head_dim,
             reach: spec.mask.reach(),
+            scale: spec.scale,
+            biased: [query.bias().is_some(), key.bias().is_some(), value.bias().is_some(), output_bias.is_some()],
+            query_order,
+            kv_order,
         })
     }
 
@@ -142,6 +153,21 @@ impl Attention {
         rope: &Rope,
         past: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
+        let [query, mut keys, mut values] = self.project(x, pass, rope)?;
+        let mut seen = pass.positions();
+        if let Some(past) = past {
+            (keys, values, seen) = past.extend(keys, values, seen)?;
+        }
+        let softmax = self.softmax(pass, seen);
+        let outputs = self.places().map(|place| {
+            let [query, keys, values] = place.of(&query, &keys, &values)?;
+            place.probabilities(&query, &keys, &softmax)?.matmul(&values)
+        });
+        self.write(&self.side_by_side(outputs, pass)?)
+    }
+
+    /// Inputs (B·T, d) → queries (B, n_q, T, h), keys and values (B, k, T, h), turned by their positions.
+    pub(super) fn project(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> candle_core::Result<[Tensor; 3]> {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
         let (batch, len) = (pass.batch, pass.positions.len());
         let mut all = x.matmul(&self.qkv.t()?)?;
@@ -150,49 +176,84 @@ impl Attention {
         }
         let all = all.reshape((batch, len, n_q + 2 * k, h))?.transpose(1, 2)?;
         let turned = rope.apply(&all.narrow(1, 0, n_q + k)?.contiguous()?)?;
-        let query = turned.narrow(1, 0, n_q)?;
-        let mut keys = turned.narrow(1, n_q, k)?.contiguous()?;
-        let mut values = all.narrow(1, n_q + k, k)?.contiguous()?;
-        let mut seen = pass.positions();
-        if let Some(past) = past {
-            (keys, values, seen) = past.extend(keys, values, seen)?;
-        }
-        let visible = visible(pass.positions(), seen, self.reach);
-        let softmax = CausalSoftmax { visible, keys: seen.len() };
-        let (mut group, mut first, mut outputs) = (0, 0, Vec::with_capacity(self.blocks.len()));
-        for &Block { groups, queries } in &self.blocks {
-            let query = query.narrow(1, first, groups * queries)?;
-            outputs.push(self.attend(&query, &keys, &values, (group, groups), &softmax)?);
-            group += groups;
-            first += groups * queries;
-        }
-        let heads = if let [one] = &outputs[..] { one.clone() } else { Tensor::cat(&outputs, 1)? };
-        // (B, n_q, T, h) → (B·T, n_q·h).
-        let heads = heads.transpose(1, 2)?.contiguous()?.reshape((batch * len, n_q * h))?;
+        let keys = turned.narrow(1, n_q, k)?.contiguous()?;
+        Ok([turned.narrow(1, 0, n_q)?, keys, all.narrow(1, n_q + k, k)?.contiguous()?])
+    }
+
+    /// The softmax of new tokens over those at the positions `seen`.
+    pub(super) fn softmax(&self, pass: &Pass, seen: &[usize]) -> CausalSoftmax {
+        CausalSoftmax { visible: visible(pass.positions(), seen, self.reach), keys: seen.len() }
+    }
+
+    /// Where each block's groups and query heads begin.
+    pub(super) fn places(&self) -> impl Iterator<Item = Place> {
+        let mut next = Place { first_group: 0, first_query: 0, block: Block { groups: 0, queries: 0 } };
+        self.blocks.iter().map(move |&block| {
+            let Block { groups, queries } = next.block;
+            let (first_group, first_query) = (next.first_group + groups, next.first_query + groups * queries);
+            next = Place { first_group, first_query, block };
+            next
+        })
+    }
+
+    /// What the query heads of every block read, (B, groups, r·T, h) → (B·T, n_q·h).
+    pub(super) fn side_by_side(
+        &self,
+        blocks: impl Iterator<Item = candle_core::Result<Tensor>>,
+        pass: &Pass,
+    ) -> candle_core::Result<Tensor> {
+        let (batch, len, h) = (pass.batch, pass.positions.len(), self.head_dim);
+        let heads = |block: candle_core::Result<Tensor>| block?.reshape((batch, (), len, h));
+        let heads = joined(&blocks.map(heads).collect::<candle_core::Result<Vec<_>>>()?)?;
+        heads.transpose(1, 2)?.contiguous()?.reshape((batch * len, self.query_heads * h))
+    }
+
+    /// What query heads read, (N, n_q·h) → (N, d).
+    pub(super) fn write(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
         let output = heads.matmul(&self.output.t()?)?;
         self.output_bias.as_ref().map_or(Ok(output.clone()), |bias| output.broadcast_add(bias))
     }
+}
 
-    /// Query heads (B, groups·r, T, h) of groups `first..first + groups` → what they read, the same shape. The
-    /// queries of a group are rows of one product with its keys.
-    fn attend(
+/// Tensors of heads (B, n, …) one after the other.
+pub(super) fn joined(heads: &[Tensor]) -> candle_core::Result<Tensor> {
+    if let [one] = heads { Ok(one.clone()) } else { Tensor::cat(heads, 1) }
+}
+
+/// A block, and where its groups and query heads begin.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    first_group: usize,
+    first_query: usize,
+    block: Block,
+}
+
+impl Place {
+    /// The block's part of queries (B, n_q, T, h), keys and values (B, k, S, h): (B, groups, r·T, h), (B, groups, S, h). The
+    /// queries of a group are rows of one product with its keys, where row i belongs to token i mod T.
+    pub(super) fn of(&self, query: &Tensor, keys: &Tensor, values: &Tensor) -> candle_core::Result<[Tensor; 3]> {
+        let own = |t: &Tensor| t.narrow(1, self.first_group, self.block.groups)?.contiguous();
+        Ok([self.queries(query)?, own(keys)?, own(values)?])
+    }
+
+    /// The block's part of what belongs to query heads, (B, n_q, T, h) → (B, groups, r·T, h).
+    pub(super) fn queries(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
+        let Block { groups, queries } = self.block;
+        let (batch, _, len, h) = heads.dims4()?;
+        let own = heads.narrow(1, self.first_query, groups * queries)?.contiguous()?;
+        own.reshape((batch, groups, queries * len, h))
+    }
+
+    /// How much each query looks at each key, (B, groups, r·T, S).
+    pub(super) fn probabilities(
         &self,
         query: &Tensor,
         keys: &Tensor,
-        values: &Tensor,
-        (first, groups): (usize, usize),
         softmax: &CausalSoftmax,
     ) -> candle_core::Result<Tensor> {
-        let (batch, heads, len, h) = query.dims4()?;
-        let own =
-            |t: &Tensor| if groups == self.kv_heads { Ok(t.clone()) } else { t.narrow(1, first, groups) };
-        let (keys, values) = (own(keys)?.contiguous()?, own(values)?.contiguous()?);
-        let rows = heads / groups * len;
-        let query = query.contiguous()?.reshape((batch, groups, rows, h))?;
-        // (B, groups, r·T, S), where row i belongs to token i mod T.
         let scores = query.matmul(&keys.t()?)?;
         scores.inplace_op1(softmax)?;
-        scores.matmul(&values)?.reshape((batch, heads, len, h))
+        Ok(scores)
     }
 }
 

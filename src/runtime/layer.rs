@@ -16,21 +16,21 @@ use crate::model::{AttentionSpec, Block, Linear, Norm};
 pub(super) struct Layer {
     pub(super) spec: AttentionSpec,
     pub(super) attention: Attention,
-    attention_norm: Normed,
-    mlp_norm: Normed,
+    pub(super) attention_norm: Normed,
+    pub(super) mlp_norm: Normed,
     /// Gate rows, then up rows, (2m, d).
-    gate_up: Tensor,
-    gate_up_bias: Option<Tensor>,
+    pub(super) gate_up: Tensor,
+    pub(super) gate_up_bias: Option<Tensor>,
     /// (d, m).
-    down: Tensor,
+    pub(super) down: Tensor,
     down_bias: Option<Tensor>,
 }
 
 /// A root mean square norm and its weight, (d).
 #[derive(Debug, Clone)]
 pub(super) struct Normed {
-    weight: Tensor,
-    epsilon: f32,
+    pub(super) weight: Tensor,
+    pub(super) epsilon: f32,
 }
 
 impl Normed {
@@ -116,7 +116,7 @@ impl Layer {
 }
 
 /// x (N, in), weight (out, in) → (N, out).
-fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> candle_core::Result<Tensor> {
+pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> candle_core::Result<Tensor> {
     let y = x.matmul(&weight.t()?)?;
     bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
 }

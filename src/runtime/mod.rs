@@ -27,13 +27,16 @@
 //! ```
 
 mod attention;
+mod backward;
 mod cache;
 mod device;
+mod head;
 mod layer;
 mod model;
 mod ops;
 mod rope;
 mod shared;
+mod weights;
 
 pub use crate::text::RuntimeError;
 pub use cache::KvCache;
@@ -41,3 +44,4 @@ pub use model::Model;
 
 pub(crate) use attention::Pass;
 pub(crate) use ops::{CausalSoftmax, visible};
+pub(crate) use weights::AttentionWeights;

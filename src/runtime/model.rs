@@ -18,6 +18,9 @@ const LONGEST_WINDOW: usize = 512;
 /// Tokens computed at once, and numbers of logits held at once.
 const BATCH_TOKENS: usize = 4096;
 const BATCH_LOGITS: usize = 1 << 25;
+/// Windows whose inputs of all layers are held for the way back, on the CPU and elsewhere.
+const HELD_WINDOWS: usize = 4;
+const HELD_ON_DEVICE: usize = 24;
 
 /// A model that can be run: f32, on the CPU.
 ///
@@ -42,9 +45,9 @@ pub struct Model {
     /// (vocabulary, d).
     embedding: Tensor,
     pub(super) layers: Vec<Layer>,
-    norm: Normed,
+    pub(super) norm: Normed,
     /// (vocabulary, d).
-    head: Tensor,
+    pub(super) head: Tensor,
 }
 
 impl Model {
@@ -92,6 +95,11 @@ impl Model {
     /// KV heads of every layer.
     pub fn kv_heads(&self) -> Vec<usize> {
         self.layers.iter().map(|layer| layer.attention.kv_heads()).collect()
+    }
+
+    /// Where it runs.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
@@ -211,6 +219,37 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// What enters every layer, and what the last one gives, (N, d) each.
+    pub(crate) fn layer_inputs(&self, tokens: &[u32], pass: &Pass) -> Result<Vec<Tensor>, RuntimeError> {
+        let mut inputs = vec![self.embed(tokens)?];
+        for i in 0..self.layers.len() {
+            let next = self.layer(i, &inputs[i], pass)?;
+            inputs.push(next);
+        }
+        Ok(inputs)
+    }
+
+    /// What the last layer gives, (N, d).
+    pub(crate) fn hidden(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, RuntimeError> {
+        (0..self.layers.len()).try_fold(self.embed(tokens)?, |x, i| self.layer(i, &x, pass))
+    }
+
+    /// Dimensions of the heads of layer `i`, h.
+    pub(crate) fn head_dim(&self, i: usize) -> usize {
+        self.spec(i).head_dim
+    }
+
+    /// Of `windows` that are computed at the same time, how many go into one tensor: on the CPU each is its own, and they
+    /// share out over the threads.
+    pub(crate) fn windows_in_one(&self, windows: usize) -> usize {
+        if self.device.is_cpu() { 1 } else { windows.max(1) }
+    }
+
+    /// Windows whose inputs of all layers are held at once.
+    pub(crate) fn windows_at_once(&self) -> usize {
+        if self.device.is_cpu() { HELD_WINDOWS } else { HELD_ON_DEVICE }
     }
 
     /// Windows held at once: as many as keep the cores busy and the memory small.

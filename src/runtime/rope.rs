@@ -46,6 +46,16 @@ impl Rope {
     /// Turns heads (B, n, T, h), contiguous.
     pub(super) fn apply(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
         let Some((cos, sin)) = &self.tables else { return Ok(heads.clone()) };
+        self.turn(heads, cos, sin)
+    }
+
+    /// Turns them back, as gradients are.
+    pub(super) fn apply_back(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
+        let Some((cos, sin)) = &self.tables else { return Ok(heads.clone()) };
+        self.turn(heads, cos, &sin.neg()?)
+    }
+
+    fn turn(&self, heads: &Tensor, cos: &Tensor, sin: &Tensor) -> candle_core::Result<Tensor> {
         let (dims, head_dim) = (self.rotation.dims(), heads.dim(D::Minus1)?);
         let turn = |part: &Tensor| match self.rotation {
             Rotation::Interleaved { .. } => rotary_emb::rope_i(part, cos, sin),

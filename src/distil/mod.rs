@@ -1,0 +1,383 @@
+//! Distillation: shared heads that learn from their source.
+//!
+//! Minimises the mean of KL(source ‖ shared) over the tokens of a calibration text by queries, keys, values and outputs of
+//! all layers, from wherever pooling and refits have left them (docs/method.md, "Distillation"). Memory is what enters
+//! every layer for a few windows, one layer's way back, and the optimizer's memory of what is trained; all weights that are not
+//! trained are the source's own.
+
+mod optimizer;
+mod state;
+mod trainer;
+
+use std::f64::consts::PI;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rand::seq::SliceRandom;
+
+use self::state::{SavedState, StateFile};
+use self::trainer::Trainer;
+use crate::error::{Error, Result};
+use crate::heads::Pooled;
+use crate::plan::{Distillation, SharedHeads};
+use crate::run::Run;
+use crate::runtime::{AttentionWeights, Model};
+use crate::text::{RuntimeError, Windows};
+
+pub use optimizer::Optimizer;
+
+/// Steps over which the rate rises, where there are ten times as many.
+const WARM_UP: u64 = 20;
+/// Windows trained on for each window of validation between two validations: a tenth of the time at most goes there.
+const TRAINED_PER_VALIDATED: usize = 3;
+/// Validations in a row, in the second half of the steps, that may be worse than the best before it is called off.
+const PATIENCE: usize = 3;
+/// Between two writings of the state.
+const SAVE_EVERY: Duration = Duration::from_secs(180);
+/// Steps by which the time of one is known.
+const TIMED: u64 = 2;
+
+/// How long to distil.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effort {
+    /// Until about this many tokens were read, the same ones again where the text has fewer.
+    Tokens(u64),
+    /// About this long: the first steps tell how many there will be.
+    Time(Duration),
+}
+
+/// A distillation to be run.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use qcqa::distil::{Distill, Effort, Optimizer};
+///
+/// let tokens = Distill::new(Effort::Tokens(2_000_000));
+/// let minutes = Distill::new(Effort::Time(Duration::from_secs(1800))).optimizer(Optimizer::AdamW);
+/// assert_ne!(tokens, minutes);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Distill {
+    effort: Effort,
+    optimizer: Optimizer,
+    rate: Option<f64>,
+    batch: Option<usize>,
+    state: Option<PathBuf>,
+}
+
+/// Shared heads after distillation, and how that went.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Distilled<'a> {
+    /// The shared heads, for outputs and the runtime.
+    pub shared: SharedHeads<'a>,
+    /// KL(source ‖ shared) on validation, in nats a token, by tokens trained on: at the start, now and then, and at the end.
+    pub course: Vec<(u64, f64)>,
+    /// Whether it was broken off; what was best until then is there.
+    pub interrupted: bool,
+}
+
+impl Distill {
+    /// A distillation of this length by [`Optimizer::Muon`].
+    pub fn new(effort: Effort) -> Self {
+        Self { effort, optimizer: Optimizer::default(), rate: None, batch: None, state: None }
+    }
+
+    /// Replaces the optimizer.
+    pub fn optimizer(self, optimizer: Optimizer) -> Self {
+        Self { optimizer, ..self }
+    }
+
+    /// Replaces the highest rate; [`Optimizer::rate`] unless said.
+    pub fn rate(self, rate: f64) -> Self {
+        Self { rate: Some(rate), ..self }
+    }
+
+    /// Replaces the number of windows of a step; by the number of tokens unless said.
+    pub fn batch(self, windows: usize) -> Self {
+        Self { batch: Some(windows), ..self }
+    }
+
+    /// A file that holds the state every few minutes. Where there is one, of the same distillation, it goes on from there, to
+    /// the same result as if it had not ended; it is removed when all is done.
+    pub fn state(self, path: PathBuf) -> Self {
+        Self { state: Some(path), ..self }
+    }
+
+    /// Distils shared heads of `source` on `fit`, and keeps those that are nearest to it on `validation`: maybe those that
+    /// there were, never worse ones. Progress is stage `"distil"`; where the observer breaks, what was best is the result.
+    ///
+    /// The same seed gives the same result on any number of threads.
+    ///
+    /// ```
+    /// use qcqa::Run;
+    /// use qcqa::checkpoint::Checkpoint;
+    /// use qcqa::distil::{Distill, Effort};
+    /// use qcqa::heads::HeadSource;
+    /// use qcqa::partition::Partition;
+    /// use qcqa::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+    /// use qcqa::runtime::Model;
+    /// use qcqa::spec::Spec;
+    /// use qcqa::text::Windows;
+    ///
+    /// let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
+    /// let model = Model::load(&checkpoint)?;
+    /// let pairs = Partition::from_groups(8, &[[0, 1], [2, 3], [4, 5], [6, 7]])?;
+    /// let by_hand = Method::new("by hand", Spec::new("none"), Spec::new("none"), Spec::new("none"));
+    /// let (pooling, layers) = (Pooling::new(Spec::new("mean")), vec![LayerPlan::new(pairs, 0.0); 4]);
+    /// let plan = Plan::new(checkpoint.id()?, by_hand, pooling, layers, 0.5, 0)?;
+    ///
+    /// let windows = |first: u32| Windows::new((first..first + 256).map(|t| t * t % 1021).collect(), 64);
+    /// let shared = SharedHeads::new(&plan, &checkpoint)?;
+    /// let distilled =
+    ///     Distill::new(Effort::Tokens(2048)).run(&model, shared, &windows(0)?, Some(&windows(999)?), Run::new(0))?;
+    /// let (start, end) = (distilled.course[0].1, distilled.course[distilled.course.len() - 1].1);
+    /// assert!(end < start);
+    /// # Ok::<(), qcqa::text::RuntimeError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::PlanSource`] unless the heads are of this model; [`Error::Setting`] for a rate, batch or effort of 0; as
+    /// [`SharedHeads::layer`] and [`Model::with_shared`]; [`RuntimeError::NotFinite`]; [`FileError`](crate::files::FileError)
+    /// where the state cannot be written or is of something else.
+    pub fn run<'a>(
+        &self,
+        source: &Model,
+        shared: SharedHeads<'a>,
+        fit: &Windows,
+        validation: Option<&Windows>,
+        run: Run<'_>,
+    ) -> Result<Distilled<'a>, RuntimeError> {
+        let model = source.with_shared(&shared)?;
+        let work = self.work(fit, validation)?;
+        let file = self.state.as_ref().map(|path| {
+            let key = work.key(self, &shared, run.seed());
+            key.map(|key| StateFile { path: path.clone(), key })
+        });
+        let file = file.transpose()?;
+        let mut trainer = Trainer::new(source, model, self.optimizer)?;
+        let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
+            Some(state) => state,
+            None => work.begin(&trainer)?,
+        };
+        let interrupted = self.steps(&work, &mut trainer, &mut state, file.as_ref(), run)?;
+        if let (false, Some(file)) = (interrupted, &file) {
+            file.remove()?;
+        }
+        let model = work.best(trainer, &state)?;
+        let layers = (0..model.n_layers()).map(|i| model.pooled(i)).collect::<Result<_, _>>()?;
+        let (tokens, steps) = (state.best_step * work.step_tokens(), state.best_step);
+        let calibration = fit.fingerprint(source.id());
+        let shared = match steps {
+            0 => shared,
+            _ => shared.distilled(layers, Distillation::new(tokens, steps, calibration)),
+        };
+        Ok(Distilled { shared, course: state.course, interrupted })
+    }
+
+    /// Goes on until the end, or until it is broken off.
+    fn steps(
+        &self,
+        work: &Work<'_>,
+        trainer: &mut Trainer<'_>,
+        state: &mut SavedState,
+        file: Option<&StateFile>,
+        run: Run<'_>,
+    ) -> Result<bool, RuntimeError> {
+        let (began, mut saved, mut order) = (Instant::now(), Instant::now(), Order::new(work.fit.count(), run));
+        let texts: Vec<&[u32]> = work.fit.batches(1).collect();
+        while state.total.is_none_or(|total| state.step < total) {
+            let detail = state.detail();
+            let total = state.total.unwrap_or(state.step + TIMED) * work.step_tokens();
+            match run.step_with("distil", state.step * work.step_tokens(), total, &detail) {
+                Err(Error::Cancelled) => {
+                    file.map(|file| file.write(trainer, state)).transpose()?;
+                    return Ok(true);
+                }
+                other => other?,
+            }
+            let first = state.step * work.batch as u64;
+            let windows: Vec<&[u32]> = (first..first + work.batch as u64).map(|n| texts[order.window(n)]).collect();
+            let rate = work.rate * share(state.step, state.total);
+            state.loss = trainer.step(&windows, state.step, rate)?;
+            if !state.loss.is_finite() {
+                return Err(RuntimeError::NotFinite { what: "the divergence while distilling".to_string() });
+            }
+            state.step += 1;
+            if let (None, Effort::Time(time), TIMED..) = (state.total, self.effort, state.step) {
+                let one = began.elapsed().div_f64(state.step as f64).as_secs_f64() * work.with_validation();
+                state.total = Some(((time.as_secs_f64() / one) as u64).max(state.step));
+            }
+            let last = state.total == Some(state.step);
+            if (last || state.step % work.interval == 0) && work.validate(trainer, state)? {
+                break;
+            }
+            if !last && saved.elapsed() >= SAVE_EVERY {
+                file.map(|file| file.write(trainer, state)).transpose()?;
+                saved = Instant::now();
+            }
+        }
+        let done = state.step * work.step_tokens();
+        run.step_with("distil", done, done, &state.detail()).or_else(|e| match e {
+            Error::Cancelled => Ok(()),
+            e => Err(e),
+        })?;
+        Ok(false)
+    }
+
+    fn work<'w>(&self, fit: &'w Windows, validation: Option<&'w Windows>) -> Result<Work<'w>, RuntimeError> {
+        let rate = self.rate.unwrap_or_else(|| self.optimizer.rate());
+        if !(rate > 0.0 && rate.is_finite()) {
+            return Err(Error::setting("rate", rate, "above 0 and finite").into());
+        }
+        let batch = self.batch.unwrap_or_else(|| usual_batch(self.effort, fit.length()));
+        if batch == 0 {
+            return Err(Error::setting("batch", batch, "at least 1 window").into());
+        }
+        let total = match self.effort {
+            Effort::Tokens(0) => return Err(Error::setting("tokens", 0, "at least 1").into()),
+            Effort::Time(time) if time.is_zero() => return Err(Error::setting("time", "0", "above 0").into()),
+            Effort::Tokens(tokens) => Some((tokens / (batch * fit.length()) as u64).max(1)),
+            Effort::Time(_) => None,
+        };
+        let validated = validation.map_or(0, Windows::count);
+        let interval = (TRAINED_PER_VALIDATED * validated).div_ceil(batch).max(1) as u64;
+        Ok(Work { fit, validation, batch, rate, total, interval })
+    }
+}
+
+/// What a distillation works on.
+#[derive(Debug)]
+struct Work<'w> {
+    fit: &'w Windows,
+    validation: Option<&'w Windows>,
+    /// Windows of a step.
+    batch: usize,
+    rate: f64,
+    /// Steps in all, once they are known.
+    total: Option<u64>,
+    /// Steps from one validation to the next.
+    interval: u64,
+}
+
+impl Work<'_> {
+    fn step_tokens(&self) -> u64 {
+        (self.batch * self.fit.length()) as u64
+    }
+
+    /// Time with validation for the time without, roughly: a validation is two forward passes, a step four.
+    fn with_validation(&self) -> f64 {
+        let validated = self.validation.map_or(0, Windows::count) as f64;
+        1.0 + validated / 2.0 / (self.interval as f64 * self.batch as f64)
+    }
+
+    /// What one distillation is told from another by.
+    fn key(&self, distill: &Distill, shared: &SharedHeads<'_>, seed: u64) -> Result<String, RuntimeError> {
+        let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
+        let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
+        let Distill { effort, optimizer, .. } = distill;
+        Ok(format!("{seed} {effort:?} {optimizer:?} {} {} {texts:?} {:?}", self.batch, self.rate, shared.record()))
+    }
+
+    fn begin(&self, trainer: &Trainer<'_>) -> Result<SavedState, RuntimeError> {
+        let weights = weights_of(&trainer.model)?;
+        let mut state = SavedState { total: self.total, best: weights, ..SavedState::default() };
+        if let Some(validation) = self.validation {
+            state.course.push((0, trainer.divergence(validation)?));
+        }
+        Ok(state)
+    }
+
+    /// Measures where the model stands, and keeps it where it is the best so far; whether there is nothing to hope for.
+    fn validate(&self, trainer: &Trainer<'_>, state: &mut SavedState) -> Result<bool, RuntimeError> {
+        let best = state.course.iter().map(|&(_, kl)| kl).fold(f64::INFINITY, f64::min);
+        let kl = match self.validation {
+            Some(validation) => trainer.divergence(validation)?,
+            None => f64::NEG_INFINITY,
+        };
+        if kl < best {
+            (state.best, state.best_step, state.worse) = (weights_of(&trainer.model)?, state.step, 0);
+        } else {
+            state.worse += 1;
+        }
+        if self.validation.is_some() {
+            state.course.push((state.step * self.step_tokens(), kl));
+        }
+        let second_half = state.total.is_some_and(|total| 2 * state.step > total);
+        Ok(second_half && state.worse >= PATIENCE)
+    }
+
+    /// The model with the best weights.
+    fn best(&self, trainer: Trainer<'_>, state: &SavedState) -> Result<Model, RuntimeError> {
+        let mut model = trainer.model;
+        for (i, weights) in state.best.iter().enumerate() {
+            model.set_attention_weights(i, weights)?;
+        }
+        Ok(model)
+    }
+}
+
+fn weights_of(model: &Model) -> Result<Vec<AttentionWeights>, RuntimeError> {
+    (0..model.n_layers()).map(|i| Ok(model.attention_weights(i)?)).collect()
+}
+
+/// Windows of a step: few tokens want many small steps, many tokens larger ones (docs/quality.md).
+fn usual_batch(effort: Effort, window: usize) -> usize {
+    let tokens = match effort {
+        Effort::Tokens(tokens) if tokens > FEW_TOKENS => 12_288,
+        _ => 2_048,
+    };
+    (tokens / window).max(1)
+}
+
+/// Tokens up to which a step has few of them.
+const FEW_TOKENS: u64 = 600_000;
+
+/// The share of the highest rate at a step: rises over the first steps, then falls to 0 along a cosine.
+fn share(step: u64, total: Option<u64>) -> f64 {
+    let rise = WARM_UP.min(total.map_or(WARM_UP, |total| total.div_ceil(10))).max(1);
+    let rising = ((step + 1) as f64 / rise as f64).min(1.0);
+    rising * total.map_or(1.0, |total| 0.5 * (1.0 + (PI * step as f64 / total as f64).cos()))
+}
+
+/// The order in which windows are read: all of them, then all of them again in another order.
+struct Order<'r> {
+    run: Run<'r>,
+    windows: usize,
+    round: Option<(u64, Vec<usize>)>,
+}
+
+impl<'r> Order<'r> {
+    fn new(windows: usize, run: Run<'r>) -> Self {
+        Self { run, windows, round: None }
+    }
+
+    /// Window number `n` of all that are read.
+    fn window(&mut self, n: u64) -> usize {
+        let (round, place) = (n / self.windows as u64, (n % self.windows as u64) as usize);
+        if self.round.as_ref().is_none_or(|&(of, _)| of != round) {
+            let mut order: Vec<usize> = (0..self.windows).collect();
+            order.shuffle(&mut self.run.fork(round).rng());
+            self.round = Some((round, order));
+        }
+        self.round.as_ref().map_or(place, |(_, order)| order[place])
+    }
+}
+
+/// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of
+/// every layer of `model`, in their places: for those who bring an optimizer of their own.
+///
+/// # Errors
+/// [`RuntimeError::Vocabulary`] unless the two have one vocabulary; as [`Distill::run`].
+pub fn gradient(source: &Model, model: &Model, windows: &Windows) -> Result<(f64, Vec<Pooled>), RuntimeError> {
+    let (expected, found) = (source.vocabulary(), model.vocabulary());
+    if expected != found {
+        return Err(RuntimeError::Vocabulary { expected, found });
+    }
+    let trainer = Trainer::new(source, model.clone(), Optimizer::default())?;
+    let texts: Vec<&[u32]> = windows.batches(1).collect();
+    let (divergence, gradients) = trainer.gradients(&texts)?;
+    let laid_out = |(i, of): (usize, &AttentionWeights)| model.laid_out(i, of);
+    Ok((divergence, gradients.iter().enumerate().map(laid_out).collect::<Result<_, _>>()?))
+}

@@ -1,0 +1,180 @@
+//! What a gradient does to a weight.
+
+use candle_core::{Result, Tensor};
+
+use crate::runtime::AttentionWeights;
+
+/// How weights follow their gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Optimizer {
+    /// Momentum made orthogonal, head by head (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>); biases by
+    /// [`Optimizer::AdamW`].
+    #[default]
+    Muon,
+    /// Adam without decay (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019, arXiv 1711.05101).
+    AdamW,
+}
+
+impl Optimizer {
+    /// The rate at which it does best (docs/quality.md).
+    pub fn rate(self) -> f64 {
+        match self {
+            Self::Muon => 2e-3,
+            Self::AdamW => 1e-3,
+        }
+    }
+}
+
+/// Adam's forgetting of gradients and of their squares, and what keeps it from dividing by 0.
+const BETAS: [f64; 2] = [0.9, 0.95];
+const EPSILON: f64 = 1e-8;
+/// The share of the momentum that a new gradient takes; what is made orthogonal is a like mixture of both.
+const FRESH: f64 = 0.05;
+/// The root mean square of a step at rate 1, as Adam's steps have it (Liu et al. 2025, arXiv 2502.16982).
+const MUON_STEP: f64 = 0.2;
+/// Rounds of the iteration that makes a matrix orthogonal, and the polynomial of one.
+const ROUNDS: usize = 5;
+const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
+
+/// What an optimizer remembers of each tensor of a layer, in the order of [`AttentionWeights::tensors`]: momentum for a
+/// matrix under Muon, else the means of gradients and of their squares.
+pub(super) type Memory = Vec<Vec<Tensor>>;
+
+impl Optimizer {
+    /// Of a layer that has not moved yet.
+    pub(super) fn memory(self, weights: &AttentionWeights) -> Result<Memory> {
+        let of = |(i, tensor): (usize, &Tensor)| {
+            let n = if self.orthogonal(i) { 1 } else { 2 };
+            (0..n).map(|_| tensor.zeros_like()).collect()
+        };
+        weights.tensors().enumerate().map(of).collect()
+    }
+
+    /// The weights of a layer after step number `step`, counted from 0, at `rate`; heads have h rows.
+    pub(super) fn step(
+        self,
+        weights: &AttentionWeights,
+        gradients: &AttentionWeights,
+        memory: &mut Memory,
+        (step, rate, h): (u64, f64, usize),
+    ) -> Result<AttentionWeights> {
+        let mut each = gradients.tensors().zip(memory).enumerate();
+        weights.map(|weight| {
+            let Some((i, (gradient, memory))) = each.next() else { return Ok(weight.clone()) };
+            let change = if self.orthogonal(i) {
+                let momentum = mixed(&memory[0], gradient, FRESH)?;
+                let mixture = mixed(gradient, &momentum, 1.0 - FRESH)?;
+                memory[0] = momentum;
+                by_head(&mixture, h, i == OUTPUT)?
+            } else {
+                let means = [gradient.clone(), gradient.sqr()?];
+                let mut corrected = Vec::with_capacity(2);
+                for ((held, new), beta) in memory.iter_mut().zip(means).zip(BETAS) {
+                    *held = mixed(held, &new, 1.0 - beta)?;
+                    corrected.push((&*held / (1.0 - beta.powf(step as f64 + 1.0)))?);
+                }
+                (&corrected[0] / (corrected[1].sqrt()? + EPSILON)?)?
+            };
+            weight - (change * rate)?
+        })
+    }
+
+    /// Whether tensor number `i` of a layer moves by an orthogonal matrix.
+    fn orthogonal(self, i: usize) -> bool {
+        self == Self::Muon && i <= OUTPUT
+    }
+}
+
+/// The place of the output projection among a layer's tensors: its heads are columns. Biases come after it.
+const OUTPUT: usize = 3;
+
+/// `(1 − share) a + share b`.
+fn mixed(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
+    a.affine(1.0 - share, 0.0)? + b.affine(share, 0.0)?
+}
+
+/// A matrix whose heads, of h rows (or columns), are each made orthogonal and as large as steps of Adam.
+fn by_head(matrix: &Tensor, h: usize, columns: bool) -> Result<Tensor> {
+    let rows = if columns { matrix.t()?.contiguous()? } else { matrix.clone() };
+    let (all, d) = rows.dims2()?;
+    let heads = orthogonal(&rows.reshape((all / h, h, d))?)?;
+    let step = MUON_STEP * (h.max(d) as f64).sqrt();
+    let rows = heads.reshape((all, d))?.affine(step, 0.0)?;
+    if columns { rows.t()?.contiguous() } else { Ok(rows) }
+}
+
+/// Matrices (n, a, b), each roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration.
+fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
+    let (_, a, b) = matrices.dims3()?;
+    let wide = if a <= b { matrices.clone() } else { matrices.transpose(1, 2)?.contiguous()? };
+    let norm = (wide.sqr()?.sum_keepdim(2)?.sum_keepdim(1)?.sqrt()? + 1e-7)?;
+    let mut x = wide.broadcast_div(&norm)?;
+    let [first, third, fifth] = POLYNOMIAL;
+    for _ in 0..ROUNDS {
+        let y = x.matmul(&x.transpose(1, 2)?.contiguous()?)?;
+        let z = (y.affine(third, 0.0)? + y.matmul(&y)?.affine(fifth, 0.0)?)?;
+        x = (x.affine(first, 0.0)? + z.matmul(&x)?)?;
+    }
+    if a <= b { Ok(x) } else { x.transpose(1, 2)?.contiguous() }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn numbers(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729 + i * i * 31) % 1009) as f32 / 504.0 - 1.0).collect()
+    }
+
+    #[test]
+    fn an_orthogonal_step_has_singular_values_near_one() {
+        for (a, b) in [(4, 12), (12, 4)] {
+            let matrices = Tensor::from_vec(numbers(3 * a * b, 1), (3, a, b), &Device::Cpu).unwrap();
+            let made = orthogonal(&matrices).unwrap();
+            let across = |x: &Tensor, y: &Tensor| x.matmul(y).unwrap();
+            let turned = made.transpose(1, 2).unwrap().contiguous().unwrap();
+            let square = if a < b { across(&made, &turned) } else { across(&turned, &made) };
+            let square: Vec<Vec<Vec<f32>>> = square.to_vec3().unwrap();
+            for matrix in square {
+                for (i, row) in matrix.iter().enumerate() {
+                    for (j, &value) in row.iter().enumerate() {
+                        let expected = if i == j { 1.0 } else { 0.0 };
+                        // The polynomial trades exactness for speed: singular values of 0.7 to 1.2.
+                        assert!((value - expected).abs() < 0.5, "{a}x{b}: {value} at {i}, {j}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn adam_is_its_definition() {
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap().reshape((1, 2)).unwrap();
+        let layer = |values: &[f32]| AttentionWeights {
+            matrices: [(); 4].map(|()| tensor(values)),
+            biases: [None, None, None, None],
+        };
+        let (mut weights, mut memory) = (layer(&[1.0, -2.0]), Vec::new());
+        let (mut w, mut m, mut v) = ([1.0f64, -2.0], [0.0f64; 2], [0.0f64; 2]);
+        for step in 0..5u64 {
+            let gradient = [0.5 - step as f32, 0.25 * step as f32];
+            if step == 0 {
+                memory = Optimizer::AdamW.memory(&weights).unwrap();
+            }
+            weights = Optimizer::AdamW.step(&weights, &layer(&gradient), &mut memory, (step, 0.1, 1)).unwrap();
+            for i in 0..2 {
+                let g = f64::from(gradient[i]);
+                m[i] = 0.9 * m[i] + 0.1 * g;
+                v[i] = 0.95 * v[i] + 0.05 * g * g;
+                let power = step as i32 + 1;
+                let (mean, square) = (m[i] / (1.0 - 0.9f64.powi(power)), v[i] / (1.0 - 0.95f64.powi(power)));
+                w[i] -= 0.1 * mean / (square.sqrt() + 1e-8);
+            }
+            let found: Vec<Vec<f32>> = weights.matrices[2].to_vec2().unwrap();
+            assert!((0..2).all(|i| (f64::from(found[0][i]) - w[i]).abs() < 1e-5), "{found:?}, {w:?}");
+        }
+    }
+}

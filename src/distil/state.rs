@@ -1,0 +1,140 @@
+//! A distillation on disk: all that it takes to go on as if nothing had happened.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor, safetensors::load_buffer};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+
+use super::trainer::Trainer;
+use crate::files::{FileError, parent_of, sync_directory};
+use crate::runtime::AttentionWeights;
+use crate::text::RuntimeError;
+
+/// How far a distillation is, beside the trainer's weights and memory.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct SavedState {
+    /// Steps done.
+    pub(super) step: u64,
+    /// Steps in all, once they are known.
+    pub(super) total: Option<u64>,
+    /// The divergence of the last step's windows.
+    pub(super) loss: f64,
+    /// Validations by tokens.
+    pub(super) course: Vec<(u64, f64)>,
+    /// The steps after which the best weights were found, and how many validations did not better them since.
+    pub(super) best_step: u64,
+    pub(super) worse: usize,
+    #[serde(skip)]
+    pub(super) best: Vec<AttentionWeights>,
+}
+
+impl SavedState {
+    /// How it goes, for people.
+    pub(super) fn detail(&self) -> String {
+        let validated = self.course.last().map(|(_, kl)| format!(", validation {kl:.4}")).unwrap_or_default();
+        if self.step == 0 { format!("KL{validated}") } else { format!("KL {:.4}{validated}", self.loss) }
+    }
+}
+
+/// The metadata key of what is no tensor.
+const STATE: &str = "state";
+
+/// What is in that key.
+#[derive(Serialize, Deserialize)]
+struct Header<S> {
+    key: String,
+    state: S,
+}
+
+/// A file that holds a state, and what it must be of.
+#[derive(Debug)]
+pub(super) struct StateFile {
+    pub(super) path: PathBuf,
+    pub(super) key: String,
+}
+
+impl StateFile {
+    /// The state in the file, where there is one; weights and memory go to the trainer.
+    pub(super) fn read(&self, trainer: &mut Trainer<'_>) -> Result<Option<SavedState>, RuntimeError> {
+        let bytes = match fs::read(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            bytes => bytes.map_err(|e| FileError::io("read", &self.path, e))?,
+        };
+        let path = || self.path.clone();
+        let header = |source| FileError::Header { path: path(), len: bytes.len(), source };
+        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
+        let found = metadata.metadata().as_ref().and_then(|keys| keys.get(STATE));
+        let found = found.and_then(|text| serde_json::from_str::<Header<SavedState>>(text).ok());
+        let found = found.filter(|found| found.key == self.key).ok_or_else(|| FileError::DistillState { path: path() })?;
+        let device = trainer.model.device().clone();
+        let tensors = load_buffer(&bytes, &device)?;
+        let take = |name: String, like: &Tensor| {
+            let tensor = tensors.get(&name).filter(|t| t.dims() == like.dims() && t.dtype() == like.dtype());
+            tensor.cloned().ok_or_else(|| RuntimeError::from(FileError::DistillState { path: path() }))
+        };
+        let mut state = found.state;
+        for i in 0..trainer.memory.len() {
+            let like = trainer.model.attention_weights(i)?;
+            let read = |what: &str| {
+                let mut n = 0;
+                like.map(|tensor| {
+                    n += 1;
+                    take(name(what, i, n), tensor)
+                })
+            };
+            let (weights, best) = (read("weights")?, read("best")?);
+            trainer.model.set_attention_weights(i, &weights)?;
+            state.best.push(best);
+            for (n, held) in trainer.memory[i].iter_mut().enumerate() {
+                for (m, tensor) in held.iter_mut().enumerate() {
+                    *tensor = take(name(&format!("memory.{m}"), i, n + 1), tensor)?;
+                }
+            }
+        }
+        Ok(Some(state))
+    }
+
+    /// Writes it, whole or not at all, in the place of an earlier one.
+    pub(super) fn write(&self, trainer: &Trainer<'_>, state: &SavedState) -> Result<(), RuntimeError> {
+        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        for (i, (best, memory)) in state.best.iter().zip(&trainer.memory).enumerate() {
+            let weights = trainer.model.attention_weights(i)?;
+            for (what, layer) in [("weights", &weights), ("best", best)] {
+                tensors.extend(layer.tensors().enumerate().map(|(n, t)| (name(what, i, n + 1), t.clone())));
+            }
+            for (n, held) in memory.iter().enumerate() {
+                let named = |(m, t): (usize, &Tensor)| (name(&format!("memory.{m}"), i, n + 1), t.clone());
+                tensors.extend(held.iter().enumerate().map(named));
+            }
+        }
+        for (_, tensor) in &mut tensors {
+            *tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+        }
+        let header = Header { key: self.key.clone(), state };
+        let header = serde_json::to_string(&header).map_err(crate::error::Error::plugin)?;
+        let failed = |source| FileError::io("write", &self.path, source);
+        let parent = parent_of(&self.path);
+        let file = tempfile::Builder::new().prefix(".qcqa.").tempfile_in(parent).map_err(failed)?;
+        let metadata = Some(HashMap::from([(STATE.to_string(), header)]));
+        safetensors::serialize_to_file(tensors, metadata, file.path()).map_err(|e| failed(io::Error::other(e)))?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&self.path).map_err(|e| failed(e.error))?;
+        Ok(sync_directory(parent)?)
+    }
+
+    /// Removes the file, where there is one.
+    pub(super) fn remove(&self) -> Result<(), FileError> {
+        match fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FileError::io("remove", &self.path, error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn name(what: &str, layer: usize, tensor: usize) -> String {
+    format!("{what}.{layer}.{tensor}")
+}

@@ -1,0 +1,94 @@
+//! What sharing costs each layer, estimated by one pass backward.
+
+use candle_core::{D, Tensor};
+use rand::Rng;
+use rayon::prelude::*;
+
+use super::sensitivity::{Sensitivity, measured};
+use super::trial::Trial;
+use crate::error::Error;
+use crate::front::Front;
+use crate::run::Run;
+use crate::runtime::{Model, Pass};
+use crate::text::RuntimeError;
+
+impl Sensitivity {
+    /// Estimates each layer at the numbers of groups that [`Sensitivity::measure`] measures: `½ mean_t (g_t · δ_t)²` over the
+    /// tokens t, where δ_t is the change of the layer's attention output when it alone is shared and g_t the gradient of
+    /// Σ_t ln p(y_t) at that output, for labels y_t drawn from the model's own predictions: the diagonal of the Fisher
+    /// information over tokens, and so of the rise of KL(source ‖ shared) (docs/method.md, "Which layers pay"). One pass
+    /// forward, one backward, and the attention of every option, whatever the number of layers. Progress is stage
+    /// `"sensitivity"`.
+    ///
+    /// Memory: what enters every layer, for all windows. The same seed gives the same estimate.
+    ///
+    /// # Errors
+    /// As [`Sensitivity::measure`].
+    pub fn estimate(trial: &Trial<'_>, fronts: &[Front], run: Run<'_>) -> Result<Self, RuntimeError> {
+        let (key, model) = (format!("fisher {} {}", run.seed(), Self::key(trial, fronts)?), trial.model);
+        let layers = fronts.len();
+        let total = layers as u64 + 1;
+        run.step("sensitivity", 0, total)?;
+        let pass = model.pass(1, trial.windows.length(), 0)?;
+        let texts: Vec<&[u32]> = trial.windows.batches(1).collect();
+        let texts = texts.par_iter().enumerate().map(|(i, tokens)| Way::there(model, tokens, &pass, run.fork(i as u64)));
+        let mut texts = texts.collect::<Result<Vec<_>, _>>()?;
+        let mut estimates = vec![Vec::new(); layers];
+        for (i, front) in fronts.iter().enumerate().rev() {
+            run.step("sensitivity", (layers - i) as u64, total)?;
+            let heads = trial.source.heads(i)?;
+            let options: Vec<_> = measured(front)
+                .map(|point| Ok((point.partition.n_groups(), trial.regrouped(model, &heads, &point.partition)?)))
+                .collect::<Result<_, RuntimeError>>()?;
+            let models: Vec<&Model> = options.iter().map(|(_, model)| model).collect();
+            let sums = texts.par_iter_mut().map(|way| way.back(model, i, &models, &pass));
+            let sums = sums.collect::<Result<Vec<_>, _>>()?;
+            let tokens = trial.windows.tokens().len() as f64;
+            for (n, (k, _)) in options.iter().enumerate() {
+                // In the order of the text, on however many threads.
+                let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / tokens;
+                if !estimate.is_finite() {
+                    return Err(RuntimeError::NotFinite { what: format!("what layer {i} loses at {k} heads") });
+                }
+                estimates[i].push((*k, estimate));
+            }
+        }
+        run.step("sensitivity", total, total)?;
+        Ok(Self::from_rises(key, fronts, estimates))
+    }
+}
+
+/// One window on its way back.
+struct Way {
+    /// What enters the layers that it has yet to go through, (T, d).
+    inputs: Vec<Tensor>,
+    /// Gradient of what leaves the last of these, (T, d).
+    gradient: Tensor,
+}
+
+impl Way {
+    /// There: through all layers, and back through the output embedding.
+    fn there(model: &Model, tokens: &[u32], pass: &Pass, run: Run<'_>) -> Result<Self, RuntimeError> {
+        let mut inputs = model.layer_inputs(tokens, pass)?;
+        let last = inputs.pop().ok_or(Error::NoLayer { layer: 0, layers: 0 })?;
+        let mut rng = run.rng();
+        let draw: Vec<f32> = tokens.iter().map(|_| rng.random()).collect();
+        let gradient = model.drawn_gradient(&model.last(&last)?, &draw)?;
+        Ok(Self { inputs, gradient: model.last_backward(&last, &gradient)? })
+    }
+
+    /// Back through layer `i`: for each model in which that layer alone is shared, `Σ_t (g_t · δ_t)²`.
+    fn back(&mut self, model: &Model, i: usize, shared: &[&Model], pass: &Pass) -> Result<Vec<f64>, RuntimeError> {
+        let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
+        let back = model.backward(i, &x, &self.gradient, pass, false)?;
+        let input = model.attention_input(i, &x)?;
+        let of = |shared: &&Model| {
+            let change = (shared.attend(i, &input, pass)? - &back.output)?;
+            let effects: Vec<f32> = (change * &back.attention)?.sum(D::Minus1)?.to_vec1()?;
+            Ok(effects.into_iter().map(|e| f64::from(e).powi(2)).sum())
+        };
+        let sums = shared.iter().map(of).collect();
+        self.gradient = back.input;
+        sums
+    }
+}

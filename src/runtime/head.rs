@@ -1,0 +1,144 @@
+//! The output embedding, in blocks: what predictions differ by, and its gradient, without the logits of a whole text.
+
+use candle_core::{D, Device, Result, Storage, Tensor};
+use candle_nn::ops::{log_softmax, softmax_last_dim};
+use rayon::prelude::*;
+
+use super::Model;
+
+/// Numbers of logits held at once, of each of two models.
+const BLOCK_LOGITS: usize = 1 << 22;
+/// The same on a device with memory to spare and products that want to be large.
+const DEVICE_BLOCK_LOGITS: usize = 1 << 27;
+
+impl Model {
+    /// What the output embedding reads of what the last layer gives, (N, d) → (N, d).
+    pub(crate) fn last(&self, x: &Tensor) -> Result<Tensor> {
+        self.norm.of(x)
+    }
+
+    /// What passes back through [`Model::last`], (N, d).
+    pub(crate) fn last_backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        self.norm.backward(x, gradient)
+    }
+
+    /// KL(source ‖ this) of every token, from what the output embeddings of both read, (N, d). The two models share their
+    /// output embedding.
+    pub(crate) fn divergences(&self, source: &Tensor, own: &Tensor) -> Result<Vec<f64>> {
+        let mut divergences = Vec::new();
+        self.compared(source, own, |found, _| {
+            divergences.extend(found);
+            Ok(())
+        })?;
+        Ok(divergences)
+    }
+
+    /// [`Model::divergences`], and the gradient (N, d) of their sum with respect to what this model's embedding reads.
+    pub(crate) fn divergence(&self, source: &Tensor, own: &Tensor) -> Result<(Vec<f64>, Tensor)> {
+        let (mut divergences, mut gradients) = (Vec::new(), Vec::new());
+        self.compared(source, own, |found, back| {
+            divergences.extend(found);
+            gradients.push(back.matmul(&self.head)?);
+            Ok(())
+        })?;
+        Ok((divergences, Tensor::cat(&gradients, 0)?))
+    }
+
+    /// Block by block the divergence of every token and its gradient with respect to this model's logits.
+    fn compared(
+        &self,
+        source: &Tensor,
+        own: &Tensor,
+        mut take: impl FnMut(Vec<f64>, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        for (first, n) in self.blocks(own.dim(0)?) {
+            let logits = |x: &Tensor| x.narrow(0, first, n)?.matmul(&self.head.t()?);
+            let (found, back) = divergence(&logits(source)?, &logits(own)?)?;
+            take(found, back)?;
+        }
+        Ok(())
+    }
+
+    /// Gradient (N, d) of `Σ_t ln p(y_t)` with respect to what the output embedding reads, (N, d), where the y_t are drawn
+    /// from the model's own predictions by `draw`, one number of [0, 1) a token.
+    pub(crate) fn drawn_gradient(&self, own: &Tensor, draw: &[f32]) -> Result<Tensor> {
+        let mut gradients = Vec::new();
+        for (first, n) in self.blocks(own.dim(0)?) {
+            let logits = own.narrow(0, first, n)?.matmul(&self.head.t()?)?;
+            let probabilities: Vec<f32> = softmax_last_dim(&logits)?.flatten_all()?.to_vec1()?;
+            let vocabulary = self.vocabulary();
+            let mut back = probabilities;
+            back.par_chunks_exact_mut(vocabulary).zip(&draw[first..first + n]).for_each(|(row, &at)| {
+                let drawn = drawn(row, at);
+                row.iter_mut().for_each(|p| *p = -*p);
+                row[drawn] += 1.0;
+            });
+            gradients.push(Tensor::from_vec(back, (n, vocabulary), own.device())?.matmul(&self.head)?);
+        }
+        Tensor::cat(&gradients, 0)
+    }
+
+    /// Blocks of tokens whose logits are few enough, as (first, number).
+    fn blocks(&self, tokens: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let most = if self.device.is_cpu() { BLOCK_LOGITS } else { DEVICE_BLOCK_LOGITS };
+        let n = (most / self.vocabulary().max(1)).max(1);
+        (0..tokens).step_by(n).map(move |first| (first, n.min(tokens - first)))
+    }
+}
+
+/// The index at which the running sum of the probabilities passes `at`.
+fn drawn(probabilities: &[f32], at: f32) -> usize {
+    let mut sum = 0.0;
+    let passed = probabilities.iter().position(|p| {
+        sum += p;
+        sum > at
+    });
+    passed.unwrap_or(probabilities.len() - 1)
+}
+
+/// KL(p ‖ q) of the rows of two blocks of logits (n, V), and q − p, its gradient with respect to the logits of q.
+fn divergence(p: &Tensor, q: &Tensor) -> Result<(Vec<f64>, Tensor)> {
+    if !matches!(p.device(), Device::Cpu) {
+        let (log_p, log_q) = (log_softmax(p, D::Minus1)?, log_softmax(q, D::Minus1)?);
+        let p = log_p.exp()?;
+        let rows = (&p * (log_p - &log_q)?)?.sum(D::Minus1)?.to_vec1::<f32>()?;
+        return Ok((rows.into_iter().map(f64::from).collect(), (log_q.exp()? - p)?));
+    }
+    let (n, vocabulary) = p.dims2()?;
+    let ((of_p, _), (of_q, _)) = (p.storage_and_layout(), q.storage_and_layout());
+    let (Storage::Cpu(of_p), Storage::Cpu(of_q)) = (&*of_p, &*of_q) else {
+        candle_core::bail!("logits must be on one device");
+    };
+    let (of_p, of_q) = (of_p.as_slice::<f32>()?, of_q.as_slice::<f32>()?);
+    let mut back = vec![0.0; n * vocabulary];
+    let rows = of_p.par_chunks_exact(vocabulary).zip(of_q.par_chunks_exact(vocabulary));
+    let divergences = back.par_chunks_exact_mut(vocabulary).zip(rows).map(|(back, (p, q))| row(p, q, back));
+    let divergences = divergences.collect();
+    Ok((divergences, Tensor::from_vec(back, (n, vocabulary), p.device())?))
+}
+
+/// KL of one row, and q − p into `back`.
+fn row(p: &[f32], q: &[f32], back: &mut [f32]) -> f64 {
+    let most = |logits: &[f32]| logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (most_p, most_q) = (most(p), most(q));
+    // Probabilities of p wait in `back`; sums in f64, of parts that are not.
+    let (mut sum_p, mut sum_q, mut apart) = (0.0f64, 0.0f64, 0.0f64);
+    for ((p, q), back) in p.chunks(256).zip(q.chunks(256)).zip(back.chunks_mut(256)) {
+        let (mut part_p, mut part_q, mut part) = (0.0f32, 0.0f32, 0.0f32);
+        for ((p, q), back) in p.iter().zip(q).zip(back) {
+            let (shifted_p, shifted_q) = (p - most_p, q - most_q);
+            *back = shifted_p.exp();
+            part_p += *back;
+            part_q += shifted_q.exp();
+            part += *back * (shifted_p - shifted_q);
+        }
+        sum_p += f64::from(part_p);
+        sum_q += f64::from(part_q);
+        apart += f64::from(part);
+    }
+    let (share_p, share_q) = ((1.0 / sum_p) as f32, (1.0 / sum_q) as f32);
+    for (back, q) in back.iter_mut().zip(q) {
+        *back = (q - most_q).exp() * share_q - *back * share_p;
+    }
+    apart / sum_p - sum_p.ln() + sum_q.ln()
+}
