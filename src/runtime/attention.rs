@@ -40,8 +40,6 @@ pub(super) struct Attention {
 /// What all layers of one forward pass share.
 #[derive(Debug)]
 pub(crate) struct Pass {
-    /// Rows.
-    pub(super) batch: usize,
     /// Where the new tokens of each row stand, ascending.
     pub(super) positions: Vec<usize>,
     /// Of every layer.
@@ -143,7 +141,8 @@ impl Attention {
         past: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
-        let (batch, len) = (pass.batch, pass.positions.len());
+        let len = pass.positions.len();
+        let batch = x.dim(0)? / len;
         let mut all = x.matmul(&self.qkv.t()?)?;
         if let Some(bias) = &self.bias {
             all = all.broadcast_add(bias)?;
@@ -191,8 +190,7 @@ impl Attention {
         let query = query.contiguous()?.reshape((batch, groups, rows, h))?;
         // (B, groups, r·T, S), where row i belongs to token i mod T.
         let scores = query.matmul(&keys.t()?)?;
-        scores.inplace_op1(softmax)?;
-        scores.matmul(&values)?.reshape((batch, heads, len, h))
+        softmax.of(scores)?.matmul(&values)?.reshape((batch, heads, len, h))
     }
 }
 
