@@ -77,8 +77,9 @@
 //! * `checkpoint`: Hugging Face directories in and out, files of moments.
 //! * `runtime`: models run for real, on the CPU: perplexity, divergence from the source, multiple choice, second
 //!   moments of the inputs, sensitivity of the layers, refits. Brings `checkpoint`, `linalg` and `rayon`.
+//! * `cuda`: models on an NVIDIA GPU, too ([`Device::Cuda`]). Needs the CUDA toolkit to build, and is part of no other feature.
 //! * `testing`: the contracts of the traits, for the tests of plugins.
-//! * `cli`: the binary `qcqa`, with all of the above.
+//! * `cli`: the binary `qcqa`, with all of the above but `cuda` and `testing`.
 //!
 //! # Limits
 //!
@@ -156,7 +157,7 @@ pub use grouping::Grouping;
 pub use heads::HeadSource;
 pub use optimizer::Optimizer;
 pub use pooler::KvPooler;
-pub use run::{Observer, Progress, Run};
+pub use run::{Device, Observer, Progress, Run};
 
 #[doc = include_str!("../README.md")]
 #[cfg(all(doctest, feature = "runtime"))]

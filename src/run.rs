@@ -1,4 +1,4 @@
-//! What a computation is given besides its data: a seed, and somebody to report to.
+//! What a computation is given besides its data: a seed, somebody to report to, and where models run.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -35,22 +35,53 @@ impl<F: Fn(&Progress<'_>) -> ControlFlow<()> + Sync> Observer for F {
     }
 }
 
-/// A seed and, if wanted, an observer. `Copy`, handed down by value.
+/// Where models run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// The first NVIDIA GPU, in builds with the feature `cuda`.
+    Cuda,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "the CPU",
+            Self::Cuda => "a CUDA device",
+        })
+    }
+}
+
+/// A seed and, if wanted, an observer and a device. `Copy`, handed down by value.
 #[derive(Clone, Copy)]
 pub struct Run<'a> {
     seed: u64,
     observer: Option<&'a dyn Observer>,
+    device: Device,
 }
 
 impl<'a> Run<'a> {
-    /// A silent run. The same seed gives the same result on any number of threads.
+    /// A silent run on the CPU. The same seed gives the same result on any number of threads.
     pub fn new(seed: u64) -> Self {
-        Self { seed, observer: None }
+        Self { seed, observer: None, device: Device::Cpu }
     }
 
     /// This run, watched.
     pub fn with_observer(self, observer: &'a dyn Observer) -> Self {
         Self { observer: Some(observer), ..self }
+    }
+
+    /// This run, with the models that it loads on a device. Models that are there already run where they are.
+    pub fn on(self, device: Device) -> Self {
+        Self { device, ..self }
+    }
+
+    /// Where this run loads models to.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// The seed.
@@ -96,7 +127,9 @@ impl<'a> Run<'a> {
 
 impl fmt::Debug for Run<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Run").field("seed", &self.seed).field("observed", &self.observer.is_some()).finish()
+        let mut shown = f.debug_struct("Run");
+        shown.field("seed", &self.seed).field("observed", &self.observer.is_some());
+        shown.field("device", &self.device).finish()
     }
 }
 

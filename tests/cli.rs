@@ -156,6 +156,11 @@ fn wrong_usage_is_code_two_and_names_the_way_out() {
     says(&unfit, &["--target stock", "qcqa-ec", "expanded"]);
     fails(2, &["compress", text(&model), "--kv", "0.5", "--method", "magic", "--out", "never"]);
     assert!(!Path::new("never").exists());
+    says(&fails(2, &["inspect", text(&model), "--device", "tpu"]), &["a device is cpu or cuda"]);
+    if !cfg!(feature = "cuda") {
+        says(&fails(2, &["inspect", text(&model), "--device", "cuda"]), &["feature `cuda`"]);
+        assert!(!done(&["eval", "--help"]).contains("--device"));
+    }
 }
 
 #[test]

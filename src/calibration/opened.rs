@@ -29,7 +29,7 @@ impl<'a> Calibration<'a> {
         most_windows: usize,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        Given::open(checkpoint, path, most_windows)?.measured(checkpoint, run)
+        Given::open(checkpoint, path, most_windows, run)?.measured(checkpoint, run)
     }
 
     /// Measures the moments on the first `most_windows` windows of a text. Progress is stage `"calibrate"`.
@@ -48,14 +48,14 @@ impl<'a> Calibration<'a> {
     /// ```
     ///
     /// # Errors
-    /// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::load`] and [`Moments::measure`].
+    /// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::load_on`] and [`Moments::measure`].
     pub fn from_text(
         checkpoint: &'a Checkpoint,
         path: &Path,
         most_windows: usize,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        Given::text(checkpoint, path, read_file(path)?, most_windows)?.measured(checkpoint, run)
+        Given::text(checkpoint, path, read_file(path)?, most_windows, run)?.measured(checkpoint, run)
     }
 
     /// Opens the calibration under which the heads of a plan are pooled, as [`Calibration::open`] does; another is refused
@@ -70,7 +70,7 @@ impl<'a> Calibration<'a> {
         most_windows: usize,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        let given = Given::open(checkpoint, path, most_windows)?;
+        let given = Given::open(checkpoint, path, most_windows, run)?;
         let (expected, found) = (plan.pooling.calibration.clone(), Some(given.fingerprint()));
         if expected != found {
             return Err(Error::PlanCalibration { expected, found }.into());
@@ -80,13 +80,18 @@ impl<'a> Calibration<'a> {
 }
 
 impl Given {
-    fn open(checkpoint: &Checkpoint, path: &Path, most_windows: usize) -> Result<Self, RuntimeError> {
+    fn open(
+        checkpoint: &Checkpoint,
+        path: &Path,
+        most_windows: usize,
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
         // Once: what a pipe has given it does not give again.
         let bytes = read_file(path)?;
         if Moments::recognised(&bytes) {
             return Ok(Self::Moments(Moments::from_bytes(path, &bytes, &checkpoint.id()?)?));
         }
-        Self::text(checkpoint, path, bytes, most_windows)
+        Self::text(checkpoint, path, bytes, most_windows, run)
     }
 
     fn text(
@@ -94,9 +99,10 @@ impl Given {
         path: &Path,
         bytes: Vec<u8>,
         most_windows: usize,
+        run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
         let tokens = Vocabulary::open(checkpoint)?.encode(&utf8(path, bytes)?)?;
-        let model = Model::load(checkpoint)?;
+        let model = Model::load_on(checkpoint, run.device())?;
         let windows = Windows::new(tokens, model.window())?.first(most_windows);
         Ok(Self::Text(Box::new(model), windows))
     }

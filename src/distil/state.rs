@@ -70,8 +70,7 @@ impl StateFile {
         let found = metadata.metadata().as_ref().and_then(|keys| keys.get(STATE));
         let found = found.and_then(|text| serde_json::from_str::<Header<SavedState>>(text).ok());
         let found = found.filter(|found| found.key == self.key).ok_or_else(|| FileError::DistillState { path: path() })?;
-        let device = trainer.model.device().clone();
-        let tensors = load_buffer(&bytes, &device)?;
+        let tensors = load_buffer(&bytes, trainer.model.place())?;
         let take = |name: String, like: &Tensor| {
             let tensor = tensors.get(&name).filter(|t| t.dims() == like.dims() && t.dtype() == like.dtype());
             tensor.cloned().ok_or_else(|| RuntimeError::from(FileError::DistillState { path: path() }))

@@ -39,12 +39,13 @@ impl<'a> Trainer<'a> {
     pub(super) fn gradients(&self, windows: &[&[u32]]) -> Result<(f64, Vec<AttentionWeights>), RuntimeError> {
         let (mut divergence, mut tokens) = (0.0, 0);
         let mut sums: Vec<Option<AttentionWeights>> = vec![None; self.model.n_layers()];
-        for windows in windows.chunks(self.model.windows_at_once()) {
-            let chunks = Chunk::of(&self.model, windows)?;
-            for found in self.chunk_gradients(&chunks, &mut sums)? {
-                tokens += found.len();
-                divergence += found.into_iter().sum::<f64>();
-            }
+        let length = windows.first().map_or(0, |window| window.len());
+        let pass = self.model.pass(length, 0)?;
+        for held in windows.chunks(self.model.held_windows()) {
+            let texts = held.concat();
+            let abreast = texts.chunks(self.model.abreast(length) * length).collect::<Vec<_>>();
+            tokens += texts.len();
+            divergence += self.add_gradients(&abreast, &pass, &mut sums)?;
         }
         let share = 1.0 / tokens.max(1) as f64;
         let mean = |sum: AttentionWeights| Ok(sum.map(|tensor| tensor.affine(share, 0.0))?);
@@ -52,34 +53,35 @@ impl<'a> Trainer<'a> {
         Ok((divergence * share, gradients))
     }
 
-    /// Adds the gradients of the sum over the tokens of some windows to `sums`, and gives the divergence of every token.
-    fn chunk_gradients(
+    /// Adds the gradients of the sum over some texts to `sums`, and gives the sum.
+    fn add_gradients(
         &self,
-        chunks: &[Chunk],
+        texts: &[&[u32]],
+        pass: &Pass,
         sums: &mut [Option<AttentionWeights>],
-    ) -> Result<Vec<Vec<f64>>, RuntimeError> {
+    ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let forward = |chunk: &Chunk| {
-            let theirs = source.last(&source.hidden(&chunk.tokens, &chunk.pass)?)?;
-            let inputs = model.layer_inputs(&chunk.tokens, &chunk.pass)?;
+        let forward = |tokens: &&[u32]| {
+            let theirs = source.last(&source.hidden(tokens, pass)?)?;
+            let inputs = model.layer_inputs(tokens, pass)?;
             let last = &inputs[model.n_layers()];
             let (divergences, gradient) = model.divergence(&theirs, &model.last(last)?)?;
             let gradient = model.last_backward(last, &gradient)?;
             Ok((divergences, inputs, gradient))
         };
-        let forward = chunks.par_iter().map(forward).collect::<Result<Vec<_>, RuntimeError>>()?;
-        let (mut divergences, mut inputs, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
+        let forward = texts.par_iter().map(forward).collect::<Result<Vec<_>, RuntimeError>>()?;
+        let (mut divergence, mut inputs, mut gradients) = (0.0, Vec::new(), Vec::new());
         for (found, of, gradient) in forward {
-            divergences.push(found);
+            divergence += found.into_iter().sum::<f64>();
             inputs.push(of);
             gradients.push(gradient);
         }
         for (i, sum) in sums.iter_mut().enumerate().rev() {
-            let layer = |((chunk, inputs), gradient): ((&Chunk, &mut Vec<Tensor>), &Tensor)| {
+            let layer = |(inputs, gradient): (&mut Vec<Tensor>, &Tensor)| {
                 inputs.truncate(i + 1);
-                Ok(model.backward(i, &inputs[i], gradient, &chunk.pass, true)?)
+                Ok(model.backward(i, &inputs[i], gradient, pass, true)?)
             };
-            let back = chunks.par_iter().zip(&mut inputs).zip(&gradients).map(layer);
+            let back = inputs.par_iter_mut().zip(&gradients).map(layer);
             let back = back.collect::<Result<Vec<_>, RuntimeError>>()?;
             gradients.clear();
             for back in back {
@@ -92,45 +94,24 @@ impl<'a> Trainer<'a> {
                 }
             }
         }
-        Ok(divergences)
+        Ok(divergence)
     }
 
     /// The mean KL(source ‖ model) over the tokens predicted of some windows, all but the last of each.
     pub(super) fn divergence(&self, windows: &Windows) -> Result<f64, RuntimeError> {
-        let of = |chunk: &Chunk| -> Result<(f64, usize), RuntimeError> {
-            let last = |model: &Model| Ok::<_, RuntimeError>(model.last(&model.hidden(&chunk.tokens, &chunk.pass)?)?);
+        let (length, pass) = (windows.length(), self.model.pass(windows.length(), 0)?);
+        let of = |tokens: &[u32]| -> Result<(f64, usize), RuntimeError> {
+            let last = |model: &Model| Ok::<_, RuntimeError>(model.last(&model.hidden(tokens, &pass)?)?);
             let divergences = self.model.divergences(&last(self.source)?, &last(&self.model)?)?;
-            let of_window = |window: &[f64]| (window[..window.len() - 1].iter().sum::<f64>(), window.len() - 1);
-            let windows = divergences.chunks(windows.length()).map(of_window);
-            Ok(windows.fold((0.0, 0), |(sum, all): (f64, usize), (part, n)| (sum + part, all + n)))
+            let predicted = divergences.chunks(length).flat_map(|window| &window[..length - 1]);
+            Ok(predicted.fold((0.0, 0), |(sum, n), divergence| (sum + divergence, n + 1)))
         };
-        let texts: Vec<&[u32]> = windows.batches(1).collect();
+        let parts = windows.tokens().par_chunks(self.model.abreast(length) * length).map(of);
         let (mut sum, mut tokens) = (0.0, 0);
-        for windows in texts.chunks(self.model.windows_at_once()) {
-            let chunks = Chunk::of(&self.model, windows)?;
-            for (part, n) in chunks.par_iter().map(of).collect::<Result<Vec<_>, _>>()? {
-                sum += part;
-                tokens += n;
-            }
+        for (part, n) in parts.collect::<Result<Vec<_>, _>>()? {
+            sum += part;
+            tokens += n;
         }
         Ok(sum / tokens.max(1) as f64)
-    }
-}
-
-/// Windows that are computed together.
-#[derive(Debug)]
-struct Chunk {
-    tokens: Vec<u32>,
-    pass: Pass,
-}
-
-impl Chunk {
-    /// Windows of equal length, each on its own where the model shares windows out over threads, else all in one.
-    fn of(model: &Model, windows: &[&[u32]]) -> Result<Vec<Self>, RuntimeError> {
-        let length = windows.first().map_or(0, |window| window.len());
-        let chunk = |windows: &[&[u32]]| {
-            Ok(Self { tokens: windows.concat(), pass: model.pass(windows.len(), length, 0)? })
-        };
-        windows.chunks(model.windows_in_one(windows.len())).map(chunk).collect()
     }
 }

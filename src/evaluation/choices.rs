@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::Scored;
+use super::scores::scores;
 use crate::error::Result;
 use crate::run::Run;
 use crate::runtime::Model;
@@ -119,9 +119,11 @@ fn log_likelihood(
     let dropped = tokens.len().saturating_sub(model.positions());
     tokens.drain(..dropped);
     let start = start.saturating_sub(dropped).max(1);
-    let logits = model.rows(&tokens, 1)?.concat();
-    let places = logits.chunks_exact(model.vocabulary()).zip(&tokens[1..]).skip(start - 1);
-    let sum: f64 = places.map(|(row, &t)| f64::from(row[t as usize]) - Scored::of(row).log_sum).sum();
+    let mut sum = 0.0;
+    for logits in model.rows(&tokens, 1)? {
+        let scores = scores(&logits, None, &tokens, tokens.len())?;
+        sum -= scores[start - 1..].iter().map(|score| score.loss).sum::<f64>();
+    }
     if !sum.is_finite() {
         return Err(RuntimeError::NotFinite { what: "the likelihood of a choice".to_string() });
     }

@@ -29,8 +29,8 @@ impl Sensitivity {
         let layers = fronts.len();
         let total = layers as u64 + 1;
         run.step("sensitivity", 0, total)?;
-        let pass = model.pass(1, trial.windows.length(), 0)?;
-        let texts: Vec<&[u32]> = trial.windows.batches(1).collect();
+        let pass = model.pass(trial.windows.length(), 0)?;
+        let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
         let texts = texts.par_iter().enumerate().map(|(i, tokens)| Way::there(model, tokens, &pass, run.fork(i as u64)));
         let mut texts = texts.collect::<Result<Vec<_>, _>>()?;
         let mut estimates = vec![Vec::new(); layers];

@@ -5,13 +5,16 @@
 
 mod choices;
 mod fisher;
+mod scores;
 mod sensitivity;
 mod trial;
 
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use rayon::prelude::*;
 
+use self::scores::scores;
 use crate::error::{Error, Result};
 use crate::run::Run;
 use crate::runtime::Model;
@@ -102,7 +105,8 @@ pub fn evaluate_through_cache(
 /// Progress is stage `"evaluate"`.
 ///
 /// # Errors
-/// As [`evaluate`]; [`RuntimeError::Vocabulary`] when a model has another vocabulary than the source.
+/// As [`evaluate`]; [`RuntimeError::Vocabulary`] when a model has another vocabulary than the source,
+/// [`RuntimeError::Device`] when it runs elsewhere.
 pub fn evaluate_against(
     source: &Model,
     models: &[&Model],
@@ -112,8 +116,8 @@ pub fn evaluate_against(
     read_all(source, models, windows, &Model::rows, run)
 }
 
-/// Gives the logits of some rows of tokens, each (T · vocabulary).
-type ReadRows<'a> = dyn Fn(&Model, &[u32], usize) -> Result<Vec<Vec<f32>>, RuntimeError> + 'a;
+/// Gives the logits of some rows of tokens, in parts of whole rows: (tokens of the part, vocabulary).
+type ReadRows<'a> = dyn Fn(&Model, &[u32], usize) -> Result<Vec<Tensor>, RuntimeError> + 'a;
 
 fn read_all(
     source: &Model,
@@ -126,6 +130,10 @@ fn read_all(
         let (expected, found) = (source.vocabulary(), other.vocabulary());
         return Err(RuntimeError::Vocabulary { expected, found });
     }
+    if let Some(other) = models.iter().find(|m| m.device() != source.device()) {
+        let reason = format!("the source, which it is compared with, runs on {}", source.device());
+        return Err(RuntimeError::Device { device: other.device(), reason });
+    }
     let total = windows.count() as u64 * (models.len() as u64 + 1);
     let mut tallies = vec![Tally::default(); models.len() + 1];
     let mut done = 0;
@@ -137,11 +145,11 @@ fn read_all(
             run.step("evaluate", done, total)
         };
         let reference = tallies[0].logits(source, tokens, rows, read)?;
-        tallies[0].add(tokens, &reference, None, windows.length());
+        tallies[0].add(tokens, &reference, None, windows.length())?;
         step()?;
         for (model, tally) in models.iter().zip(&mut tallies[1..]) {
             let logits = tally.logits(model, tokens, rows, read)?;
-            tally.add(tokens, &logits, Some(&reference), windows.length());
+            tally.add(tokens, &logits, Some(&reference), windows.length())?;
             step()?;
         }
     }
@@ -164,57 +172,47 @@ struct Tally {
 }
 
 impl Tally {
-    /// The logits of a batch, row after row; the clock runs.
+    /// The logits of a batch, in parts of whole rows; the clock runs.
     fn logits(
         &mut self,
         model: &Model,
         tokens: &[u32],
         rows: usize,
         read: &ReadRows<'_>,
-    ) -> Result<Vec<f32>, RuntimeError> {
+    ) -> Result<Vec<Tensor>, RuntimeError> {
         let start = Instant::now();
-        let logits = read(model, tokens, rows)?.concat();
+        let logits = read(model, tokens, rows)?;
+        logits.iter().try_for_each(|part| part.device().synchronize())?;
         self.time += start.elapsed();
         self.read += tokens.len() as u64;
         self.windows += rows as u64;
         Ok(logits)
     }
 
-    fn add(&mut self, tokens: &[u32], logits: &[f32], source: Option<&[f32]>, window: usize) {
-        let vocabulary = logits.len() / tokens.len();
-        let row = |of: &'_ [f32], t: usize| -> Scored { Scored::of(&of[t * vocabulary..][..vocabulary]) };
-        let predicting: Vec<usize> = (0..tokens.len()).filter(|t| (t + 1) % window != 0).collect();
-        let scores: Vec<_> = predicting
-            .par_iter()
-            .map(|&t| {
-                let own = row(logits, t);
-                let target = logits[t * vocabulary + tokens[t + 1] as usize];
-                let against = source.map(|source| {
-                    let theirs = row(source, t);
-                    let at = t * vocabulary;
-                    let pairs = source[at..][..vocabulary].iter().zip(&logits[at..][..vocabulary]);
-                    let shift = theirs.log_sum - own.log_sum;
-                    let kl: f64 = pairs
-                        .map(|(&p, &q)| {
-                            let (p, q) = (f64::from(p), f64::from(q));
-                            (p - theirs.log_sum).exp() * (p - q - shift)
-                        })
-                        .sum();
-                    (kl, theirs.top == own.top)
-                });
-                (own.log_sum - f64::from(target), against)
-            })
-            .collect();
-        // In the order of the text, on however many threads.
-        for (loss, against) in scores {
-            self.loss += loss;
-            if let Some((kl, same)) = against {
+    /// Adds the scores of a batch's logits, part by part, in the order of the text.
+    fn add(
+        &mut self,
+        tokens: &[u32],
+        logits: &[Tensor],
+        source: Option<&[Tensor]>,
+        window: usize,
+    ) -> Result<(), RuntimeError> {
+        let size = logits.first().map_or(1, |part| part.dims()[0]);
+        let scored = tokens
+            .par_chunks(size)
+            .zip(logits)
+            .enumerate()
+            .map(|(i, (tokens, part))| scores(part, source.map(|source| &source[i]), tokens, window));
+        for score in scored.collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
+            self.loss += score.loss;
+            if let Some((kl, same)) = score.against {
                 self.kl += kl;
                 self.same += u64::from(same);
                 self.compared = true;
             }
+            self.tokens += 1;
         }
-        self.tokens += predicting.len() as u64;
+        Ok(())
     }
 
     fn finish(self, model: &Model) -> Result<Evaluation, RuntimeError> {
@@ -234,28 +232,8 @@ impl Tally {
     }
 }
 
-/// What is needed of the logits of one place.
-struct Scored {
-    /// `ln Σ exp(logit)`, summed in f64.
-    log_sum: f64,
-    /// The likeliest token; the first of equals.
-    top: usize,
-}
-
-impl Scored {
-    fn of(logits: &[f32]) -> Self {
-        let first = (0, f32::NEG_INFINITY);
-        let (top, most) =
-            logits.iter().enumerate().fold(first, |best, (i, &l)| if l > best.1 { (i, l) } else { best });
-        let most = f64::from(most);
-        let sum: f64 = logits.iter().map(|&l| (f64::from(l) - most).exp()).sum();
-        Self { log_sum: most + sum.ln(), top }
-    }
-}
-
 /// Sum and number of the negative log-likelihoods of tokens 2… of each window.
-fn loss(logits: &[f32], tokens: &[u32], window: usize) -> (f64, u64) {
-    let mut tally = Tally::default();
-    tally.add(tokens, logits, None, window);
-    (tally.loss, tally.tokens)
+fn loss(logits: &Tensor, tokens: &[u32], window: usize) -> Result<(f64, u64), RuntimeError> {
+    let scores = scores(logits, None, tokens, window)?;
+    Ok((scores.iter().map(|score| score.loss).sum(), scores.len() as u64))
 }

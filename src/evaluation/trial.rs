@@ -93,23 +93,24 @@ pub(super) struct Reading<'a> {
     windows: &'a Windows,
     pass: Pass,
     layer: usize,
-    /// (T, d) a window.
+    /// (tokens, d) of as many windows as the model computes abreast.
     inputs: Vec<Tensor>,
 }
 
 impl<'a> Reading<'a> {
     /// The text before layer 0.
     pub(super) fn new(model: &Model, windows: &'a Windows) -> Result<Self, RuntimeError> {
-        let pass = model.pass(1, windows.length(), 0)?;
-        let inputs = windows.batches(1).map(|tokens| model.embed(tokens)).collect::<Result<_, _>>()?;
+        let pass = model.pass(windows.length(), 0)?;
+        let parts = windows.batches(model.abreast(windows.length()));
+        let inputs = parts.map(|tokens| model.embed(tokens)).collect::<Result<_, _>>()?;
         Ok(Self { windows, pass, layer: 0, inputs })
     }
 
     /// The mean loss of a model whose layers below this one are those that the text went through.
     pub(super) fn loss(&self, model: &Model) -> Result<f64, RuntimeError> {
-        let texts: Vec<&[u32]> = self.windows.batches(1).collect();
+        let texts: Vec<&[u32]> = self.windows.batches(model.abreast(self.windows.length())).collect();
         let losses = self.inputs.par_iter().zip(texts).map(|(x, tokens)| {
-            Ok(loss(&model.logits_from(self.layer, x, &self.pass)?, tokens, self.windows.length()))
+            loss(&model.logits_from(self.layer, x, &self.pass)?, tokens, self.windows.length())
         });
         let losses: Vec<(f64, u64)> = losses.collect::<Result<_, RuntimeError>>()?;
         let (sum, n) = losses.iter().fold((0.0, 0), |(sum, all), (loss, n)| (sum + loss, all + n));

@@ -116,7 +116,7 @@ pub fn refit<'a>(
 ) -> Result<Refitted<'a>, RuntimeError> {
     shared.plan().source.check_same(model.id())?;
     let n = model.n_layers();
-    let pass = model.pass(1, windows.length(), 0)?;
+    let pass = model.pass(windows.length(), 0)?;
     let texts: Vec<&[u32]> = windows.batches(1).collect();
     let texts = spaced(&texts, OUTPUT_TOKENS / windows.length());
     let streams = texts.iter().map(|tokens| Ok([model.embed(tokens)?, model.embed(tokens)?]));

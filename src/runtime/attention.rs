@@ -47,8 +47,6 @@ pub(super) struct Attention {
 /// What all layers of one forward pass share.
 #[derive(Debug)]
 pub(crate) struct Pass {
-    /// Rows.
-    pub(super) batch: usize,
     /// Where the new tokens of each row stand, ascending.
     pub(super) positions: Vec<usize>,
     /// Of every layer.
@@ -169,7 +167,8 @@ impl Attention {
     /// Inputs (B·T, d) → queries (B, n_q, T, h), keys and values (B, k, T, h), turned by their positions.
     pub(super) fn project(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> candle_core::Result<[Tensor; 3]> {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
-        let (batch, len) = (pass.batch, pass.positions.len());
+        let len = pass.positions.len();
+        let batch = x.dim(0)? / len;
         let mut all = x.matmul(&self.qkv.t()?)?;
         if let Some(bias) = &self.bias {
             all = all.broadcast_add(bias)?;
@@ -202,10 +201,13 @@ impl Attention {
         blocks: impl Iterator<Item = candle_core::Result<Tensor>>,
         pass: &Pass,
     ) -> candle_core::Result<Tensor> {
-        let (batch, len, h) = (pass.batch, pass.positions.len(), self.head_dim);
-        let heads = |block: candle_core::Result<Tensor>| block?.reshape((batch, (), len, h));
+        let (len, h) = (pass.positions.len(), self.head_dim);
+        let heads = |block: candle_core::Result<Tensor>| {
+            let block = block?;
+            block.reshape((block.dim(0)?, (), len, h))
+        };
         let heads = joined(&blocks.map(heads).collect::<candle_core::Result<Vec<_>>>()?)?;
-        heads.transpose(1, 2)?.contiguous()?.reshape((batch * len, self.query_heads * h))
+        heads.transpose(1, 2)?.contiguous()?.reshape(((), self.query_heads * h))
     }
 
     /// What query heads read, (N, n_q·h) → (N, d).
@@ -252,8 +254,7 @@ impl Place {
         softmax: &CausalSoftmax,
     ) -> candle_core::Result<Tensor> {
         let scores = query.matmul(&keys.t()?)?;
-        scores.inplace_op1(softmax)?;
-        Ok(scores)
+        softmax.of(scores)
     }
 }
 

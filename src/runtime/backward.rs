@@ -89,7 +89,8 @@ impl Attention {
         rope: &Rope,
         weights: bool,
     ) -> Result<(Tensor, Option<AttentionWeights>)> {
-        let (batch, len, h) = (pass.batch, pass.positions().len(), self.head_dim);
+        let (len, h) = (pass.positions().len(), self.head_dim);
+        let batch = x.dim(0)? / len;
         let of_heads = gradient.matmul(&self.output)?;
         let of_heads = of_heads.reshape((batch, len, self.query_heads, h))?.transpose(1, 2)?;
         let (mut of_query, mut of_keys, mut of_values) = (Vec::new(), Vec::new(), Vec::new());

@@ -111,7 +111,7 @@ impl Layer {
     ) -> candle_core::Result<Tensor> {
         let x = (x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?;
         let gated = linear(&self.mlp_norm.of(&x)?, &self.gate_up, &self.gate_up_bias)?;
-        x + linear(&gated.apply_op1_no_bwd(&SwiGlu)?, &self.down, &self.down_bias)?
+        x + linear(&SwiGlu.of(&gated)?, &self.down, &self.down_bias)?
     }
 }
 

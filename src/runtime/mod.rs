@@ -1,9 +1,10 @@
 //! Models, run: what a grouping does, computed.
 //!
-//! A [`Model`] is a forward pass in f32 on the CPU, made of the [`Architecture`](crate::model::Architecture) of a checkpoint
-//! ([`Model::load`], source or converted), as it is or under a plan, without writing that to disk
-//! ([`Model::with_shared`]). Attention works on the KV heads that the plan leaves, so its [`KvCache`] is as small as the plan
-//! says. Sums over tokens are taken in the order of the text: results do not depend on the number of threads.
+//! A [`Model`] is a forward pass in f32, on the CPU ([`Model::load`]) or a GPU ([`Model::load_on`]), made of the
+//! [`Architecture`](crate::model::Architecture) of a checkpoint, source or converted, as it is or under a plan, without
+//! writing that to disk ([`Model::with_shared`]). Attention works on the KV heads that the plan leaves, so its [`KvCache`] is
+//! as small as the plan says. Sums over tokens are taken in the order of the text: results do not depend on the number of
+//! threads.
 //!
 //! ```
 //! use qcqa::checkpoint::Checkpoint;

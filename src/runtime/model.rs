@@ -1,28 +1,30 @@
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device as Place, Tensor};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
 use super::attention::Pass;
 use super::cache::{KvCache, LayerCache};
-use super::device::device;
+use super::device;
 use super::layer::{Layer, Normed, Weights};
 use super::rope::Rope;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
 use crate::model::{AttentionSpec, ModelId};
+use crate::run::Device;
 use crate::text::{RuntimeError, Windows, forward_of, within};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
-/// Tokens computed at once, and numbers of logits held at once.
+/// Tokens computed at once, and numbers of logits held at once: on the CPU, and on a GPU, which wants more of them.
 const BATCH_TOKENS: usize = 4096;
 const BATCH_LOGITS: usize = 1 << 25;
-/// Windows whose inputs of all layers are held for the way back, on the CPU and elsewhere.
+const GPU_BATCH_LOGITS: usize = 1 << 28;
+/// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
 const HELD_WINDOWS: usize = 4;
-const HELD_ON_DEVICE: usize = 24;
+const GPU_HELD_WINDOWS: usize = 24;
 
-/// A model that can be run: f32, on the CPU.
+/// A model that can be run: f32, on the CPU or a GPU.
 ///
 /// Cloning shares the weights.
 ///
@@ -39,7 +41,7 @@ const HELD_ON_DEVICE: usize = 24;
 #[derive(Debug, Clone)]
 pub struct Model {
     id: ModelId,
-    pub(super) device: Device,
+    pub(super) device: Place,
     positions: usize,
     pub(super) dtype: Dtype,
     /// (vocabulary, d).
@@ -51,13 +53,23 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads a checkpoint, source or converted, as it is.
+    /// Reads a checkpoint, source or converted, as it is, to run on the CPU.
     ///
     /// # Errors
     /// [`FileError`](crate::files::FileError): a tensor that is missing or has another shape, and by name what this forward
     /// pass does not compute: another activation, norm, rope scaling or tensor.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
-        let (forward, device) = (forward_of(checkpoint)?, device());
+        Self::load_on(checkpoint, Device::Cpu)
+    }
+
+    /// Reads a checkpoint, source or converted, as it is, to run on a device.
+    ///
+    /// On a GPU products of f32 round their factors to TF32 (10 bits of mantissa) and sum in f32.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Device`] where there is no such device; as [`Model::load`].
+    pub fn load_on(checkpoint: &Checkpoint, device: Device) -> Result<Self, RuntimeError> {
+        let (forward, device) = (forward_of(checkpoint)?, device::open(device)?);
         let architecture = checkpoint.architecture();
         let weights = Weights { checkpoint, width: architecture.hidden, device: &device };
         let (expected, found) = (architecture.n_layers(), forward.blocks.len());
@@ -87,6 +99,11 @@ impl Model {
         &self.id
     }
 
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        device::of(&self.device)
+    }
+
     /// Number of layers, L.
     pub fn n_layers(&self) -> usize {
         self.layers.len()
@@ -95,11 +112,6 @@ impl Model {
     /// KV heads of every layer.
     pub fn kv_heads(&self) -> Vec<usize> {
         self.layers.iter().map(|layer| layer.attention.kv_heads()).collect()
-    }
-
-    /// Where it runs.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
@@ -130,43 +142,42 @@ impl Model {
     pub fn logits(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
-        let logits = self.rows(&flat, batch)?.concat();
-        self.shaped(logits, batch, len)
+        let parts = self.rows(&flat, batch)?;
+        let parts: Vec<Vec<f32>> = parts.iter().map(numbers).collect::<Result<_, _>>()?;
+        self.shaped(parts.concat(), batch, len)
     }
 
-    /// Logits of rows of equal length, each on its own: its tensors stay small, and rows share out over the
-    /// threads. (T · vocabulary) for each row.
-    pub(crate) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Vec<f32>>, RuntimeError> {
+    /// Logits of rows of equal length, in parts of as many as are computed [abreast](Model::abreast): (rows of the
+    /// part · T, vocabulary) each.
+    pub(crate) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Tensor>, RuntimeError> {
         let len = tokens.len().checked_div(rows).unwrap_or(0);
-        let pass = self.pass(1, len, 0)?;
+        let pass = self.pass(len, 0)?;
         let logits = |tokens: &[u32]| self.logits_from(0, &self.embed(tokens)?, &pass);
-        tokens.par_chunks_exact(len).map(logits).collect()
+        tokens.par_chunks(self.abreast(len) * len).map(logits).collect()
     }
 
-    /// Logits of rows of equal length as [`Model::rows`] gives them, by way of a cache that takes `chunk` tokens at a time.
+    /// Logits (T, vocabulary) of each of some rows of equal length, by way of a cache that takes `chunk` tokens at a time.
     pub(crate) fn rows_by_cache(
         &self,
         tokens: &[u32],
         rows: usize,
         chunk: usize,
-    ) -> Result<Vec<Vec<f32>>, RuntimeError> {
+    ) -> Result<Vec<Tensor>, RuntimeError> {
         let logits = |tokens: &[u32]| {
-            let (mut cache, mut logits) = (KvCache::default(), Vec::new());
-            for part in tokens.chunks(chunk) {
-                logits.extend(self.read(&mut cache, part, 1)?);
-            }
-            Ok(logits)
+            let mut cache = KvCache::default();
+            let parts = tokens.chunks(chunk).map(|part| self.read(&mut cache, part, 1));
+            Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, RuntimeError>>()?, 0)?)
         };
         tokens.par_chunks_exact(tokens.len() / rows).map(logits).collect()
     }
 
-    /// Logits (N · vocabulary) of what enters layer `from`, (N, d).
-    pub(crate) fn logits_from(&self, from: usize, x: &Tensor, pass: &Pass) -> Result<Vec<f32>, RuntimeError> {
+    /// Logits (N, vocabulary) of what enters layer `from`, (N, d).
+    pub(crate) fn logits_from(&self, from: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
         let mut x = x.clone();
         for i in from..self.layers.len() {
             x = self.layer(i, &x, pass)?;
         }
-        Ok(self.head(&x)?.flatten_all()?.to_vec1()?)
+        self.head(&x)
     }
 
     fn shaped(&self, logits: Vec<f32>, batch: usize, len: usize) -> Result<Array3<f32>, RuntimeError> {
@@ -187,20 +198,20 @@ impl Model {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
         let logits = self.read(cache, &flat, batch)?;
-        self.shaped(logits, batch, len)
+        self.shaped(numbers(&logits)?, batch, len)
     }
 
-    /// Logits (B·T · vocabulary) of further tokens (B·T).
-    fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Vec<f32>, RuntimeError> {
+    /// Logits (B·T, vocabulary) of further tokens (B·T).
+    fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
         let len = tokens.len().checked_div(batch).unwrap_or(0);
-        let pass = self.pass(batch, len, cache.tokens)?;
+        let pass = self.pass(len, cache.tokens)?;
         cache.layers.resize(self.layers.len(), LayerCache::default());
         let mut x = self.embed(tokens)?;
         for (i, (layer, past)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
             x = layer.forward(i, &x, &pass, Some(past))?;
         }
         cache.tokens += len;
-        Ok(self.head(&x)?.flatten_all()?.to_vec1()?)
+        self.head(&x)
     }
 
     /// The input of every layer's attention, after its norm, (T, d), in the order of layers.
@@ -209,7 +220,7 @@ impl Model {
         tokens: &[u32],
         mut take: impl FnMut(usize, Tensor) -> Result<(), RuntimeError>,
     ) -> Result<(), RuntimeError> {
-        let pass = self.pass(1, tokens.len(), 0)?;
+        let pass = self.pass(tokens.len(), 0)?;
         let mut x = self.embed(tokens)?;
         for i in 0..self.layers.len() {
             take(i, self.attention_input(i, &x)?)?;
@@ -236,33 +247,39 @@ impl Model {
         (0..self.layers.len()).try_fold(self.embed(tokens)?, |x, i| self.layer(i, &x, pass))
     }
 
+    /// The device that it is on, as candle has it.
+    pub(crate) fn place(&self) -> &Place {
+        &self.device
+    }
+
     /// Dimensions of the heads of layer `i`, h.
     pub(crate) fn head_dim(&self, i: usize) -> usize {
         self.spec(i).head_dim
     }
 
-    /// Of `windows` that are computed at the same time, how many go into one tensor: on the CPU each is its own, and they
-    /// share out over the threads.
-    pub(crate) fn windows_in_one(&self, windows: usize) -> usize {
-        if self.device.is_cpu() { 1 } else { windows.max(1) }
-    }
-
     /// Windows whose inputs of all layers are held at once.
-    pub(crate) fn windows_at_once(&self) -> usize {
-        if self.device.is_cpu() { HELD_WINDOWS } else { HELD_ON_DEVICE }
+    pub(crate) fn held_windows(&self) -> usize {
+        if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
     }
 
-    /// Windows held at once: as many as keep the cores busy and the memory small.
+    /// Windows held at once: as many as keep the device busy and the memory small.
     pub(crate) fn batch(&self, windows: &Windows) -> usize {
-        let by_logits = BATCH_LOGITS / self.vocabulary().max(1) / windows.length();
+        let most = if self.device.is_cpu() { BATCH_LOGITS } else { GPU_BATCH_LOGITS };
+        let by_logits = most / self.vocabulary().max(1) / windows.length();
         (BATCH_TOKENS / windows.length()).min(by_logits).max(1)
     }
 
-    /// What the layers share when they read `len` tokens of `batch` rows after `start` others.
-    pub(crate) fn pass(&self, batch: usize, len: usize, start: usize) -> Result<Pass, RuntimeError> {
+    /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows
+    /// share out over the threads. On a GPU many are, which fills it.
+    pub(crate) fn abreast(&self, len: usize) -> usize {
+        if self.device.is_cpu() { 1 } else { (BATCH_TOKENS / len).max(1) }
+    }
+
+    /// What the layers share when they read `len` tokens of each row after `start` others.
+    pub(crate) fn pass(&self, len: usize, start: usize) -> Result<Pass, RuntimeError> {
         let expected = self.positions;
         match start.checked_add(len) {
-            Some(end) if batch > 0 && len > 0 && end <= expected => {}
+            Some(end) if len > 0 && end <= expected => {}
             end => return Err(RuntimeError::Positions { expected, found: end.unwrap_or(usize::MAX) }),
         }
         let positions: Vec<usize> = (start..start + len).collect();
@@ -274,7 +291,7 @@ impl Model {
                 None => Rope::new(layer.spec.rotary.as_ref(), &positions, &self.device)?,
             });
         }
-        Ok(Pass { batch, positions, ropes })
+        Ok(Pass { positions, ropes })
     }
 
     /// Tokens (N) → (N, d).
@@ -308,4 +325,9 @@ impl Model {
     fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
         Ok(self.norm.of(x)?.matmul(&self.head.t()?)?)
     }
+}
+
+/// The numbers of a tensor, in order.
+fn numbers(tensor: &Tensor) -> Result<Vec<f32>, RuntimeError> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
 }

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use crate::error::Error;
 use crate::files::FileError;
+use crate::run::Device;
 
 /// What can go wrong when a model is run: one variant for each rule.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +91,14 @@ pub enum RuntimeError {
         expected: usize,
         /// Tokens of the other model.
         found: usize,
+    },
+    /// A device that is not there, or models that are compared on different ones.
+    #[error("cannot run the model on {device}: {reason}")]
+    Device {
+        /// The device.
+        device: Device,
+        /// Why not.
+        reason: String,
     },
     /// Something is wrong with a file: with the checkpoint, a text, or a file of moments.
     #[error(transparent)]

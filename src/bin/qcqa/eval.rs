@@ -91,7 +91,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let plan = args.plan.as_ref().map(|path| Ok::<_, CliError>((path, plan_for(&checkpoint, path)?)));
     let plan = plan.transpose()?;
     let choices = args.choices.as_deref().map(Choices::read).transpose()?;
-    let loaded = Model::load(&checkpoint)?;
+    let loaded = Model::load_on(&checkpoint, run.device())?;
     let text = args.choices.is_none() || args.text.is_given();
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
@@ -101,7 +101,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             let shared = shared(&plan, path, &checkpoint, calibration.as_ref(), run)?;
             (loaded.with_shared(&shared)?, Some(loaded))
         }
-        (None, Some(path)) => (loaded, Some(Model::load(&Checkpoint::open(path)?)?)),
+        (None, Some(path)) => (loaded, Some(Model::load_on(&Checkpoint::open(path)?, run.device())?)),
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
@@ -168,7 +168,7 @@ pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
     // Better now than after the reading.
     write_whole(&args.out, &[], args.writing.check())?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let model = Model::load(&checkpoint)?;
+    let model = Model::load_on(&checkpoint, run.device())?;
     let windows = args.text.required(&checkpoint, &model)?.first(args.windows);
     let (layers, tokens) = (checkpoint.architecture().n_layers(), windows.tokens().len());
     let dry_run = args.writing.dry_run;

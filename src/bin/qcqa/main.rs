@@ -19,7 +19,7 @@ mod search;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use qcqa::Run;
+use qcqa::{Device, Run};
 
 use hints::CliError;
 use progress::Watch;
@@ -41,6 +41,22 @@ struct Cli {
     /// One seed, one result, on any number of threads.
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     seed: u64,
+    /// Where models run: cpu or cuda, the first NVIDIA GPU
+    #[arg(long, global = true, default_value = "cpu", value_parser = device, value_name = "DEVICE")]
+    #[arg(hide = !cfg!(feature = "cuda"))]
+    device: Device,
+}
+
+/// A device that this build knows.
+fn device(name: &str) -> Result<Device, String> {
+    match name {
+        "cpu" => Ok(Device::Cpu),
+        "cuda" if cfg!(feature = "cuda") => Ok(Device::Cuda),
+        "cuda" => {
+            Err("this build runs models on the CPU alone; build it with the feature `cuda`".to_string())
+        }
+        _ => Err("a device is cpu or cuda".to_string()),
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -69,7 +85,7 @@ fn main() -> ExitCode {
         Ok(watch) => watch,
         Err(error) => return report::failed(cli.json, &error.to_string(), 1),
     };
-    let run = Run::new(cli.seed).with_observer(&watch);
+    let run = Run::new(cli.seed).on(cli.device).with_observer(&watch);
     let done = match &cli.command {
         Command::Inspect(args) => inspect::inspect(args),
         Command::Compare(args) => args.calibration.named(compare::compare(args, run)),

@@ -1,6 +1,7 @@
 use std::ops::Range;
 
-use candle_core::{CpuStorage, InplaceOp1, Layout, Result};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor};
+use candle_nn::ops::softmax_last_dim;
 use rayon::prelude::*;
 
 /// For each query the keys that it may look at, where both are given by their positions, ascending: those at positions
@@ -23,6 +24,35 @@ pub(crate) struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
+    /// Of contiguous scores: on the CPU in place, elsewhere of candle's operations.
+    pub(crate) fn of(&self, scores: Tensor) -> Result<Tensor> {
+        if !scores.device().is_cpu() {
+            return self.by_mask(&scores);
+        }
+        scores.inplace_op1(self)?;
+        Ok(scores)
+    }
+
+    /// Scores and −∞ where nothing may be looked at, then the softmax of whole rows: every query has to see a key.
+    fn by_mask(&self, scores: &Tensor) -> Result<Tensor> {
+        let flat = scores.reshape(((), self.visible.len(), self.keys))?;
+        softmax_last_dim(&flat.broadcast_add(&self.mask(scores.device())?)?)?.reshape(scores.shape())
+    }
+
+    /// 0 where a query may look, −∞ elsewhere, (T, S).
+    fn mask(&self, device: &Device) -> Result<Tensor> {
+        let (t, s) = (self.visible.len(), self.keys);
+        let bounds = |bound: fn(&Range<usize>) -> usize| {
+            let bounds: Vec<u32> = self.visible.iter().map(|range| bound(range) as u32).collect();
+            Tensor::from_vec(bounds, (t, 1), device)
+        };
+        let keys = Tensor::arange(0, s as u32, device)?.unsqueeze(0)?;
+        let begun = keys.broadcast_ge(&bounds(|range| range.start)?)?;
+        let seen = (begun * keys.broadcast_lt(&bounds(|range| range.end)?)?)?;
+        let [nothing, hidden] = [0.0, f32::NEG_INFINITY].map(|value| Tensor::full(value, (t, s), device));
+        seen.where_cond(&nothing?, &hidden?)
+    }
+
     /// Softmax of one row of scores over a part of it.
     pub(crate) fn row(row: &mut [f32], visible: Range<usize>) {
         let Range { start, end } = visible;
@@ -85,6 +115,24 @@ mod tests {
                     prop_assert!((f64::from(weight) - part(i) / all).abs() < 1e-6);
                 }
             }
+        }
+    }
+
+    proptest! {
+        /// What other devices compute is what the CPU computes, rows of several heads one after the other.
+        #[test]
+        fn both_ways_agree(
+            t in 1usize..12, before in 0usize..9, heads in 1usize..4, reach in prop_oneof![1usize..12, Just(usize::MAX)],
+            seed in 0usize..1000,
+        ) {
+            let keys: Vec<usize> = (0..before + t).collect();
+            let softmax = CausalSoftmax { visible: visible(&keys[before..], &keys, reach), keys: keys.len() };
+            let n = 2 * heads * t * keys.len();
+            let scores: Vec<f32> = (0..n).map(|i| ((i * 7919 + seed * 31) % 401) as f32 / 20.0 - 10.0).collect();
+            let scores = Tensor::from_vec(scores, (2, heads, t, keys.len()), &Device::Cpu).unwrap();
+            let general = softmax.by_mask(&scores).unwrap();
+            let apart = (softmax.of(scores).unwrap() - general).unwrap().abs().unwrap().max_all().unwrap();
+            prop_assert!(apart.to_scalar::<f32>().unwrap() < 1e-6);
         }
     }
 

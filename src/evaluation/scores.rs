@@ -1,0 +1,157 @@
+//! Predictions, scored on the device that made them.
+
+use candle_core::{DType, IndexOp, Tensor};
+use rayon::prelude::*;
+
+use crate::text::RuntimeError;
+
+/// Logits that are widened to f64 at once: 256 MB.
+const WIDE_LOGITS: usize = 1 << 25;
+
+/// How well one token was foretold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Score {
+    /// Its negative log-likelihood, in nats.
+    pub(super) loss: f64,
+    /// KL(source ‖ model) where it was foretold, and whether both held the same token the likeliest there.
+    pub(super) against: Option<(f64, bool)>,
+}
+
+/// Scores of tokens 2… of each window, in the order of the text. `logits`, and those of the source where there are any, are
+/// (tokens, vocabulary) over whole windows.
+pub(super) fn scores(
+    logits: &Tensor,
+    source: Option<&Tensor>,
+    tokens: &[u32],
+    window: usize,
+) -> Result<Vec<Score>, RuntimeError> {
+    let by = if logits.device().is_cpu() { by_rows } else { by_tensors };
+    by(logits, source, tokens, window)
+}
+
+/// One place after the other, shared out over the threads.
+fn by_rows(
+    logits: &Tensor,
+    source: Option<&Tensor>,
+    tokens: &[u32],
+    window: usize,
+) -> Result<Vec<Score>, RuntimeError> {
+    let vocabulary = logits.dims2()?.1;
+    let numbers = |t: &Tensor| -> Result<Vec<f32>, RuntimeError> { Ok(t.flatten_all()?.to_vec1()?) };
+    let (logits, source) = (numbers(logits)?, source.map(numbers).transpose()?);
+    let scored = |t: usize| {
+        let own = &logits[t * vocabulary..][..vocabulary];
+        let score = Scored::of(own);
+        let against = source.as_ref().map(|source| {
+            let theirs = &source[t * vocabulary..][..vocabulary];
+            let Scored { log_sum, top } = Scored::of(theirs);
+            let shift = log_sum - score.log_sum;
+            let kl: f64 = (theirs.iter().zip(own))
+                .map(|(&p, &q)| {
+                    let (p, q) = (f64::from(p), f64::from(q));
+                    (p - log_sum).exp() * (p - q - shift)
+                })
+                .sum();
+            (kl, top == score.top)
+        });
+        Score { loss: score.log_sum - f64::from(own[tokens[t + 1] as usize]), against }
+    };
+    let predicting: Vec<usize> = predicting(tokens, window).collect();
+    Ok(predicting.into_par_iter().map(scored).collect())
+}
+
+/// Places whose next token is of the same window.
+fn predicting(tokens: &[u32], window: usize) -> impl Iterator<Item = usize> {
+    (0..tokens.len()).filter(move |t| (t + 1) % window != 0)
+}
+
+/// What is needed of the logits of one place.
+struct Scored {
+    /// `ln Σ exp(logit)`, summed in f64.
+    log_sum: f64,
+    /// The likeliest token; the first of equals.
+    top: usize,
+}
+
+impl Scored {
+    fn of(logits: &[f32]) -> Self {
+        let first = (0, f32::NEG_INFINITY);
+        let (top, most) =
+            logits.iter().enumerate().fold(first, |best, (i, &l)| if l > best.1 { (i, l) } else { best });
+        let most = f64::from(most);
+        let sum: f64 = logits.iter().map(|&l| (f64::from(l) - most).exp()).sum();
+        Self { log_sum: most + sum.ln(), top }
+    }
+}
+
+/// All places at once, by tensors in f64: only scores leave the device. Of tokens equally likely any may be the likeliest.
+fn by_tensors(
+    logits: &Tensor,
+    source: Option<&Tensor>,
+    tokens: &[u32],
+    window: usize,
+) -> Result<Vec<Score>, RuntimeError> {
+    let (n, vocabulary) = logits.dims2()?;
+    // Nothing follows the last token; it is left out below.
+    let next: Vec<u32> = tokens.iter().skip(1).chain(tokens.last()).copied().collect();
+    let next = Tensor::from_vec(next, (n, 1), logits.device())?;
+    let step = (WIDE_LOGITS / vocabulary.max(1)).max(1);
+    let (mut losses, mut against) = (Vec::with_capacity(n), Vec::new());
+    for start in (0..n).step_by(step) {
+        let part = start..(start + step).min(n);
+        let (own, next) = (logits.i(part.clone())?, next.i(part.clone())?);
+        let log = log_softmax(&own)?;
+        losses.extend(log.gather(&next, 1)?.neg()?.flatten_all()?.to_vec1::<f64>()?);
+        if let Some(source) = source {
+            let theirs = source.i(part)?;
+            let log_theirs = log_softmax(&theirs)?;
+            let kl = (log_theirs.exp()? * (log_theirs - log)?)?.sum(1)?.to_vec1::<f64>()?;
+            let same = theirs.argmax(1)?.eq(&own.argmax(1)?)?.to_vec1::<u8>()?;
+            against.extend(kl.into_iter().zip(same.into_iter().map(|same| same == 1)));
+        }
+    }
+    let score = |t: usize| Score { loss: losses[t], against: against.get(t).copied() };
+    Ok(predicting(tokens, window).map(score).collect())
+}
+
+/// Log-probabilities of logits (N, vocabulary), in f64.
+fn log_softmax(logits: &Tensor) -> candle_core::Result<Tensor> {
+    let logits = logits.to_dtype(DType::F64)?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
+    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What other devices compute is what the CPU computes; the definition is in tests/runtime_evaluate.rs.
+        #[test]
+        fn both_ways_agree(
+            windows in 1usize..4, window in 2usize..9, vocabulary in 2usize..40, seed in 0usize..1000, compared: bool,
+        ) {
+            let n = windows * window;
+            let tokens: Vec<u32> = (0..n).map(|t| ((t * 31 + seed) % vocabulary) as u32).collect();
+            let logits = |shift: usize| {
+                // No two numbers of a row are equal.
+                let number = |i: usize| ((i * 7919 + seed * shift) % 10007) as f32 / 500.0 - 10.0;
+                Tensor::from_vec((0..n * vocabulary).map(number).collect(), (n, vocabulary), &Device::Cpu).unwrap()
+            };
+            let (own, source) = (logits(17), compared.then(|| logits(29)));
+            let rows = by_rows(&own, source.as_ref(), &tokens, window).unwrap();
+            let tensors = by_tensors(&own, source.as_ref(), &tokens, window).unwrap();
+            prop_assert_eq!((rows.len(), tensors.len()), (n - windows, n - windows));
+            for (a, b) in rows.iter().zip(&tensors) {
+                prop_assert!((a.loss - b.loss).abs() < 1e-9);
+                prop_assert_eq!(a.against.is_some(), compared);
+                let ((kl, same), (other_kl, other_same)) =
+                    (a.against.unwrap_or_default(), b.against.unwrap_or_default());
+                prop_assert!((kl - other_kl).abs() < 1e-9 && same == other_same);
+            }
+        }
+    }
+}
