@@ -103,6 +103,9 @@ pub mod calibration;
 pub mod checkpoint;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub mod descent;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
 pub mod distil;
 mod error;
 #[cfg(feature = "runtime")]

@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 
 use ndarray::{Array1, Array2};
 use qcqa::checkpoint::Checkpoint;
-use qcqa::distil::{Distill, Distilled, Effort, Optimizer, gradient};
+use qcqa::descent::Descent;
+use qcqa::distil::{Distill, Distilled, Effort, gradient};
 use qcqa::evaluation::evaluate_against;
 use qcqa::heads::{HeadSource, Heads, Needs, Pooled, Projection};
 use qcqa::partition::Partition;
@@ -30,7 +31,7 @@ impl KvPooler for Given {
         Spec::new("given")
     }
     fn needs(&self) -> Needs {
-        Needs::QUERIES
+        Needs::QUERIES_AND_MOMENT
     }
     fn pool(&self, heads: &Heads, _: &Partition) -> Result<Pooled> {
         Ok(self.0[heads.layer()].clone())
@@ -172,9 +173,9 @@ fn what_is_reported_is_what_an_evaluation_says_and_never_worse() {
     let source = Model::load(&checkpoint).unwrap();
     let (fit, validation) = text(&checkpoint, &source);
     let plan = neighbours(&checkpoint, 2);
-    for (optimizer, rate) in [(Optimizer::Muon, 2e-3), (Optimizer::AdamW, 1e-3), (Optimizer::AdamW, 30.0)] {
+    for (descent, rate) in [(Descent::Muon, 2e-3), (Descent::AdamW, 1e-3), (Descent::AdamW, 30.0)] {
         let shared = shared_by(&plan, &checkpoint, || Box::new(LowRankPooler::default()));
-        let distill = Distill::new(Effort::Tokens(3 * 24 * 64)).optimizer(optimizer).rate(rate).batch(4);
+        let distill = Distill::new(Effort::Tokens(3 * 24 * 64)).descent(descent).rate(rate).batch(4);
         let found = distil(&distill, &source, shared, (&fit, &validation));
         let least = found.course.iter().map(|&(_, kl)| kl).fold(f64::INFINITY, f64::min);
         assert!(least <= found.course[0].1);
@@ -213,12 +214,12 @@ fn one_seed_one_result_on_any_number_of_threads() {
     let source = Model::load(&checkpoint).unwrap();
     let (fit, validation) = text(&checkpoint, &source);
     let plan = neighbours(&checkpoint, 4);
-    for optimizer in [Optimizer::Muon, Optimizer::AdamW] {
+    for descent in [Descent::Muon, Descent::AdamW] {
         let [one, three] = [1, 3].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let shared = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-                let distill = Distill::new(Effort::Tokens(8 * 3 * 64)).batch(3).optimizer(optimizer);
+                let distill = Distill::new(Effort::Tokens(8 * 3 * 64)).batch(3).descent(descent);
                 let found = distil(&distill, &source, shared, (&fit, &validation));
                 (layers(&found.shared), found.course)
             })
@@ -267,9 +268,9 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
     let plan = neighbours(&checkpoint, 2);
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("state");
-    for optimizer in [Optimizer::Muon, Optimizer::AdamW] {
+    for descent in [Descent::Muon, Descent::AdamW] {
         let shared = || shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-        let distill = Distill::new(Effort::Tokens(12 * 4 * 64)).batch(4).optimizer(optimizer);
+        let distill = Distill::new(Effort::Tokens(12 * 4 * 64)).batch(4).descent(descent);
         let whole = distil(&distill, &source, shared(), texts);
         let kept = distill.clone().state(file.clone());
         // Twice, so that what is read is written again.

@@ -2,21 +2,18 @@
 //!
 //! Minimises the mean of KL(source ‖ shared) over the tokens of a calibration text by queries, keys, values and outputs of
 //! all layers, from wherever pooling and refits have left them (docs/method.md, "Distillation"). Memory is what enters
-//! every layer for a few windows, one layer's way back, and the optimizer's memory of what is trained; all weights that are not
+//! every layer for a few windows, one layer's way back, and the descent's memory of what is trained; all weights that are not
 //! trained are the source's own.
 
-mod optimizer;
 mod state;
 mod trainer;
 
-use std::f64::consts::PI;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rand::seq::SliceRandom;
-
 use self::state::{SavedState, StateFile};
 use self::trainer::Trainer;
+use crate::descent::{Descent, Order, share};
 use crate::error::{Error, Result};
 use crate::heads::Pooled;
 use crate::plan::{Distillation, SharedHeads};
@@ -24,10 +21,10 @@ use crate::run::Run;
 use crate::runtime::{AttentionWeights, Model};
 use crate::text::{RuntimeError, Windows};
 
-pub use optimizer::Optimizer;
-
 /// Steps over which the rate rises, where there are ten times as many.
 const WARM_UP: u64 = 20;
+/// How strongly hidden states are pulled to the source's at first; it fades to nothing.
+const PULL: f64 = 3.0;
 /// Windows trained on for each window of validation between two validations: a tenth of the time at most goes there.
 const TRAINED_PER_VALIDATED: usize = 3;
 /// Validations in a row, in the second half of the steps, that may be worse than the best before it is called off.
@@ -51,16 +48,16 @@ pub enum Effort {
 /// ```
 /// use std::time::Duration;
 ///
-/// use qcqa::distil::{Distill, Effort, Optimizer};
+/// use qcqa::distil::{Distill, Effort, Descent};
 ///
 /// let tokens = Distill::new(Effort::Tokens(2_000_000));
-/// let minutes = Distill::new(Effort::Time(Duration::from_secs(1800))).optimizer(Optimizer::AdamW);
+/// let minutes = Distill::new(Effort::Time(Duration::from_secs(1800))).descent(Descent::AdamW);
 /// assert_ne!(tokens, minutes);
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Distill {
     effort: Effort,
-    optimizer: Optimizer,
+    descent: Descent,
     rate: Option<f64>,
     batch: Option<usize>,
     state: Option<PathBuf>,
@@ -79,17 +76,17 @@ pub struct Distilled<'a> {
 }
 
 impl Distill {
-    /// A distillation of this length by [`Optimizer::Muon`].
+    /// A distillation of this length by [`Descent::Muon`].
     pub fn new(effort: Effort) -> Self {
-        Self { effort, optimizer: Optimizer::default(), rate: None, batch: None, state: None }
+        Self { effort, descent: Descent::default(), rate: None, batch: None, state: None }
     }
 
-    /// Replaces the optimizer.
-    pub fn optimizer(self, optimizer: Optimizer) -> Self {
-        Self { optimizer, ..self }
+    /// Replaces the descent.
+    pub fn descent(self, descent: Descent) -> Self {
+        Self { descent, ..self }
     }
 
-    /// Replaces the highest rate; [`Optimizer::rate`] unless said.
+    /// Replaces the highest rate.
     pub fn rate(self, rate: f64) -> Self {
         Self { rate: Some(rate), ..self }
     }
@@ -156,7 +153,7 @@ impl Distill {
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
-        let mut trainer = Trainer::new(source, model, self.optimizer)?;
+        let mut trainer = Trainer::new(source, model, self.descent)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
             None => work.begin(&trainer)?,
@@ -197,10 +194,10 @@ impl Distill {
                 }
                 other => other?,
             }
-            let first = state.step * work.batch as u64;
-            let windows: Vec<&[u32]> = (first..first + work.batch as u64).map(|n| texts[order.window(n)]).collect();
-            let rate = work.rate * share(state.step, state.total);
-            state.loss = trainer.step(&windows, state.step, rate)?;
+            let windows: Vec<&[u32]> = order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
+            let share = share(state.step, state.total, WARM_UP);
+            let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
+            state.loss = trainer.step(&windows, state.step, work.rate * share, PULL * (1.0 - gone))?;
             if !state.loss.is_finite() {
                 return Err(RuntimeError::NotFinite { what: "the divergence while distilling".to_string() });
             }
@@ -227,7 +224,7 @@ impl Distill {
     }
 
     fn work<'w>(&self, fit: &'w Windows, validation: Option<&'w Windows>) -> Result<Work<'w>, RuntimeError> {
-        let rate = self.rate.unwrap_or_else(|| self.optimizer.rate());
+        let rate = self.rate.unwrap_or(1e-3);
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::setting("rate", rate, "above 0 and finite").into());
         }
@@ -276,8 +273,8 @@ impl Work<'_> {
     fn key(&self, distill: &Distill, shared: &SharedHeads<'_>, seed: u64) -> Result<String, RuntimeError> {
         let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
         let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
-        let Distill { effort, optimizer, .. } = distill;
-        Ok(format!("{seed} {effort:?} {optimizer:?} {} {} {texts:?} {:?}", self.batch, self.rate, shared.record()))
+        let Distill { effort, descent, .. } = distill;
+        Ok(format!("{seed} {effort:?} {descent:?} {} {} {texts:?} {:?}", self.batch, self.rate, shared.record()))
     }
 
     fn begin(&self, trainer: &Trainer<'_>) -> Result<SavedState, RuntimeError> {
@@ -334,39 +331,8 @@ fn usual_batch(effort: Effort, window: usize) -> usize {
 /// Tokens up to which a step has few of them.
 const FEW_TOKENS: u64 = 600_000;
 
-/// The share of the highest rate at a step: rises over the first steps, then falls to 0 along a cosine.
-fn share(step: u64, total: Option<u64>) -> f64 {
-    let rise = WARM_UP.min(total.map_or(WARM_UP, |total| total.div_ceil(10))).max(1);
-    let rising = ((step + 1) as f64 / rise as f64).min(1.0);
-    rising * total.map_or(1.0, |total| 0.5 * (1.0 + (PI * step as f64 / total as f64).cos()))
-}
-
-/// The order in which windows are read: all of them, then all of them again in another order.
-struct Order<'r> {
-    run: Run<'r>,
-    windows: usize,
-    round: Option<(u64, Vec<usize>)>,
-}
-
-impl<'r> Order<'r> {
-    fn new(windows: usize, run: Run<'r>) -> Self {
-        Self { run, windows, round: None }
-    }
-
-    /// Window number `n` of all that are read.
-    fn window(&mut self, n: u64) -> usize {
-        let (round, place) = (n / self.windows as u64, (n % self.windows as u64) as usize);
-        if self.round.as_ref().is_none_or(|&(of, _)| of != round) {
-            let mut order: Vec<usize> = (0..self.windows).collect();
-            order.shuffle(&mut self.run.fork(round).rng());
-            self.round = Some((round, order));
-        }
-        self.round.as_ref().map_or(place, |(_, order)| order[place])
-    }
-}
-
 /// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of
-/// every layer of `model`, in their places: for those who bring an optimizer of their own.
+/// every layer of `model`, in their places: for those who bring an descent of their own.
 ///
 /// # Errors
 /// [`RuntimeError::Vocabulary`] unless the two have one vocabulary; as [`Distill::run`].
@@ -375,9 +341,9 @@ pub fn gradient(source: &Model, model: &Model, windows: &Windows) -> Result<(f64
     if expected != found {
         return Err(RuntimeError::Vocabulary { expected, found });
     }
-    let trainer = Trainer::new(source, model.clone(), Optimizer::default())?;
+    let trainer = Trainer::new(source, model.clone(), Descent::default())?;
     let texts: Vec<&[u32]> = windows.batches(1).collect();
-    let (divergence, gradients) = trainer.gradients(&texts)?;
+    let (divergence, gradients) = trainer.gradients(&texts, 0.0)?;
     let laid_out = |(i, of): (usize, &AttentionWeights)| model.laid_out(i, of);
     Ok((divergence, gradients.iter().enumerate().map(laid_out).collect::<Result<_, _>>()?))
 }

@@ -1,42 +1,53 @@
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
-use super::optimizer::{Memory, Optimizer};
+use crate::descent::{Descent, Memory};
 use crate::error::Result;
 use crate::runtime::{AttentionWeights, Model, Pass};
 use crate::text::{RuntimeError, Windows};
 
-/// A model on its way towards its source: weights, and what the optimizer remembers of them.
+/// A model on its way towards its source: weights, and what the descent remembers of them.
 #[derive(Debug)]
 pub(super) struct Trainer<'a> {
     pub(super) source: &'a Model,
     pub(super) model: Model,
-    pub(super) optimizer: Optimizer,
+    pub(super) descent: Descent,
     pub(super) memory: Vec<Memory>,
 }
 
 impl<'a> Trainer<'a> {
-    pub(super) fn new(source: &'a Model, model: Model, optimizer: Optimizer) -> Result<Self, RuntimeError> {
+    pub(super) fn new(source: &'a Model, model: Model, descent: Descent) -> Result<Self, RuntimeError> {
         let layers = 0..model.n_layers();
-        let memory = layers.map(|i| Ok(optimizer.memory(&model.attention_weights(i)?)?));
-        Ok(Self { source, memory: memory.collect::<Result<_, RuntimeError>>()?, model, optimizer })
+        let memory = layers.map(|i| Ok(descent.memory(&model.attention_weights(i)?)?));
+        Ok(Self { source, memory: memory.collect::<Result<_, RuntimeError>>()?, model, descent })
     }
 
     /// Goes one step on some windows, and gives the mean KL(source ‖ model) over their tokens before it.
-    pub(super) fn step(&mut self, windows: &[&[u32]], step: u64, rate: f64) -> Result<f64, RuntimeError> {
-        let (divergence, gradients) = self.gradients(windows)?;
+    pub(super) fn step(
+        &mut self,
+        windows: &[&[u32]],
+        step: u64,
+        rate: f64,
+        pull: f64,
+    ) -> Result<f64, RuntimeError> {
+        let (divergence, gradients) = self.gradients(windows, pull)?;
         for (i, (gradients, memory)) in gradients.iter().zip(&mut self.memory).enumerate() {
-            let (weights, h) = (self.model.attention_weights(i)?, self.model.head_dim(i));
-            let weights = self.optimizer.step(&weights, gradients, memory, (step, rate, h))?;
+            let weights = self.model.attention_weights(i)?;
+            let weights = self.descent.step(&weights, gradients, memory, step, rate)?;
             self.model.set_attention_weights(i, &weights)?;
         }
         Ok(divergence)
     }
 
-    /// The mean KL(source ‖ model) over the tokens of some windows, and its gradient for the weights of every layer.
+    /// The mean KL(source ‖ model) over the tokens of some windows, and the gradient for the weights of every layer of that plus
+    /// `pull` times the mean of `‖h − h_source‖² / ‖h_source‖²`, where h is what the output embedding reads.
     ///
     /// Windows are added up one after the other, whoever computes them: as many threads as there are give one sum.
-    pub(super) fn gradients(&self, windows: &[&[u32]]) -> Result<(f64, Vec<AttentionWeights>), RuntimeError> {
+    pub(super) fn gradients(
+        &self,
+        windows: &[&[u32]],
+        pull: f64,
+    ) -> Result<(f64, Vec<AttentionWeights>), RuntimeError> {
         let (mut divergence, mut tokens) = (0.0, 0);
         let mut sums: Vec<Option<AttentionWeights>> = vec![None; self.model.n_layers()];
         let length = windows.first().map_or(0, |window| window.len());
@@ -45,7 +56,7 @@ impl<'a> Trainer<'a> {
             let texts = held.concat();
             let abreast = texts.chunks(self.model.abreast(length) * length).collect::<Vec<_>>();
             tokens += texts.len();
-            divergence += self.add_gradients(&abreast, &pass, &mut sums)?;
+            divergence += self.add_gradients(&abreast, &pass, pull, &mut sums)?;
         }
         let share = 1.0 / tokens.max(1) as f64;
         let mean = |sum: AttentionWeights| Ok(sum.map(|tensor| tensor.affine(share, 0.0))?);
@@ -58,6 +69,7 @@ impl<'a> Trainer<'a> {
         &self,
         texts: &[&[u32]],
         pass: &Pass,
+        pull: f64,
         sums: &mut [Option<AttentionWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
@@ -65,7 +77,12 @@ impl<'a> Trainer<'a> {
             let theirs = source.last(&source.hidden(tokens, pass)?)?;
             let inputs = model.layer_inputs(tokens, pass)?;
             let last = &inputs[model.n_layers()];
-            let (divergences, gradient) = model.divergence(&theirs, &model.last(last)?)?;
+            let own = model.last(last)?;
+            let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
+            if pull > 0.0 {
+                let share = (2.0 * pull / theirs.sqr()?.sum_keepdim(D::Minus1)?)?;
+                gradient = (gradient + (own - &theirs)?.broadcast_mul(&share)?)?;
+            }
             let gradient = model.last_backward(last, &gradient)?;
             Ok((divergences, inputs, gradient))
         };

@@ -47,24 +47,26 @@ impl Layer {
         let gates = linear(&self.mlp_norm.of(&y)?, &self.gate_up, &self.gate_up_bias)?;
         let of_gates = swiglu_backward(&gates, &gradient.matmul(&self.down)?)?;
         let attention = (gradient + self.mlp_norm.backward(&y, &of_gates.matmul(&self.gate_up)?)?)?;
-        let (of_input, weights) =
-            self.attention.backward(&input, kept, &attention, pass, pass.rope(i), weights)?;
+        let of_all = self.attention.backward(&kept, &attention, pass.rope(i))?;
+        let weights = weights.then(|| self.attention.weights_backward(&input, &kept, &of_all, &attention));
+        let of_input = of_all.matmul(&self.attention.qkv)?;
         let input = (&attention + self.attention_norm.backward(x, &of_input)?)?;
+        let weights = weights.transpose()?;
         Ok(Backward { input, attention, output, weights })
     }
 }
 
 /// What attention computes on the way, for the way back.
-struct Kept {
+pub(super) struct Kept {
     /// Of every block: queries (B, groups, r·T, h), keys and values (B, groups, T, h), probabilities (B, groups, r·T, T).
     blocks: Vec<[Tensor; 4]>,
     /// What query heads read, (N, n_q·h).
-    heads: Tensor,
+    pub(super) heads: Tensor,
 }
 
 impl Attention {
     /// What it computes of x (N, d), and its output (N, d).
-    fn kept(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> Result<(Kept, Tensor)> {
+    pub(super) fn kept(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> Result<(Kept, Tensor)> {
         let [query, keys, values] = self.project(x, pass, rope)?;
         let softmax = self.softmax(pass, pass.positions());
         let blocks = self.places().map(|place| {
@@ -79,47 +81,37 @@ impl Attention {
         Ok((Kept { blocks, heads }, output))
     }
 
-    /// From the gradient (N, d) of its output to that of x (N, d) and, where asked for, of its weights.
-    fn backward(
-        &self,
-        x: &Tensor,
-        kept: Kept,
-        gradient: &Tensor,
-        pass: &Pass,
-        rope: &Rope,
-        weights: bool,
-    ) -> Result<(Tensor, Option<AttentionWeights>)> {
-        let (len, h) = (pass.positions().len(), self.head_dim);
-        let batch = x.dim(0)? / len;
+    /// From the gradient (N, d) of its output to that of queries, keys and values before they turn, (N, (n_q + 2k)·h).
+    pub(super) fn backward(&self, kept: &Kept, gradient: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let h = self.head_dim;
+        let (batch, _, _, len) = kept.blocks[0][3].dims4()?;
         let of_heads = gradient.matmul(&self.output)?;
         let of_heads = of_heads.reshape((batch, len, self.query_heads, h))?.transpose(1, 2)?;
         let (mut of_query, mut of_keys, mut of_values) = (Vec::new(), Vec::new(), Vec::new());
-        for (place, [query, keys, values, probabilities]) in self.places().zip(kept.blocks) {
+        for (place, [query, keys, values, probabilities]) in self.places().zip(&kept.blocks) {
             let of_read = place.queries(&of_heads)?;
             of_values.push(probabilities.t()?.matmul(&of_read)?);
-            let of_scores = softmax_backward(&probabilities, of_read.matmul(&values.t()?)?)?;
-            of_query.push(of_scores.matmul(&keys)?.reshape((batch, (), len, h))?);
-            of_keys.push(of_scores.t()?.matmul(&query)?);
+            let of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
+            of_query.push(of_scores.matmul(keys)?.reshape((batch, (), len, h))?);
+            of_keys.push(of_scores.t()?.matmul(query)?);
         }
         of_query.extend(of_keys);
         let turned = rope.apply_back(&joined(&of_query)?.contiguous()?)?;
         let of_all = joined(&[&[turned][..], &of_values].concat())?.transpose(1, 2)?.contiguous()?;
-        let of_all = of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))?;
-        let weights = weights.then(|| self.weights_backward(x, &kept.heads, &of_all, gradient));
-        Ok((of_all.matmul(&self.qkv)?, weights.transpose()?))
+        of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))
     }
 
     /// Sums over tokens of what every weight is given times what it is worth.
-    fn weights_backward(
+    pub(super) fn weights_backward(
         &self,
         x: &Tensor,
-        heads: &Tensor,
+        kept: &Kept,
         of_all: &Tensor,
         of_output: &Tensor,
     ) -> Result<AttentionWeights> {
         let bias = self.bias.as_ref().map(|_| of_all.sum(0)).transpose()?;
         let output_bias = self.output_bias.as_ref().map(|_| of_output.sum(0)).transpose()?;
         let qkv = of_all.t()?.matmul(x)?;
-        self.parted(&qkv, &of_output.t()?.matmul(heads)?, bias.as_ref(), output_bias, self.scale)
+        self.parted(&qkv, &of_output.t()?.matmul(&kept.heads)?, bias.as_ref(), output_bias, self.scale)
     }
 }

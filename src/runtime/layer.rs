@@ -109,8 +109,12 @@ impl Layer {
         pass: &Pass,
         past: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
-        let x = (x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?;
-        let gated = linear(&self.mlp_norm.of(&x)?, &self.gate_up, &self.gate_up_bias)?;
+        self.feed_forward(&(x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?)
+    }
+
+    /// What comes after attention was added, (N, d) → (N, d).
+    pub(super) fn feed_forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let gated = linear(&self.mlp_norm.of(x)?, &self.gate_up, &self.gate_up_bias)?;
         x + linear(&SwiGlu.of(&gated)?, &self.down, &self.down_bias)?
     }
 }

@@ -252,9 +252,9 @@ impl Model {
         &self.device
     }
 
-    /// Dimensions of the heads of layer `i`, h.
-    pub(crate) fn head_dim(&self, i: usize) -> usize {
-        self.spec(i).head_dim
+    /// Width of the residual stream, d.
+    pub(crate) fn width(&self) -> usize {
+        self.id.hidden
     }
 
     /// Windows whose inputs of all layers are held at once.
@@ -314,6 +314,11 @@ impl Model {
     /// What the attention of layer `i` makes of what it reads, (N, d) → (N, d).
     pub(crate) fn attend(&self, i: usize, input: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
         Ok(self.layers[i].attention.forward(input, pass, pass.rope(i), None)?)
+    }
+
+    /// Layer `i` after its attention was added, (N, d) → (N, d).
+    pub(crate) fn feed_forward(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        Ok(self.layers[i].feed_forward(x)?)
     }
 
     /// Layer `i`, (N, d) → (N, d).

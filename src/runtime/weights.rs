@@ -117,6 +117,29 @@ impl Model {
         self.layers[i].backward(i, x, gradient, pass, weights)
     }
 
+    /// What the attention of layer `i` reads of `input`, (N, d), before its output projection, (N, n_q·h) in the order of
+    /// [`AttentionWeights`], and what it puts out, (N, d).
+    pub(crate) fn attention_reads(&self, i: usize, input: &Tensor, pass: &Pass) -> Candle<(Tensor, Tensor)> {
+        let (kept, output) = self.layers[i].attention.kept(input, pass, pass.rope(i))?;
+        Ok((kept.heads, output))
+    }
+
+    /// Gradients of the weights of the attention of layer `i` on `input`, (N, d), where `gradient` makes that of its output of
+    /// the output, (N, d) both.
+    pub(crate) fn attention_backward(
+        &self,
+        i: usize,
+        input: &Tensor,
+        pass: &Pass,
+        gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
+    ) -> Candle<AttentionWeights> {
+        let attention = &self.layers[i].attention;
+        let (kept, output) = attention.kept(input, pass, pass.rope(i))?;
+        let gradient = gradient(&output)?;
+        let of_all = attention.backward(&kept, &gradient, pass.rope(i))?;
+        attention.weights_backward(input, &kept, &of_all, &gradient)
+    }
+
     /// The shared heads of layer `i` as they are now, in the order of the source's heads and of the groups.
     pub(crate) fn pooled(&self, i: usize) -> Result<Pooled, RuntimeError> {
         self.laid_out(i, &self.attention_weights(i)?)

@@ -1,5 +1,3 @@
-//! What a gradient does to a weight.
-
 use candle_core::{Result, Tensor};
 
 use crate::runtime::AttentionWeights;
@@ -7,23 +5,13 @@ use crate::runtime::AttentionWeights;
 /// How weights follow their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum Optimizer {
-    /// Momentum made orthogonal, head by head (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>); biases by
-    /// [`Optimizer::AdamW`].
+pub enum Descent {
+    /// Momentum made orthogonal (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>); biases by
+    /// [`Descent::AdamW`].
     #[default]
     Muon,
     /// Adam without decay (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019, arXiv 1711.05101).
     AdamW,
-}
-
-impl Optimizer {
-    /// The rate at which it does best (docs/quality.md).
-    pub fn rate(self) -> f64 {
-        match self {
-            Self::Muon => 2e-3,
-            Self::AdamW => 1e-3,
-        }
-    }
 }
 
 /// Adam's forgetting of gradients and of their squares, and what keeps it from dividing by 0.
@@ -39,11 +27,11 @@ const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
 /// What an optimizer remembers of each tensor of a layer, in the order of [`AttentionWeights::tensors`]: momentum for a
 /// matrix under Muon, else the means of gradients and of their squares.
-pub(super) type Memory = Vec<Vec<Tensor>>;
+pub(crate) type Memory = Vec<Vec<Tensor>>;
 
-impl Optimizer {
+impl Descent {
     /// Of a layer that has not moved yet.
-    pub(super) fn memory(self, weights: &AttentionWeights) -> Result<Memory> {
+    pub(crate) fn memory(self, weights: &AttentionWeights) -> Result<Memory> {
         let of = |(i, tensor): (usize, &Tensor)| {
             let n = if self.orthogonal(i) { 1 } else { 2 };
             (0..n).map(|_| tensor.zeros_like()).collect()
@@ -51,13 +39,14 @@ impl Optimizer {
         weights.tensors().enumerate().map(of).collect()
     }
 
-    /// The weights of a layer after step number `step`, counted from 0, at `rate`; heads have h rows.
-    pub(super) fn step(
+    /// The weights of a layer after step number `step`, counted from 0, at `rate`.
+    pub(crate) fn step(
         self,
         weights: &AttentionWeights,
         gradients: &AttentionWeights,
         memory: &mut Memory,
-        (step, rate, h): (u64, f64, usize),
+        step: u64,
+        rate: f64,
     ) -> Result<AttentionWeights> {
         let mut each = gradients.tensors().zip(memory).enumerate();
         weights.map(|weight| {
@@ -66,7 +55,7 @@ impl Optimizer {
                 let momentum = mixed(&memory[0], gradient, FRESH)?;
                 let mixture = mixed(gradient, &momentum, 1.0 - FRESH)?;
                 memory[0] = momentum;
-                by_head(&mixture, h, i == OUTPUT)?
+                orthogonal(&mixture)?
             } else {
                 let means = [gradient.clone(), gradient.sqr()?];
                 let mut corrected = Vec::with_capacity(2);
@@ -82,41 +71,32 @@ impl Optimizer {
 
     /// Whether tensor number `i` of a layer moves by an orthogonal matrix.
     fn orthogonal(self, i: usize) -> bool {
-        self == Self::Muon && i <= OUTPUT
+        self == Self::Muon && i < MATRICES
     }
 }
 
-/// The place of the output projection among a layer's tensors: its heads are columns. Biases come after it.
-const OUTPUT: usize = 3;
+/// Matrices of a layer; biases come after them.
+const MATRICES: usize = 4;
 
 /// `(1 − share) a + share b`.
 fn mixed(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
     a.affine(1.0 - share, 0.0)? + b.affine(share, 0.0)?
 }
 
-/// A matrix whose heads, of h rows (or columns), are each made orthogonal and as large as steps of Adam.
-fn by_head(matrix: &Tensor, h: usize, columns: bool) -> Result<Tensor> {
-    let rows = if columns { matrix.t()?.contiguous()? } else { matrix.clone() };
-    let (all, d) = rows.dims2()?;
-    let heads = orthogonal(&rows.reshape((all / h, h, d))?)?;
-    let step = MUON_STEP * (h.max(d) as f64).sqrt();
-    let rows = heads.reshape((all, d))?.affine(step, 0.0)?;
-    if columns { rows.t()?.contiguous() } else { Ok(rows) }
-}
-
-/// Matrices (n, a, b), each roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration.
-fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
-    let (_, a, b) = matrices.dims3()?;
-    let wide = if a <= b { matrices.clone() } else { matrices.transpose(1, 2)?.contiguous()? };
-    let norm = (wide.sqr()?.sum_keepdim(2)?.sum_keepdim(1)?.sqrt()? + 1e-7)?;
+/// Roughly the nearest matrix whose singular values are all 1, by a Newton–Schulz iteration, as large as a step of Adam.
+fn orthogonal(matrix: &Tensor) -> Result<Tensor> {
+    let (a, b) = matrix.dims2()?;
+    let wide = if a <= b { matrix.clone() } else { matrix.t()?.contiguous()? };
+    let norm = (wide.sqr()?.sum_all()?.sqrt()? + 1e-7)?;
     let mut x = wide.broadcast_div(&norm)?;
     let [first, third, fifth] = POLYNOMIAL;
     for _ in 0..ROUNDS {
-        let y = x.matmul(&x.transpose(1, 2)?.contiguous()?)?;
+        let y = x.matmul(&x.t()?)?;
         let z = (y.affine(third, 0.0)? + y.matmul(&y)?.affine(fifth, 0.0)?)?;
         x = (x.affine(first, 0.0)? + z.matmul(&x)?)?;
     }
-    if a <= b { Ok(x) } else { x.transpose(1, 2)?.contiguous() }
+    let x = x.affine(MUON_STEP * (a.max(b) as f64).sqrt(), 0.0)?;
+    if a <= b { Ok(x) } else { x.t()?.contiguous() }
 }
 
 #[cfg(test)]
@@ -132,19 +112,16 @@ mod tests {
     #[test]
     fn an_orthogonal_step_has_singular_values_near_one() {
         for (a, b) in [(4, 12), (12, 4)] {
-            let matrices = Tensor::from_vec(numbers(3 * a * b, 1), (3, a, b), &Device::Cpu).unwrap();
-            let made = orthogonal(&matrices).unwrap();
-            let across = |x: &Tensor, y: &Tensor| x.matmul(y).unwrap();
-            let turned = made.transpose(1, 2).unwrap().contiguous().unwrap();
-            let square = if a < b { across(&made, &turned) } else { across(&turned, &made) };
-            let square: Vec<Vec<Vec<f32>>> = square.to_vec3().unwrap();
-            for matrix in square {
-                for (i, row) in matrix.iter().enumerate() {
-                    for (j, &value) in row.iter().enumerate() {
-                        let expected = if i == j { 1.0 } else { 0.0 };
-                        // The polynomial trades exactness for speed: singular values of 0.7 to 1.2.
-                        assert!((value - expected).abs() < 0.5, "{a}x{b}: {value} at {i}, {j}");
-                    }
+            let matrix = Tensor::from_vec(numbers(a * b, 1), (a, b), &Device::Cpu).unwrap();
+            let made = orthogonal(&matrix).unwrap().affine(1.0 / (MUON_STEP * 12f64.sqrt()), 0.0).unwrap();
+            let turned = made.t().unwrap();
+            let square = if a < b { made.matmul(&turned) } else { turned.matmul(&made) };
+            let square: Vec<Vec<f32>> = square.unwrap().to_vec2().unwrap();
+            for (i, row) in square.iter().enumerate() {
+                for (j, &value) in row.iter().enumerate() {
+                    let expected = if i == j { 1.0 } else { 0.0 };
+                    // The polynomial trades exactness for speed: singular values of 0.7 to 1.2.
+                    assert!((value - expected).abs() < 0.5, "{a}x{b}: {value} at {i}, {j}");
                 }
             }
         }
@@ -162,9 +139,9 @@ mod tests {
         for step in 0..5u64 {
             let gradient = [0.5 - step as f32, 0.25 * step as f32];
             if step == 0 {
-                memory = Optimizer::AdamW.memory(&weights).unwrap();
+                memory = Descent::AdamW.memory(&weights).unwrap();
             }
-            weights = Optimizer::AdamW.step(&weights, &layer(&gradient), &mut memory, (step, 0.1, 1)).unwrap();
+            weights = Descent::AdamW.step(&weights, &layer(&gradient), &mut memory, step, 0.1).unwrap();
             for i in 0..2 {
                 let g = f64::from(gradient[i]);
                 m[i] = 0.9 * m[i] + 0.1 * g;
