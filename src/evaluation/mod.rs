@@ -138,7 +138,7 @@ fn read_all(
     let mut tallies = vec![Tally::default(); models.len() + 1];
     let mut done = 0;
     run.step("evaluate", done, total)?;
-    for tokens in windows.batches(source.batch(windows)) {
+    for tokens in windows.batches(source.batch(windows.length())) {
         let rows = tokens.len() / windows.length();
         let mut step = || {
             done += rows as u64;

@@ -12,14 +12,16 @@ use crate::error::Error;
 use crate::heads::HeadSource;
 use crate::model::{AttentionSpec, ModelId};
 use crate::run::Device;
-use crate::text::{RuntimeError, Windows, forward_of, within};
+use crate::text::{RuntimeError, forward_of, within};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
-/// Tokens computed at once, and numbers of logits held at once: on the CPU, and on a GPU, which wants more of them.
+/// Tokens computed at once, and numbers of logits held at once.
 const BATCH_TOKENS: usize = 4096;
 const BATCH_LOGITS: usize = 1 << 25;
-const GPU_BATCH_LOGITS: usize = 1 << 28;
+/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 2 GB.
+const GPU_BATCH_TOKENS: usize = 1 << 14;
+const GPU_BATCH_LOGITS: usize = 1 << 29;
 /// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
 const HELD_WINDOWS: usize = 4;
 const GPU_HELD_WINDOWS: usize = 24;
@@ -262,17 +264,19 @@ impl Model {
         if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
     }
 
-    /// Windows held at once: as many as keep the device busy and the memory small.
-    pub(crate) fn batch(&self, windows: &Windows) -> usize {
-        let most = if self.device.is_cpu() { BATCH_LOGITS } else { GPU_BATCH_LOGITS };
-        let by_logits = most / self.vocabulary().max(1) / windows.length();
-        (BATCH_TOKENS / windows.length()).min(by_logits).max(1)
+    /// Rows of `len` tokens held at once: as many as keep the device busy and the memory small.
+    pub(crate) fn batch(&self, len: usize) -> usize {
+        let (tokens, logits) = match self.device() {
+            Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
+            Device::Cuda => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
+        };
+        (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
     }
 
     /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows
-    /// share out over the threads. On a GPU many are, which fills it.
+    /// share out over the threads. On a GPU all that are held are.
     pub(crate) fn abreast(&self, len: usize) -> usize {
-        if self.device.is_cpu() { 1 } else { (BATCH_TOKENS / len).max(1) }
+        if self.device.is_cpu() { 1 } else { self.batch(len) }
     }
 
     /// What the layers share when they read `len` tokens of each row after `start` others.

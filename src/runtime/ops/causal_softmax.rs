@@ -35,8 +35,11 @@ impl CausalSoftmax {
 
     /// Scores and −∞ where nothing may be looked at, then the softmax of whole rows: every query has to see a key.
     fn by_mask(&self, scores: &Tensor) -> Result<Tensor> {
-        let flat = scores.reshape(((), self.visible.len(), self.keys))?;
-        softmax_last_dim(&flat.broadcast_add(&self.mask(scores.device())?)?)?.reshape(scores.shape())
+        let (t, s) = (self.visible.len(), self.keys);
+        // Every dimension of a broadcast is a division for each number.
+        let flat = scores.reshape(((), t * s))?;
+        let masked = flat.broadcast_add(&self.mask(scores.device())?.reshape((1, t * s))?)?;
+        softmax_last_dim(&masked.reshape(((), s))?)?.reshape(scores.shape())
     }
 
     /// 0 where a query may look, −∞ elsewhere, (T, S).
