@@ -11,12 +11,26 @@ use crate::run::Run;
 pub use rule::Descent;
 pub(crate) use rule::Memory;
 
-/// The share of the highest rate at a step: rises over the first `warm_up` steps, or a tenth of all where these are fewer,
-/// then falls to 0 along a cosine.
-pub(crate) fn share(step: u64, total: Option<u64>, warm_up: u64) -> f64 {
+/// How a rate falls to 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fall {
+    /// Along a line.
+    Line,
+    /// Along half a cosine.
+    Cosine,
+}
+
+/// The share of the highest rate at a step: rises over the first `warm_up` steps, or a tenth of all where these are fewer, and
+/// falls to 0.
+pub(crate) fn share(step: u64, total: Option<u64>, warm_up: u64, fall: Fall) -> f64 {
     let rise = warm_up.min(total.map_or(warm_up, |total| total.div_ceil(10))).max(1);
     let rising = ((step + 1) as f64 / rise as f64).min(1.0);
-    rising * total.map_or(1.0, |total| 0.5 * (1.0 + (PI * step as f64 / total as f64).cos()))
+    let gone = total.map_or(0.0, |total| step as f64 / total as f64);
+    rising
+        * match fall {
+            Fall::Line => 1.0 - gone,
+            Fall::Cosine => 0.5 * (1.0 + (PI * gone).cos()),
+        }
 }
 
 /// The order in which windows are read: all of them, then all of them again in another order.
@@ -70,9 +84,11 @@ mod tests {
 
     #[test]
     fn rates_rise_and_fall_to_nothing() {
-        let shares: Vec<f64> = (0..100).map(|step| share(step, Some(100), 10)).collect();
-        assert!(shares[..10].is_sorted() && shares[10..].iter().rev().is_sorted());
-        assert!(shares[9] > 0.95 && shares[99] < 1e-3 && shares.iter().all(|&s| s > 0.0));
-        assert_eq!(share(0, Some(3), 20), 1.0, "no time to warm up");
+        for (fall, last) in [(Fall::Line, 0.011), (Fall::Cosine, 1e-3)] {
+            let shares: Vec<f64> = (0..100).map(|step| share(step, Some(100), 10, fall)).collect();
+            assert!(shares[..10].is_sorted() && shares[10..].iter().rev().is_sorted());
+            assert!(shares[9] > 0.9 && shares[99] < last && shares.iter().all(|&s| s > 0.0));
+            assert_eq!(share(0, Some(3), 20, fall), 1.0, "no time to warm up");
+        }
     }
 }

@@ -13,18 +13,16 @@ use std::time::{Duration, Instant};
 
 use self::state::{SavedState, StateFile};
 use self::trainer::Trainer;
-use crate::descent::{Descent, Order, share};
+use crate::descent::{Descent, Fall, Order, share};
 use crate::error::{Error, Result};
 use crate::heads::Pooled;
-use crate::plan::{Distillation, SharedHeads};
-use crate::run::Run;
+use crate::plan::{Distillation, Refit, SharedHeads};
+use crate::run::{Device, Run};
 use crate::runtime::{AttentionWeights, Model};
 use crate::text::{RuntimeError, Windows};
 
 /// Steps over which the rate rises, where there are ten times as many.
 const WARM_UP: u64 = 20;
-/// How strongly hidden states are pulled to the source's at first; it fades to nothing.
-const PULL: f64 = 3.0;
 /// Windows trained on for each window of validation between two validations: a tenth of the time at most goes there.
 const TRAINED_PER_VALIDATED: usize = 3;
 /// Validations in a row, in the second half of the steps, that may be worse than the best before it is called off.
@@ -86,7 +84,7 @@ impl Distill {
         Self { descent, ..self }
     }
 
-    /// Replaces the highest rate.
+    /// Replaces the highest rate; by start and length unless said.
     pub fn rate(self, rate: f64) -> Self {
         Self { rate: Some(rate), ..self }
     }
@@ -147,7 +145,7 @@ impl Distill {
         run: Run<'_>,
     ) -> Result<Distilled<'a>, RuntimeError> {
         let model = source.with_shared(&shared)?;
-        let work = self.work(fit, validation)?;
+        let work = self.work(&Usual::new(self.effort, source, &shared), fit, validation)?;
         let file = self.state.as_ref().map(|path| {
             let key = work.key(self, &shared, run.seed());
             key.map(|key| StateFile { path: path.clone(), key })
@@ -195,9 +193,9 @@ impl Distill {
                 other => other?,
             }
             let windows: Vec<&[u32]> = order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
-            let share = share(state.step, state.total, WARM_UP);
+            let share = share(state.step, state.total, WARM_UP, Fall::Cosine);
             let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
-            state.loss = trainer.step(&windows, state.step, work.rate * share, PULL * (1.0 - gone))?;
+            state.loss = trainer.step(&windows, state.step, work.rate * share, work.pull * (1.0 - gone))?;
             if !state.loss.is_finite() {
                 return Err(RuntimeError::NotFinite { what: "the divergence while distilling".to_string() });
             }
@@ -223,12 +221,17 @@ impl Distill {
         Ok(false)
     }
 
-    fn work<'w>(&self, fit: &'w Windows, validation: Option<&'w Windows>) -> Result<Work<'w>, RuntimeError> {
-        let rate = self.rate.unwrap_or(1e-3);
+    fn work<'w>(
+        &self,
+        usual: &Usual,
+        fit: &'w Windows,
+        validation: Option<&'w Windows>,
+    ) -> Result<Work<'w>, RuntimeError> {
+        let rate = self.rate.unwrap_or(usual.rate);
         if !(rate > 0.0 && rate.is_finite()) {
             return Err(Error::setting("rate", rate, "above 0 and finite").into());
         }
-        let batch = self.batch.unwrap_or_else(|| usual_batch(self.effort, fit.length()));
+        let batch = self.batch.unwrap_or(usual.batch);
         if batch == 0 {
             return Err(Error::setting("batch", batch, "at least 1 window").into());
         }
@@ -240,7 +243,7 @@ impl Distill {
         };
         let validated = validation.map_or(0, Windows::count);
         let interval = (TRAINED_PER_VALIDATED * validated).div_ceil(batch).max(1) as u64;
-        Ok(Work { fit, validation, batch, rate, total, interval })
+        Ok(Work { fit, validation, batch, rate, pull: usual.pull, total, interval })
     }
 }
 
@@ -252,6 +255,7 @@ struct Work<'w> {
     /// Windows of a step.
     batch: usize,
     rate: f64,
+    pull: f64,
     /// Steps in all, once they are known.
     total: Option<u64>,
     /// Steps from one validation to the next.
@@ -319,17 +323,37 @@ fn weights_of(model: &Model) -> Result<Vec<AttentionWeights>, RuntimeError> {
     (0..model.n_layers()).map(|i| Ok(model.attention_weights(i)?)).collect()
 }
 
-/// Windows of a step: few tokens want many small steps, many tokens larger ones (docs/quality.md).
-fn usual_batch(effort: Effort, window: usize) -> usize {
-    let tokens = match effort {
-        Effort::Tokens(tokens) if tokens > FEW_TOKENS => 12_288,
-        _ => 2_048,
-    };
-    (tokens / window).max(1)
+/// What a distillation does unless it is told otherwise: rules that were measured (docs/quality.md).
+#[derive(Debug)]
+struct Usual {
+    /// Windows of a step: many small steps beat few large ones.
+    batch: usize,
+    /// The highest rate: the better the start, the lower.
+    rate: f64,
+    /// How strongly hidden states are pulled to the source's at first, which fades to nothing: of use for as long as there are
+    /// new tokens to learn from.
+    pull: f64,
 }
 
-/// Tokens up to which a step has few of them.
-const FEW_TOKENS: u64 = 600_000;
+impl Usual {
+    fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>) -> Self {
+        let refitted = shared.done().refit == Some(Refit::Full);
+        // A CPU reads few tokens in any time that people wait.
+        let many = match effort {
+            Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
+            Effort::Time(_) => model.device() != Device::Cpu,
+        };
+        match (many, refitted) {
+            (true, true) => Self { batch: 4, rate: 7e-4, pull: 3.0 },
+            (true, false) => Self { batch: 4, rate: 1e-3, pull: 3.0 },
+            (false, true) => Self { batch: 2, rate: 2.5e-4, pull: 0.0 },
+            (false, false) => Self { batch: 2, rate: 1e-3, pull: 0.0 },
+        }
+    }
+}
+
+/// Tokens from which on there are many.
+const MANY_TOKENS: u64 = 1_000_000;
 
 /// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of
 /// every layer of `model`, in their places: for those who bring an descent of their own.

@@ -48,8 +48,8 @@ pub fn apply<'a>(
 /// source's stream after that attention. A layer whose output would end up further from that stays as it was. Progress is
 /// stage `"refit"`.
 ///
-/// [`Refit::Output`] solves for the output projection; [`Refit::Full`] then goes down the gradient by queries, keys, values and
-/// outputs together. All tokens are read: sums are streamed, window by window.
+/// [`Refit::Output`] solves for the output projection; [`Refit::Full`] goes down the gradient by queries, keys, values and
+/// outputs together, in an order of windows that the run's seed decides. All tokens are read, window by window.
 ///
 /// Memory besides the models: four times (tokens, d), in f32 up to 1 GiB and in bf16 beyond: the residual streams of both
 /// models, and what the layer reads and should add.
@@ -108,7 +108,7 @@ pub fn refit<'a>(
             if before > NOTHING {
                 let fitted = match level {
                     Refit::Output => outputs::refit(&merged, i, &texts)?,
-                    Refit::Full => layerwise::refit(&outputs::refit(&merged, i, &texts)?, i, &texts, run.fork(i as u64))?,
+                    Refit::Full => layerwise::refit(&merged, i, &texts, run.fork(i as u64))?,
                 };
                 let after = texts.error(&fitted, i)?;
                 if !after.is_finite() {

@@ -32,6 +32,13 @@ impl AttentionWeights {
         Ok(Self { matrices, biases: [bias(q)?, bias(k)?, bias(v)?, bias(o)?] })
     }
 
+    /// All of them added up, one after the other; `None` of none.
+    pub(crate) fn sum(all: Vec<Self>) -> Candle<Option<Self>> {
+        let mut all = all.into_iter();
+        let first = all.next();
+        first.map(|first| all.try_fold(first, |sum, more| sum.plus(&more))).transpose()
+    }
+
     /// These and others, added up.
     pub(crate) fn plus(&self, others: &Self) -> Candle<Self> {
         let mut others = others.tensors();
