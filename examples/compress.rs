@@ -17,7 +17,7 @@ pub fn compress(model: &str, text: &str, windows: usize, out: &str) -> Result<()
     let compress = Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock);
     let compress = compress.calibration(&text);
     let compressed = compress.run(&model, run)?;
-    if let Some(effect) = &compressed.effect {
+    if let Some(effect) = &compressed.effects.first() {
         println!("perplexity {:.2} → {:.2}", effect.before.perplexity(), effect.after.perplexity());
     }
     compressed.write(out.as_ref(), WriteOptions::default(), run)?;

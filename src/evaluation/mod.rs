@@ -4,6 +4,7 @@
 //! Sums over tokens are taken in f64 and in the order of the text: results do not depend on the number of threads.
 
 mod choices;
+mod reference;
 mod sensitivity;
 mod trial;
 
@@ -17,6 +18,7 @@ use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 pub use choices::{Accuracy, Choice, Choices};
+pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};
 
@@ -121,10 +123,7 @@ fn read_all(
     read: &ReadRows<'_>,
     run: Run<'_>,
 ) -> Result<(Evaluation, Vec<Evaluation>), RuntimeError> {
-    if let Some(other) = models.iter().find(|m| m.vocabulary() != source.vocabulary()) {
-        let (expected, found) = (source.vocabulary(), other.vocabulary());
-        return Err(RuntimeError::Vocabulary { expected, found });
-    }
+    models.iter().try_for_each(|model| comparable(source, model))?;
     let total = windows.count() as u64 * (models.len() as u64 + 1);
     let mut tallies = vec![Tally::default(); models.len() + 1];
     let mut done = 0;
@@ -135,11 +134,11 @@ fn read_all(
             done += rows as u64;
             run.step("evaluate", done, total)
         };
-        let reference = tallies[0].logits(source, tokens, rows, read)?;
+        let reference = tallies[0].logits(tokens, rows, || read(source, tokens, rows))?;
         tallies[0].add(tokens, &reference, None, windows.length());
         step()?;
         for (model, tally) in models.iter().zip(&mut tallies[1..]) {
-            let logits = tally.logits(model, tokens, rows, read)?;
+            let logits = tally.logits(tokens, rows, || read(model, tokens, rows))?;
             tally.add(tokens, &logits, Some(&reference), windows.length());
             step()?;
         }
@@ -147,6 +146,12 @@ fn read_all(
     let all = [source].into_iter().chain(models.iter().copied()).zip(tallies);
     let mut evaluations = all.map(|(model, tally)| tally.finish(model)).collect::<Result<Vec<_>, _>>()?;
     Ok((evaluations.remove(0), evaluations))
+}
+
+/// Checks that two models read the same tokens.
+fn comparable(source: &Model, model: &Model) -> Result<(), RuntimeError> {
+    let (expected, found) = (source.vocabulary(), model.vocabulary());
+    if expected == found { Ok(()) } else { Err(RuntimeError::Vocabulary { expected, found }) }
 }
 
 /// Sums over the tokens predicted so far.
@@ -166,13 +171,12 @@ impl Tally {
     /// The logits of a batch, row after row; the clock runs.
     fn logits(
         &mut self,
-        model: &Model,
         tokens: &[u32],
         rows: usize,
-        read: &ReadRows<'_>,
+        read: impl FnOnce() -> Result<Vec<Vec<f32>>, RuntimeError>,
     ) -> Result<Vec<f32>, RuntimeError> {
         let start = Instant::now();
-        let logits = read(model, tokens, rows)?.concat();
+        let logits = read()?.concat();
         self.time += start.elapsed();
         self.read += tokens.len() as u64;
         self.windows += rows as u64;
