@@ -33,7 +33,7 @@ pub enum RuntimeError {
     },
     /// A text that says nothing new.
     #[error(
-        "{name} repeats itself or another text: of {read} windows read {distinct} {}; give a text that goes on",
+        "{name}: it repeats itself or a text before it: of {read} windows read {distinct} {}; give a text that goes on",
         if *distinct == 1 { "is new" } else { "are new" }
     )]
     TextRepeats {

@@ -31,12 +31,15 @@ pub(super) struct CalibrationArgs {
     calibration_windows: usize,
 }
 
+/// What stands for a text that the model writes itself; reports call it so, too.
+pub(super) const OWN: &str = "self";
+
 /// A text as it was given: PATH, PATH:SHARE, or self. A path that exists as it stands has no share.
 pub(super) fn text_source(given: &Path) -> TextSource {
     let parts = given.to_str().filter(|_| !given.exists()).and_then(|text| text.rsplit_once(':'));
     let parts = parts.and_then(|(path, share)| Some((Path::new(path), share.parse::<usize>().ok()?)));
     let (path, share) = parts.unwrap_or((given, 1));
-    let whole = if path == Path::new("self") { TextSource::model() } else { TextSource::file(path) };
+    let whole = if path == Path::new(OWN) { TextSource::model() } else { TextSource::file(path) };
     whole.with_share(share)
 }
 

@@ -1,11 +1,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against};
 use qcqa::runtime::Model;
 use qcqa::text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
-use qcqa::Run;
 use serde_json::json;
 
 use crate::Done;
