@@ -157,6 +157,19 @@ fn text_that_is_too_little_is_named() {
     says(&done(&single), &["calibration.txt has one window", "chooses nothing", "qcqa eval"]);
 }
 
+/// A figure on text that fitted is not passed off as one on other text.
+#[test]
+fn evaluating_on_the_calibration_is_said() {
+    let (_root, model, [one, two]) = desk();
+    let calibration = ["--calibration", text(&one), "--calibration-windows", "8"];
+    let note = |words: &Path| {
+        let args = ["compare", text(&model), "--kv", "0.5", "--method", "gqa", "--text", text(words)];
+        json(&[&args[..], &calibration].concat())["note"].clone()
+    };
+    says(note(&one).as_str().unwrap(), &["8 of", "fitted or chose"]);
+    assert_eq!(note(&two), Value::Null);
+}
+
 /// Where no text is at hand, the model writes one; a plan knows its seed.
 #[test]
 fn a_model_calibrates_itself() {

@@ -105,6 +105,7 @@ fn text_that_repeats_itself_is_too_little() {
     assert_eq!((text.read(), text.distinct(), text.fit().count()), (21, 12, 6));
     let (fit, chosen) = (firsts(text.fit()), firsts(text.validation().unwrap()));
     assert!(chosen.iter().all(|window| !fit.contains(window)), "what fits validates nothing");
+    assert_eq!((texts.known(&numbered(40, 5)), texts.known(&numbered(9, 12))), (7, 0));
 
     // A single window fits; nothing is left to choose by.
     let one = Texts::new(&[WholeText::new("one", numbered(1, 0))], 64).unwrap();

@@ -15,7 +15,7 @@ use crate::model::{Architecture, ModelId};
 #[cfg(feature = "runtime")]
 use crate::runtime::Model;
 #[cfg(feature = "runtime")]
-use crate::text::Texts;
+use crate::text::{Texts, windows_that_fit};
 
 pub use moments::Moments;
 #[cfg(feature = "runtime")]
@@ -85,16 +85,15 @@ impl<'a> Calibration<'a> {
         self.moments.tokens() as f64 / self.source.architecture().hidden as f64
     }
 
-    /// Windows of text that would do, where fewer were read: with [`ENOUGH_TOKENS_PER_DIMENSION`] in those that fit, beside an eighth
-    /// that validates. `None` where there are enough, and of moments alone.
+    /// Windows of one text that would do, where fewer were read: [`ENOUGH_TOKENS_PER_DIMENSION`] in those that fit, beside those that
+    /// validate. `None` where there are enough, and of moments alone.
     #[cfg(feature = "runtime")]
     #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
     pub fn windows_needed(&self) -> Option<usize> {
         let (_, texts) = self.text()?;
-        let windows =
-            self.tokens_per_dimension().recip() * ENOUGH_TOKENS_PER_DIMENSION * texts.fit().count() as f64;
-        (self.tokens_per_dimension() < ENOUGH_TOKENS_PER_DIMENSION)
-            .then_some((windows * 8.0 / 7.0).ceil() as usize)
+        let tokens = ENOUGH_TOKENS_PER_DIMENSION * self.source.architecture().hidden as f64;
+        let windows = windows_that_fit((tokens / texts.fit().length() as f64).ceil() as usize);
+        (self.tokens_per_dimension() < ENOUGH_TOKENS_PER_DIMENSION).then_some(windows)
     }
 
     /// The model and the texts that it read, in their roles; `None` where only moments were given.

@@ -306,9 +306,9 @@ impl<'a> Compress<'a> {
         match &self.allocation {
             Allocation::By(allocator) => Ok((Arc::clone(allocator), false)),
             _ if limits.same_k => Ok((Arc::new(UniformAllocation), false)),
-            Allocation::Measured if !self.can_choose() => {
-                Err(Error::NeedsText { what: "measuring how much each layer pays" })
-            }
+            Allocation::Measured if !self.can_choose() => Err(Error::NeedsText {
+                what: "measuring how much each layer pays, on windows that fit nothing,",
+            }),
             Allocation::Measured => Ok((Arc::new(ExactAllocation), true)),
             Allocation::Own if low_rank => Ok((Arc::new(ExactAllocation), self.can_choose())),
             Allocation::Own => Ok((Arc::new(UniformAllocation), false)),

@@ -15,8 +15,8 @@ use crate::heads::HeadSource;
 use crate::model::{Forward, ModelId};
 
 pub use error::RuntimeError;
-pub(crate) use roles::shared_out;
 pub use roles::{Text, Texts, WholeText};
+pub(crate) use roles::{shared_out, windows_that_fit};
 
 /// The tokenizer of a model, tokenizer.json.
 ///

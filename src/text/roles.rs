@@ -152,6 +152,13 @@ impl Texts {
         self.validation.as_ref()
     }
 
+    /// How many of these windows fitted or chose here: figures on them flatter.
+    pub fn known(&self, windows: &Windows) -> usize {
+        let roles = [Some(&self.fit), self.validation()].into_iter().flatten();
+        let own: BTreeSet<&[u32]> = roles.flat_map(|windows| windows.batches(1)).collect();
+        windows.batches(1).filter(|window| own.contains(window)).count()
+    }
+
     /// What plans call a calibration of `model` on these texts: SHA-256 over the fingerprint of the model, the length of a
     /// window, and of every text the token ids that fit and those that choose (docs/calibration.md).
     pub fn fingerprint(&self, model: &ModelId) -> String {
@@ -187,10 +194,20 @@ pub(crate) fn shared_out(total: usize, shares: &[usize]) -> Result<Vec<usize>, E
     Ok(ends.iter().zip(starts).map(|(end, start)| (end - start).max(1)).collect())
 }
 
+/// Of so many windows of a text, those for validation.
+fn for_validation(n: usize) -> usize {
+    (n / VALIDATION_SHARE).max(LEAST_VALIDATION).min(n / 2)
+}
+
+/// The least number of windows of a text of which `fit` fit.
+pub(crate) fn windows_that_fit(fit: usize) -> usize {
+    (fit..=2 * fit).find(|n| n - for_validation(*n) >= fit).unwrap_or(2 * fit)
+}
+
 /// Windows that fit, and windows that choose.
 fn roles(windows: &[&[u32]], length: usize) -> (Option<Windows>, Option<Windows>) {
     let n = windows.len();
-    let most = (n / VALIDATION_SHARE).max(LEAST_VALIDATION).min(n / 2);
+    let most = for_validation(n);
     let chosen: BTreeSet<usize> = (0..most).map(|i| (2 * i + 1) * n / (2 * most)).collect();
     let of = |validation: bool| {
         let mine = windows.iter().enumerate().filter(|(i, _)| chosen.contains(i) == validation);

@@ -22,7 +22,7 @@ use crate::eval::TextArgs;
 use crate::hints::CliError;
 use crate::plot;
 use crate::report::Output;
-use crate::roles::{rests_on, rests_on_json};
+use crate::roles::{known, rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
@@ -103,9 +103,11 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
         Some(layer) => layer_table(&lines, layer),
         None => model_table(&checkpoint, &lines, before.as_ref()),
     };
-    let rests = calibration.map_or(String::new(), |calibration| format!("\n{}", rests_on(calibration)));
+    let mut rests = calibration.map_or(String::new(), |calibration| format!("\n{}", rests_on(calibration)));
+    let note = text.as_ref().and_then(|(windows, _)| known(calibration, windows));
+    rests += &note.iter().map(|note| format!("note: {note}\n")).collect::<String>();
     let json = json!({
-        "model": args.model, "calibration": calibration.map(rests_on_json), "source": checkpoint.id()?,
+        "model": args.model, "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
         "source_perplexity": before.as_ref().map(Evaluation::perplexity),
         "lines": lines.iter().map(|line| line_json(&checkpoint, line)).collect::<Vec<_>>(),
     });

@@ -12,6 +12,7 @@ use crate::Done;
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
+use crate::roles::known;
 
 /// A text, in words or in tokens.
 #[derive(Debug, Args)]
@@ -98,17 +99,19 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let text = args.choices.is_none() || args.text.is_given();
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
+    let mut note = None;
     let (model, source) = match (plan, &args.source) {
         (Some((path, plan)), _) => {
             let calibration = args.calibration.of_plan(&plan, path, &checkpoint, run)?;
             let shared = shared(&plan, path, &checkpoint, calibration.as_ref(), run)?;
+            note = windows.as_ref().and_then(|windows| known(calibration.as_ref(), windows));
             (loaded.with_shared(&shared)?, Some(loaded))
         }
         (None, Some(path)) => (loaded, Some(Model::load(&Checkpoint::open(path)?)?)),
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
-    let mut json = json!({ "model": args.model, "plan": args.plan });
+    let mut json = json!({ "model": args.model, "plan": args.plan, "note": note });
     if let Some(windows) = windows {
         let (before, after) = match &source {
             Some(source) => {
@@ -127,6 +130,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let header =
         ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
     let mut text = if rows.is_empty() { String::new() } else { table(header, rows) };
+    text += &note.iter().map(|note| format!("\nnote: {note}\n")).collect::<String>();
     if let Some(choices) = choices {
         let score = choices.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
         let (accuracy, error) = (percent(score.accuracy), percent(score.standard_error));

@@ -61,6 +61,13 @@ fn notes(calibration: &Calibration<'_>) -> Vec<String> {
     notes
 }
 
+/// That a text on which a model is evaluated is no other than the calibration's.
+pub(super) fn known(calibration: Option<&Calibration<'_>>, windows: &Windows) -> Option<String> {
+    let (_, texts) = calibration?.text()?;
+    let (known, all) = (texts.known(windows), windows.count());
+    (known > 0).then(|| format!("{known} of {all} windows of --text fitted or chose: its figures flatter"))
+}
+
 /// The numbers of [`rests_on`].
 pub(super) fn rests_on_json(calibration: &Calibration<'_>) -> Value {
     let of = |text: &Text| {
