@@ -132,7 +132,7 @@ fn moments_of_several_texts_are_their_calibration() {
 #[test]
 fn text_that_is_too_little_is_named() {
     let (root, model, [one, _]) = desk();
-    let (model, out) = (text(&model), root.path().join("out"));
+    let (model, [moments, out]) = (text(&model), ["moments", "out"].map(|name| root.path().join(name)));
     let ids = |name: &str, ids: &[u16]| -> PathBuf {
         let path = root.path().join(name);
         fs::write(&path, ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
@@ -141,7 +141,7 @@ fn text_that_is_too_little_is_named() {
     let window: Vec<u16> = (0..256).map(|t| t * t % 1000).collect();
     let drum = ids("drum.ids", &window.repeat(30));
     let calibrate =
-        |ids: &Path| ["calibrate", model, "--out", text(&out), "--ids", text(ids)].map(str::to_string);
+        |ids: &Path| ["calibrate", model, "--out", text(&moments), "--ids", text(ids)].map(str::to_string);
     let refused = fails(1, &borrowed(&calibrate(&drum)));
     says(&refused, &["drum.ids", "of 30 windows read 1 is new"]);
     let others: Vec<u16> = (0..512).map(|t: u16| t * 7 % 1000).collect();
