@@ -133,7 +133,7 @@ fn names_tell_texts_shares_and_roles_apart() {
     ]);
     assert_eq!(names.len(), 7);
     // What a text is called is nobody's business.
-    assert_eq!(name(&[a.clone()], 32), name(&[WholeText::new("z", numbered(40, 0))], 32));
+    assert_eq!(name(std::slice::from_ref(&a), 32), name(&[WholeText::new("z", numbered(40, 0))], 32));
 }
 
 /// A calibration of novels-1m on these windows.
