@@ -152,8 +152,8 @@ impl<'a> Calibration<'a> {
     /// Measures the moments on windows that the model writes itself, where no text is at hand: each begins with a token of its
     /// vocabulary, any that is not special, and goes on at temperature 1. One seed gives one text, on any number of threads.
     ///
-    /// It is no substitute for text: a model calibrated so was 1.8 to 2 times further from its source than one calibrated on
-    /// real text (docs/method.md, "Text of the model's own").
+    /// It is no substitute for text: what it is worth depends on what the model writes (docs/calibration.md, "Text of the model's
+    /// own").
     ///
     /// # Errors
     /// As [`Calibration::from_texts`].
