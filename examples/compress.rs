@@ -17,8 +17,9 @@ pub fn compress(model: &str, text: &str, windows: usize, out: &str) -> Result<()
     let compress = Compress::new(Preset::LowRank).budget(Budget::Fraction(0.5)).target(&Stock);
     let compress = compress.calibration(&text);
     let compressed = compress.run(&model, run)?;
-    if let Some(effect) = &compressed.effect {
-        println!("perplexity {:.2} → {:.2}", effect.before.perplexity(), effect.after.perplexity());
+    for text in &compressed.effects {
+        let (before, after) = (&text.validation.before, &text.validation.after);
+        println!("{}: perplexity {:.2} → {:.2}", text.name, before.perplexity(), after.perplexity());
     }
     compressed.write(out.as_ref(), WriteOptions::default(), run)?;
     Ok(())

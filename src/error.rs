@@ -355,9 +355,9 @@ fn made_from(expected: &Option<String>, found: &Option<String>) -> String {
 fn way_out(expected: &Option<String>, found: &Option<String>) -> &'static str {
     match (expected, found) {
         (Some(_), Some(_)) => {
-            "give the text that it was made with, read to as many windows, or its moments, or search again with this one"
+            "give the texts that it was made with, in their order, with their shares and as many windows, or their moments, or search again with these"
         }
-        (Some(_), None) => "give that text or its moments",
+        (Some(_), None) => "give those texts or their moments",
         (None, _) => "leave the calibration out, or search again with it",
     }
 }

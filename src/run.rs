@@ -89,6 +89,11 @@ impl<'a> Run<'a> {
         self.seed
     }
 
+    /// This run with another seed.
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
     /// The run of part `stream` of the work: its seed depends on this seed and on `stream` alone,
     /// so layer 7 gets the same one whatever ran before it.
     pub fn fork(self, stream: u64) -> Self {

@@ -99,7 +99,7 @@ fn calibrate_writes_once_and_only_when_asked() {
     let (model, words, out) = (novels(), short_text(root.path()), root.path().join("moments.safetensors"));
     let args = ["calibrate", text(&model), "--text", &words, "--windows", "2", "--out", text(&out)];
     let dry = json(&[&args[..], &["--dry-run"]].concat());
-    assert_eq!((dry["tokens"].as_u64(), out.exists()), (Some(512), false));
+    assert_eq!((dry["tokens"].as_u64(), out.exists()), (Some(256), false), "one fits, one validates");
     says(
         &fails(2, &["calibrate", text(&model), "--text", &words, "--windows", "0", "--out", "never"]),
         &["--windows"],

@@ -215,7 +215,7 @@ fn more_refitting_reads_better_and_no_layer_gets_worse() {
 fn a_plan_is_applied_as_it_says() {
     let (checkpoint, run) = (novels(), Run::new(0));
     let text = Calibration::from_text(&checkpoint, &calibration_text(), 2, run).unwrap();
-    let (model, windows) = text.text().unwrap();
+    let (model, texts) = text.text().unwrap();
     let groups: Vec<Partition> = neighbours(&checkpoint, 2).groups().cloned().collect();
     let pooling = |refit| {
         let pooling = Pooling::new(LowRankPooler::default().spec()).with_calibration(text.calibration());
@@ -227,7 +227,7 @@ fn a_plan_is_applied_as_it_says() {
         assert_eq!((applied.done(), applied.record()), (&plan.pooling, plan.clone()));
         let expected = match level {
             None => layers(&shared_by(&plan, &text, LOW_RANK)),
-            Some(level) => layers(&refitted(&text, model, &groups, LOW_RANK, windows, level).shared),
+            Some(level) => layers(&refitted(&text, model, &groups, LOW_RANK, texts.fit(), level).shared),
         };
         assert_eq!(layers(&applied), expected);
     }

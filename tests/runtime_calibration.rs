@@ -10,7 +10,7 @@ use std::path::Path;
 
 use approx::assert_relative_eq;
 use ndarray::{Array1, Array2, Axis, concatenate};
-use qcqa::calibration::{Calibration, Moments};
+use qcqa::calibration::{Calibration, Moments, TextSource};
 use qcqa::evaluation::Trial;
 use qcqa::files::WriteOptions;
 use qcqa::fitness::WeightSharingError;
@@ -221,7 +221,10 @@ fn moments_are_named_by_what_they_were_measured_on() {
     let path = root.path().join("moments.safetensors");
     moments.write(&path, WriteOptions::default()).unwrap();
     assert_eq!(Moments::read(&path, model.id()).unwrap().fingerprint(), name);
-    assert_eq!(Calibration::open(&checkpoint, &path, 8, run).unwrap().moments(), &moments);
+    assert_eq!(
+        Calibration::open(&checkpoint, &[TextSource::file(&path)], 8, run).unwrap().moments(),
+        &moments
+    );
 
     // Another text, other windows of the same length of it, another model: another name.
     let tokens = windows.tokens().to_vec();
@@ -276,10 +279,10 @@ fn moments_are_named_by_what_they_were_measured_on() {
 fn a_calibration_attaches_its_moments() {
     let (checkpoint, run, root) = (novels(), Run::new(0), tempfile::tempdir().unwrap());
     let text = Calibration::from_text(&checkpoint, &calibration_text(), 2, run).unwrap();
-    assert!(text.text().is_some_and(|(model, windows)| model.n_layers() == 4 && windows.count() == 2));
+    assert!(text.text().is_some_and(|(model, texts)| model.n_layers() == 4 && texts.fit().count() == 1));
     let path = root.path().join("moments.safetensors");
     text.moments().write(&path, WriteOptions::default()).unwrap();
-    let stored = Calibration::open(&checkpoint, &path, 2, run).unwrap();
+    let stored = Calibration::open(&checkpoint, &[TextSource::file(&path)], 2, run).unwrap();
     assert!(stored.text().is_none() && stored.moments() == text.moments());
     assert_eq!(stored.calibration(), text.calibration());
     assert_eq!(
@@ -296,7 +299,9 @@ fn a_calibration_attaches_its_moments() {
     let groups = vec![Partition::one_group(8).unwrap(); 4];
     let pooling = Pooling::new(Spec::new("low-rank")).with_calibration(text.calibration());
     let plan = models::pooled_plan(&checkpoint, &groups, pooling);
-    let for_plan = |path: &Path, windows, run| Calibration::for_plan(&checkpoint, path, &plan, windows, run);
+    let for_plan = |path: &Path, windows, run| {
+        Calibration::for_plan(&checkpoint, &[TextSource::file(path)], &plan, windows, run)
+    };
     assert_eq!(for_plan(&path, 2, run).unwrap().calibration(), text.calibration());
     assert_eq!(for_plan(&calibration_text(), 2, run).unwrap().calibration(), text.calibration());
     // Before anything is measured.

@@ -6,9 +6,18 @@ use crate::error::{Error, Result};
 use crate::heads::Moment;
 use crate::run::Run;
 use crate::runtime::Model;
-use crate::text::{RuntimeError, Windows};
+use crate::text::{RuntimeError, Texts, Windows};
 
 impl Moments {
+    /// Measures them on the windows of these texts that fit, and names them by the texts and their roles. Progress is stage
+    /// `"calibrate"`.
+    ///
+    /// # Errors
+    /// As [`Moments::measure`].
+    pub fn of_texts(model: &Model, texts: &Texts, run: Run<'_>) -> Result<Self, RuntimeError> {
+        Ok(Self { digest: texts.digest(model.id()), ..Self::measure(model, texts.fit(), run)? })
+    }
+
     /// Measures them on a text, window by window; products and sums in f64. Progress is stage `"calibrate"`.
     ///
     /// # Errors

@@ -6,6 +6,8 @@ mod measure;
 mod moments;
 #[cfg(feature = "runtime")]
 mod opened;
+#[cfg(feature = "runtime")]
+mod sampled;
 
 use crate::error::{Error, Result};
 use crate::heads::{HeadRows, HeadSource, Heads};
@@ -13,12 +15,19 @@ use crate::model::{Architecture, ModelId};
 #[cfg(feature = "runtime")]
 use crate::runtime::Model;
 #[cfg(feature = "runtime")]
-use crate::text::Windows;
+use crate::text::{Texts, windows_that_fit};
 
 pub use moments::Moments;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub use opened::{Origin, TextSource, read_texts};
 
-/// A model whose heads carry the moments of their inputs and, where the moments were measured on a text, that text and the
-/// model that read it.
+/// Tokens that fit, for each input dimension of a layer, below which more text still helps much (docs/calibration.md, "How much
+/// text").
+pub const ENOUGH_TOKENS_PER_DIMENSION: f64 = 64.0;
+
+/// A model whose heads carry the moments of their inputs and, where the moments were measured on texts, these texts in their
+/// [roles](Texts) and the model that read them.
 ///
 /// ```no_run
 /// use qcqa::calibration::{Calibration, Moments};
@@ -36,7 +45,7 @@ pub struct Calibration<'a> {
     source: &'a dyn HeadSource,
     moments: Moments,
     #[cfg(feature = "runtime")]
-    text: Option<(Model, Windows)>,
+    text: Option<(Model, Texts)>,
 }
 
 impl<'a> Calibration<'a> {
@@ -66,11 +75,32 @@ impl<'a> Calibration<'a> {
         &self.moments
     }
 
-    /// The model and the windows that it read; `None` where only moments were given.
+    /// The model that the moments were attached to, as it came without them.
+    pub fn source(&self) -> &'a dyn HeadSource {
+        self.source
+    }
+
+    /// Tokens that fitted the moments, for each of the d input dimensions of a layer.
+    pub fn tokens_per_dimension(&self) -> f64 {
+        self.moments.tokens() as f64 / self.source.architecture().hidden as f64
+    }
+
+    /// Windows of one text that would do, where fewer were read: [`ENOUGH_TOKENS_PER_DIMENSION`] in those that fit, beside those that
+    /// validate. `None` where there are enough, and of moments alone.
     #[cfg(feature = "runtime")]
     #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
-    pub fn text(&self) -> Option<(&Model, &Windows)> {
-        self.text.as_ref().map(|(model, windows)| (model, windows))
+    pub fn windows_needed(&self) -> Option<usize> {
+        let (_, texts) = self.text()?;
+        let tokens = ENOUGH_TOKENS_PER_DIMENSION * self.source.architecture().hidden as f64;
+        let windows = windows_that_fit((tokens / texts.fit().length() as f64).ceil() as usize);
+        (self.tokens_per_dimension() < ENOUGH_TOKENS_PER_DIMENSION).then_some(windows)
+    }
+
+    /// The model and the texts that it read, in their roles; `None` where only moments were given.
+    #[cfg(feature = "runtime")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+    pub fn text(&self) -> Option<(&Model, &Texts)> {
+        self.text.as_ref().map(|(model, texts)| (model, texts))
     }
 }
 

@@ -109,7 +109,7 @@ impl Moments {
     }
 
     /// What plans call these moments, `sha256:` and 64 hex digits. Moments measured here are named by what they were
-    /// measured on (`Windows::fingerprint`), so that a text and the moments written from it agree on every machine; others
+    /// measured on (`Windows::fingerprint`, `Texts::fingerprint`), so that a text and the moments written from it agree on every machine; others
     /// by their contents. It tells calibrations apart; it does not prove what a file holds.
     pub fn fingerprint(&self) -> String {
         fingerprint(self.digest)

@@ -5,6 +5,7 @@
 
 mod choices;
 mod fisher;
+mod reference;
 mod scores;
 mod sensitivity;
 mod trial;
@@ -21,6 +22,7 @@ use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 pub use choices::{Accuracy, Choice, Choices};
+pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};
 
@@ -126,14 +128,7 @@ fn read_all(
     read: &ReadRows<'_>,
     run: Run<'_>,
 ) -> Result<(Evaluation, Vec<Evaluation>), RuntimeError> {
-    if let Some(other) = models.iter().find(|m| m.vocabulary() != source.vocabulary()) {
-        let (expected, found) = (source.vocabulary(), other.vocabulary());
-        return Err(RuntimeError::Vocabulary { expected, found });
-    }
-    if let Some(other) = models.iter().find(|m| m.device() != source.device()) {
-        let reason = format!("the source, which it is compared with, runs on {}", source.device());
-        return Err(RuntimeError::Device { device: other.device(), reason });
-    }
+    models.iter().try_for_each(|model| comparable(source, model))?;
     let total = windows.count() as u64 * (models.len() as u64 + 1);
     let mut tallies = vec![Tally::default(); models.len() + 1];
     let mut done = 0;
@@ -144,11 +139,11 @@ fn read_all(
             done += rows as u64;
             run.step("evaluate", done, total)
         };
-        let reference = tallies[0].logits(source, tokens, rows, read)?;
+        let reference = tallies[0].logits(tokens, rows, || read(source, tokens, rows))?;
         tallies[0].add(tokens, &reference, None, windows.length())?;
         step()?;
         for (model, tally) in models.iter().zip(&mut tallies[1..]) {
-            let logits = tally.logits(model, tokens, rows, read)?;
+            let logits = tally.logits(tokens, rows, || read(model, tokens, rows))?;
             tally.add(tokens, &logits, Some(&reference), windows.length())?;
             step()?;
         }
@@ -156,6 +151,19 @@ fn read_all(
     let all = [source].into_iter().chain(models.iter().copied()).zip(tallies);
     let mut evaluations = all.map(|(model, tally)| tally.finish(model)).collect::<Result<Vec<_>, _>>()?;
     Ok((evaluations.remove(0), evaluations))
+}
+
+/// Checks that two models read the same tokens, on one device.
+fn comparable(source: &Model, model: &Model) -> Result<(), RuntimeError> {
+    let (expected, found) = (source.vocabulary(), model.vocabulary());
+    if expected != found {
+        return Err(RuntimeError::Vocabulary { expected, found });
+    }
+    if model.device() != source.device() {
+        let reason = format!("the source, which it is compared with, runs on {}", source.device());
+        return Err(RuntimeError::Device { device: model.device(), reason });
+    }
+    Ok(())
 }
 
 /// Sums over the tokens predicted so far.
@@ -175,13 +183,12 @@ impl Tally {
     /// The logits of a batch, in parts of whole rows; the clock runs.
     fn logits(
         &mut self,
-        model: &Model,
         tokens: &[u32],
         rows: usize,
-        read: &ReadRows<'_>,
+        read: impl FnOnce() -> Result<Vec<Tensor>, RuntimeError>,
     ) -> Result<Vec<Tensor>, RuntimeError> {
         let start = Instant::now();
-        let logits = read(model, tokens, rows)?;
+        let logits = read()?;
         logits.iter().try_for_each(|part| part.device().synchronize())?;
         self.time += start.elapsed();
         self.read += tokens.len() as u64;

@@ -89,12 +89,13 @@ pub fn choose_model(
 }
 
 /// A text on its way through a model: what enters the next layer, for every window.
+#[derive(Debug)]
 pub(super) struct Reading<'a> {
-    windows: &'a Windows,
-    pass: Pass,
+    pub(super) windows: &'a Windows,
+    pub(super) pass: Pass,
     layer: usize,
     /// (tokens, d) of as many windows as the model computes abreast.
-    inputs: Vec<Tensor>,
+    pub(super) inputs: Vec<Tensor>,
 }
 
 impl<'a> Reading<'a> {

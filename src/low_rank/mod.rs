@@ -20,8 +20,6 @@ use crate::heads::{Heads, Projection};
 
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
-#[cfg(feature = "runtime")]
-pub(crate) use spectra::eigen;
 pub(crate) use spectra::eigenvalues;
 pub(crate) use stack::{Fit, Stack};
 pub(crate) use turn::{SharedGroup, pool_groups};

@@ -1,11 +1,10 @@
 use std::path::Path;
-use std::sync::Arc;
 
 use super::{Compress, Fronts};
+#[cfg(feature = "runtime")]
+use super::{Stage, TextEffect};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-#[cfg(feature = "runtime")]
-use crate::evaluation::{Evaluation, evaluate_against};
 use crate::files::{FileError, WriteOptions};
 use crate::front::Front;
 use crate::heads::HeadSource;
@@ -23,26 +22,19 @@ pub struct Compressed<'a> {
     pub fronts: Vec<Front>,
     /// The plan, and the shared heads that it makes.
     pub shared: SharedHeads<'a>,
-    /// What it does to the model on the calibration text, where there is one.
+    /// The stages that were measured on the windows that validate, of which the least was kept; empty where there are none.
     #[cfg(feature = "runtime")]
-    pub effect: Option<Effect>,
+    pub stages: Vec<Stage>,
+    /// What it does to the model, on each calibration text that has windows which validate.
+    #[cfg(feature = "runtime")]
+    pub effects: Vec<TextEffect>,
     target: &'a dyn Target,
 }
 
-/// A model before and after, on one text.
-#[cfg(feature = "runtime")]
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Effect {
-    /// The source.
-    pub before: Evaluation,
-    /// The model with shared heads, with how far it is from its source.
-    pub after: Evaluation,
-}
-
 impl<'a> Compress<'a> {
-    /// Compresses a checkpoint: searches, plans, makes the shared heads, and measures what they do where there is a
-    /// calibration text. Nothing is written yet. Without a target it is made for [`Expanded`](crate::targets::Expanded).
+    /// Compresses a checkpoint: searches, plans, makes the shared heads, and measures what they do where a calibration text has
+    /// windows that validate: of the stages that were gone through the one nearest to the source is kept, and is what the plan
+    /// then says. Nothing is written yet. Without a target it is made for [`Expanded`](crate::targets::Expanded).
     ///
     /// ```no_run
     /// use qcqa::budget::Budget;
@@ -66,15 +58,18 @@ impl<'a> Compress<'a> {
         let searched = self.search(source, run)?;
         let plan = searched.plan(self.budget, run)?;
         let Fronts { fronts, .. } = searched;
-        let shared = self.shared(&plan, source, run)?;
         #[cfg(feature = "runtime")]
-        let effect = self.effect(&shared, run)?;
+        let (shared, stages) = self.made(&plan, source, run)?;
+        #[cfg(not(feature = "runtime"))]
+        let shared = self.shared(&plan, source, run)?;
         Ok(Compressed {
             model,
             fronts,
+            #[cfg(feature = "runtime")]
+            effects: self.effects(&shared, &stages, run)?,
             shared,
             #[cfg(feature = "runtime")]
-            effect,
+            stages,
             target: self.target.unwrap_or(&crate::targets::Expanded),
         })
     }
@@ -88,28 +83,19 @@ impl<'a> Compress<'a> {
         model
     }
 
-    /// The shared heads of a plan of this compression, refitted as it says.
+    /// The shared heads of a plan of this compression: refitted as it says, or as far as an earlier stage where that is nearer
+    /// to the source on the windows that validate. [`SharedHeads::plan`] says what was kept.
     ///
     /// # Errors
-    /// As [`SharedHeads::with_pooler`]; what refitting reports.
+    /// As [`SharedHeads::with_pooler`]; what refitting and running the model report.
     pub fn shared(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<SharedHeads<'a>> {
-        let shared = SharedHeads::with_pooler(plan, source, Box::new(Arc::clone(&self.pooler)))?;
         #[cfg(feature = "runtime")]
-        if let (Some(level), Some((model, windows))) =
-            (plan.pooling.refit, self.calibration.and_then(|c| c.text()))
+        return Ok(self.made(plan, source, run)?.0);
+        #[cfg(not(feature = "runtime"))]
         {
-            return Ok(crate::refit::refit(shared, model, windows, level, run)?.shared);
+            let _ = run;
+            SharedHeads::with_pooler(plan, source, Box::new(std::sync::Arc::clone(&self.pooler)))
         }
-        let _ = run;
-        Ok(shared)
-    }
-
-    #[cfg(feature = "runtime")]
-    fn effect(&self, shared: &SharedHeads<'_>, run: Run<'_>) -> Result<Option<Effect>> {
-        let Some((source, windows)) = self.calibration.and_then(|c| c.text()) else { return Ok(None) };
-        let model = source.with_shared(shared)?;
-        let (before, after) = evaluate_against(source, &[&model], windows, run)?;
-        Ok(after.into_iter().next().map(|after| Effect { before, after }))
     }
 }
 

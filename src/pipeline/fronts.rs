@@ -3,8 +3,6 @@ use std::sync::Arc;
 use super::{Compress, Preset};
 use crate::allocator::{Allocator, CostScale, LayerCosts};
 use crate::budget::{Budget, Limits};
-#[cfg(feature = "runtime")]
-use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 #[cfg(feature = "runtime")]
 use crate::evaluation::{Sensitivity, Trial, choose_model};
@@ -14,10 +12,10 @@ use crate::plan::{LayerPlan, Method, Plan, Pooling, Refit};
 use crate::run::Run;
 use crate::spec::Spec;
 
-/// Windows that decide between groups: the order of two losses shows early.
+/// The most windows that decide between groups: the order of two losses shows early.
 #[cfg(feature = "runtime")]
 const CHOOSING_WINDOWS: usize = 32;
-/// Windows that measure how much each layer pays: losses of one text differ by little but what is measured.
+/// The most windows that measure how much each layer pays: losses of one text differ by little but what is measured.
 #[cfg(feature = "runtime")]
 const MEASURING_WINDOWS: usize = 16;
 
@@ -32,7 +30,7 @@ pub struct Fronts<'s> {
     /// And whether by measured costs.
     pub(super) allocation: (Arc<dyn Allocator>, bool),
     pub(super) fronts: Vec<Front>,
-    /// Groups of neighbours by the same fitness, where the calibration text is to choose between the two.
+    /// Groups of neighbours by the same fitness, where windows that validate are to choose between the two.
     pub(super) neighbours: Vec<Front>,
     #[cfg(feature = "runtime")]
     pub(super) sensitivity: Option<Sensitivity>,
@@ -137,17 +135,12 @@ impl Fronts<'_> {
     /// What each layer pays, where that divides the budget.
     #[cfg(feature = "runtime")]
     pub(super) fn measure(&mut self, run: Run<'_>) -> Result<()> {
-        if let (true, Some((model, windows))) = (self.allocation.1, self.text()) {
-            let windows = windows.clone().first(MEASURING_WINDOWS);
+        if let (true, Some((model, windows))) = (self.allocation.1, self.compress.validation()) {
+            let windows = windows.spaced(MEASURING_WINDOWS);
             let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
             self.sensitivity = Some(Sensitivity::measure(&trial, &self.fronts, run)?);
         }
         Ok(())
-    }
-
-    #[cfg(feature = "runtime")]
-    fn text(&self) -> Option<(&crate::runtime::Model, &crate::text::Windows)> {
-        self.compress.calibration.and_then(Calibration::text)
     }
 
     #[cfg(not(feature = "runtime"))]
@@ -155,10 +148,10 @@ impl Fronts<'_> {
         Ok(layers)
     }
 
-    /// Groups of neighbours in the place of those found, where the model then reads the calibration text better.
+    /// Groups of neighbours in the place of those found, where the model then reads the windows that validate better.
     #[cfg(feature = "runtime")]
     fn chosen(&self, layers: Vec<LayerPlan>, run: Run<'_>) -> Result<Vec<LayerPlan>> {
-        let Some((model, windows)) = self.text() else { return Ok(layers) };
+        let Some((model, windows)) = self.compress.validation() else { return Ok(layers) };
         // A bound holds for every partition of that many equal groups.
         let other = |(layer, front): (&LayerPlan, &Front)| match front.get(layer.groups.n_groups()) {
             Some(point) => LayerPlan { lower_bound: layer.lower_bound, ..LayerPlan::from(point) },
@@ -169,7 +162,7 @@ impl Fronts<'_> {
         if others.is_empty() || groups(&layers) == groups(&others) {
             return Ok(layers);
         }
-        let windows = windows.clone().first(CHOOSING_WINDOWS);
+        let windows = windows.spaced(CHOOSING_WINDOWS);
         let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
         let models = [trial.grouped(&groups(&layers))?, trial.grouped(&groups(&others))?];
         Ok(if choose_model(&models, &windows, run)?.0 == 1 { others } else { layers })

@@ -6,6 +6,8 @@ mod compressed;
 mod fronts;
 mod preset;
 mod search;
+#[cfg(feature = "runtime")]
+mod stages;
 
 use std::sync::Arc;
 
@@ -24,16 +26,20 @@ use crate::partition::{Cardinality, SearchSpace};
 use crate::plan::{Plan, Refit};
 use crate::pooler::KvPooler;
 use crate::run::Run;
+#[cfg(feature = "runtime")]
+use crate::runtime::Model;
+#[cfg(feature = "runtime")]
+use crate::text::Windows;
 
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use compressed::Compressed;
-#[cfg(feature = "runtime")]
-#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
-pub use compressed::Effect;
 pub use fronts::Fronts;
 pub use preset::Preset;
 pub use search::Search;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub use stages::{Effect, Stage, TextEffect};
 
 /// How the layers share the budget.
 #[derive(Debug, Clone)]
@@ -42,7 +48,7 @@ enum Allocation {
     Own,
     /// By this rule, from the errors.
     By(Arc<dyn Allocator>),
-    /// The least of what the model was measured to lose on the calibration text.
+    /// The least of what the model was measured to lose on the windows that validate.
     Measured,
 }
 
@@ -147,8 +153,8 @@ impl<'a> Compress<'a> {
         Self { allocation: Allocation::By(Arc::new(allocator)), ..self }
     }
 
-    /// Divides the budget by what the model loses when one layer alone is grouped, measured on the calibration text; where
-    /// all layers must have one k there is nothing to divide.
+    /// Divides the budget by what the model loses when one layer alone is grouped, measured on the windows of the calibration
+    /// that validate; where all layers must have one k there is nothing to divide.
     pub fn by_sensitivity(self) -> Self {
         Self { allocation: Allocation::Measured, ..self }
     }
@@ -181,7 +187,8 @@ impl<'a> Compress<'a> {
         Self { target: Some(target), ..self }
     }
 
-    /// What is known of the model's inputs: moments decide how groups merge, a text decides between groups and layers, too.
+    /// What is known of the model's inputs: moments decide how groups merge; of texts the windows that validate decide between
+    /// groups, layers and stages, too.
     #[cfg(feature = "runtime")]
     #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
     pub fn calibration(self, calibration: &'a Calibration<'a>) -> Self {
@@ -210,7 +217,7 @@ impl<'a> Compress<'a> {
         let beside = neighbours.then_some(&UniformGqa as &dyn Grouping);
         let mut found =
             search::fronts(&self.search, beside, self.fitness.as_ref(), source, &limits.space, run)?;
-        if !self.has_text() {
+        if !self.can_choose() {
             // The error chooses, layer by layer.
             for (front, others) in found.searched.iter_mut().zip(found.ruled.drain(..)) {
                 others.iter().try_for_each(|point| front.offer(&point.partition, point.error).map(drop))?;
@@ -238,6 +245,21 @@ impl<'a> Compress<'a> {
         return self.calibration.is_some_and(|c| c.text().is_some());
         #[cfg(not(feature = "runtime"))]
         false
+    }
+
+    /// Whether there are windows that fit nothing.
+    fn can_choose(&self) -> bool {
+        #[cfg(feature = "runtime")]
+        return self.validation().is_some();
+        #[cfg(not(feature = "runtime"))]
+        false
+    }
+
+    /// The windows that choose, and the model that reads them.
+    #[cfg(feature = "runtime")]
+    fn validation(&self) -> Option<(&'a Model, &'a Windows)> {
+        let (model, texts) = self.calibration?.text()?;
+        Some((model, texts.validation()?))
     }
 
     /// The name of the target, and what it holds.
@@ -284,11 +306,11 @@ impl<'a> Compress<'a> {
         match &self.allocation {
             Allocation::By(allocator) => Ok((Arc::clone(allocator), false)),
             _ if limits.same_k => Ok((Arc::new(UniformAllocation), false)),
-            Allocation::Measured if !self.has_text() => {
-                Err(Error::NeedsText { what: "measuring how much each layer pays" })
-            }
+            Allocation::Measured if !self.can_choose() => Err(Error::NeedsText {
+                what: "measuring how much each layer pays, on windows that fit nothing,",
+            }),
             Allocation::Measured => Ok((Arc::new(ExactAllocation), true)),
-            Allocation::Own if low_rank => Ok((Arc::new(ExactAllocation), self.has_text())),
+            Allocation::Own if low_rank => Ok((Arc::new(ExactAllocation), self.can_choose())),
             Allocation::Own => Ok((Arc::new(UniformAllocation), false)),
         }
     }

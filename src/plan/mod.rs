@@ -59,7 +59,7 @@ pub struct Method {
     pub name: String,
     /// What proposed groups: an optimizer or a rule, and the rules whose groups stood beside it.
     pub search: Vec<Spec>,
-    /// Whether the loss on a calibration text chose between them; else the least error did.
+    /// Whether the loss on windows of calibration texts that fit nothing chose between them; else the least error did.
     #[serde(default, skip_serializing_if = "is_false")]
     pub chosen_by_loss: bool,
     /// The fitness function.
@@ -122,7 +122,7 @@ pub struct Pooling {
     /// Fingerprint of the calibration under whose moments it works; `None` for weights alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<String>,
-    /// What is fitted again on the calibration text afterwards; `None` for nothing.
+    /// What is fitted again on the calibration texts afterwards; `None` for nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refit: Option<Refit>,
     /// How the heads were distilled after that; `None` where they were not.

@@ -125,6 +125,12 @@ impl<'a> SharedHeads<'a> {
         Plan { pooling: self.done.clone(), ..self.plan.clone() }
     }
 
+    /// These shared heads under a plan that asks for what was done.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn settled(self) -> Self {
+        Self { plan: self.record(), ..self }
+    }
+
     /// Where the heads come from.
     pub fn source(&self) -> &'a dyn HeadSource {
         self.source

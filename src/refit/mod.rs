@@ -38,8 +38,8 @@ pub fn apply<'a>(
 ) -> Result<SharedHeads<'a>, RuntimeError> {
     let shared = SharedHeads::unfitted(plan, calibration)?;
     let Some(level) = plan.pooling.refit else { return Ok(shared) };
-    let (model, windows) = calibration.text().ok_or(Error::PlanRefit { refit: level.name() })?;
-    Ok(refit(shared, model, windows, level, run)?.shared)
+    let (model, texts) = calibration.text().ok_or(Error::PlanRefit { refit: level.name() })?;
+    Ok(refit(shared, model, texts.fit(), level, run)?.shared)
 }
 
 /// Fits shared heads again on a text, from the first layer to the last, each on the inputs that the layers below leave it

@@ -44,5 +44,4 @@ pub use cache::KvCache;
 pub use model::Model;
 
 pub(crate) use attention::Pass;
-pub(crate) use ops::{CausalSoftmax, visible};
 pub(crate) use weights::AttentionWeights;

@@ -10,7 +10,7 @@ use super::rope::Rope;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::{AttentionSpec, ModelId};
+use crate::model::ModelId;
 use crate::run::Device;
 use crate::text::{RuntimeError, forward_of, within};
 
@@ -303,11 +303,6 @@ impl Model {
         within(tokens, self.vocabulary(), "the tokens belong to another model")?;
         let ids = Tensor::from_slice(tokens, tokens.len(), &self.device)?;
         Ok(self.embedding.index_select(&ids, 0)?)
-    }
-
-    /// How the attention of layer `i` comes about.
-    pub(crate) fn spec(&self, i: usize) -> &AttentionSpec {
-        &self.layers[i].spec
     }
 
     /// What the attention of layer `i` reads, (N, d), after the norm.

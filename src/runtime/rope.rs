@@ -31,18 +31,6 @@ impl Rope {
         Ok(Self { rotation: *rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
     }
 
-    /// Cosines and sines of every position and frequency, (T, dims/2) each, one row after the other; empty without
-    /// rotation.
-    pub(crate) fn tables(&self) -> candle_core::Result<[Vec<f32>; 2]> {
-        let Some((cos, sin)) = &self.tables else { return Ok([Vec::new(), Vec::new()]) };
-        Ok([cos.flatten_all()?.to_vec1()?, sin.flatten_all()?.to_vec1()?])
-    }
-
-    /// The rotation.
-    pub(crate) fn rotation(&self) -> Rotation {
-        self.rotation
-    }
-
     /// Turns heads (B, n, T, h), contiguous.
     pub(super) fn apply(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
         let Some((cos, sin)) = &self.tables else { return Ok(heads.clone()) };

@@ -24,6 +24,33 @@ pub enum RuntimeError {
         /// Tokens of a window.
         needed: usize,
     },
+    /// What is wrong with one of several texts.
+    #[error("{name}: {source}")]
+    InText {
+        /// The text.
+        name: String,
+        /// What is wrong.
+        source: Box<RuntimeError>,
+    },
+    /// A text that says nothing new.
+    #[error(
+        "{name}: it repeats itself or a text before it: of {read} windows read {distinct} {}; give a text that goes on",
+        if *distinct == 1 { "is new" } else { "are new" }
+    )]
+    TextRepeats {
+        /// The text.
+        name: String,
+        /// Windows read.
+        read: usize,
+        /// Windows among them that differ from all before.
+        distinct: usize,
+    },
+    /// Moments, together with texts or with other moments.
+    #[error("{}: holds moments, which stand alone; give them alone, or the texts that they were measured on", path.display())]
+    MomentsAmong {
+        /// The file of moments.
+        path: PathBuf,
+    },
     /// A token that the model has no embedding for.
     #[error("token id {id} is not in the model's vocabulary of {vocabulary}; {hint}")]
     TokenOutOfRange {

@@ -1,6 +1,7 @@
-//! Texts: tokenised, or read as token ids, and cut into windows.
+//! Texts: tokenised, or read as token ids, cut into windows, and given [roles](Texts).
 
 mod error;
+mod roles;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,8 @@ use crate::heads::HeadSource;
 use crate::model::{Forward, ModelId};
 
 pub use error::RuntimeError;
+pub use roles::{Text, Texts, WholeText};
+pub(crate) use roles::{shared_out, windows_that_fit};
 
 /// The tokenizer of a model, tokenizer.json.
 ///
@@ -48,6 +51,15 @@ impl Vocabulary {
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
         Ok(Self { tokenizer, size, path })
+    }
+
+    /// The tokens that a text may be made of: all that the model has an embedding and the tokenizer a word for, but those that it
+    /// calls special.
+    pub fn ordinary(&self) -> Vec<u32> {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        let special = |id: &u32| added.get(id).is_some_and(|token| token.special);
+        let known = |id: &u32| self.tokenizer.id_to_token(*id).is_some();
+        (0..self.size as u32).filter(|id| known(id) && !special(id)).collect()
     }
 
     /// The tokens of a text, with the special ones that the tokenizer puts around it.
@@ -175,6 +187,21 @@ impl Windows {
     pub fn first(mut self, n: usize) -> Self {
         self.tokens.truncate(n.max(1).saturating_mul(self.length));
         self
+    }
+
+    /// `n` windows, spaced over the whole text (window `i·count/n` for each i), or all where there are fewer; the first one also
+    /// for n = 0, as there is no empty text.
+    pub fn spaced(&self, n: usize) -> Self {
+        let (total, length) = (self.count(), self.length);
+        let n = n.clamp(1, total);
+        let window = |i: usize| &self.tokens[i * total / n * length..][..length];
+        Self { tokens: (0..n).flat_map(window).copied().collect(), length }
+    }
+
+    /// These windows, each of `length` tokens; `None` of none.
+    pub(crate) fn gathered<'w>(windows: impl Iterator<Item = &'w [u32]>, length: usize) -> Option<Self> {
+        let tokens = windows.flatten().copied().collect();
+        Self::new(tokens, length).ok()
     }
 
     /// Number of windows.

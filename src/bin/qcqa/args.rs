@@ -79,8 +79,10 @@ pub(super) struct MethodArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Calibration")]
 pub(super) struct RefitArgs {
-    /// What is fitted again on the calibration text after heads were merged: nothing, the output projection, or queries, keys,
+    /// What is fitted again on the calibration texts after heads were merged: nothing, the output projection, or queries, keys,
     /// values and outputs; full where the pooler is calibrated and there is a text
+    ///
+    /// compress and compare keep an earlier stage where that is nearer to the source on windows that fitted nothing.
     #[arg(long, value_parser = ["none", "output", "full"], hide_short_help = true)]
     refit: Option<String>,
 }

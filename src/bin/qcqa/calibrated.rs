@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use qcqa::calibration::Calibration;
+use qcqa::calibration::{Calibration, Origin, TextSource};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::plan::{Plan, SharedHeads, read_plan};
 use qcqa::pooler::POOLERS;
@@ -18,24 +18,55 @@ use crate::hints::{CliError, about, of_calibration};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Calibration")]
 pub(super) struct CalibrationArgs {
-    /// Text like those that the model will read, or moments of one
+    /// Texts like those that the model will read, or moments of them; `self`: what the model writes itself
     ///
-    /// `qcqa calibrate` writes moments.
-    #[arg(long, value_name = "FILE")]
-    pub(super) calibration: Option<PathBuf>,
-    /// The most windows of the text to read
+    /// Several have equal shares of the windows, unless they say `novels.txt:3 manual.txt:1`. Of each text an eighth of the
+    /// windows fits nothing: it chooses, and shows what became of the model. `self`, where no text is at hand, is a poor
+    /// substitute (a file of that name is ./self). `qcqa calibrate` writes moments.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(super) calibration: Vec<PathBuf>,
+    /// The most windows to read, of all texts together, spaced over the whole of each
     #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     #[arg(hide_short_help = true)]
     calibration_windows: usize,
 }
 
+/// What stands for a text that the model writes itself; reports call it so, too.
+pub(super) const OWN: &str = "self";
+
+/// A text as it was given: PATH, PATH:SHARE, or self. A path that exists as it stands has no share.
+pub(super) fn text_source(given: &Path) -> TextSource {
+    let parts = given.to_str().filter(|_| !given.exists()).and_then(|text| text.rsplit_once(':'));
+    let parts = parts.and_then(|(path, share)| Some((Path::new(path), share.parse::<usize>().ok()?)));
+    let (path, share) = parts.unwrap_or((given, 1));
+    let whole = if path == Path::new(OWN) { TextSource::model() } else { TextSource::file(path) };
+    whole.with_share(share)
+}
+
 impl CalibrationArgs {
+    /// Whether there is one.
+    pub(super) fn is_given(&self) -> bool {
+        !self.calibration.is_empty()
+    }
+
     /// What a command came to; what is no moment is told of this file.
     pub(super) fn named(&self, done: Done) -> Done {
-        done.map_err(|error| match &self.calibration {
-            Some(path) if error.moment => about(path, error),
+        done.map_err(|error| match &self.calibration[..] {
+            [path] if error.moment => about(path, error),
             _ => error,
         })
+    }
+
+    fn sources(&self) -> Vec<TextSource> {
+        self.calibration.iter().map(|given| text_source(given)).collect()
+    }
+
+    /// What went wrong with it, told of the file where there is one.
+    fn failed(&self, error: RuntimeError) -> CliError {
+        match &self.sources()[..] {
+            [TextSource { origin: Origin::File(path), .. }] => of_calibration(path, error),
+            _ => error.into(),
+        }
     }
 
     /// The calibration, where one is given.
@@ -44,11 +75,8 @@ impl CalibrationArgs {
         checkpoint: &'a Checkpoint,
         run: Run<'_>,
     ) -> Result<Option<Calibration<'a>>, CliError> {
-        let open = |path: &Path| {
-            Calibration::open(checkpoint, path, self.calibration_windows, run)
-                .map_err(|e| of_calibration(path, e))
-        };
-        self.calibration.as_deref().map(open).transpose()
+        let open = || Calibration::open(checkpoint, &self.sources(), self.calibration_windows, run);
+        self.is_given().then(open).transpose().map_err(|error| self.failed(error))
     }
 
     /// The calibration that a plan was made with, where its pooler uses moments.
@@ -60,21 +88,20 @@ impl CalibrationArgs {
         run: Run<'_>,
     ) -> Result<Option<Calibration<'a>>, CliError> {
         let pooler = POOLERS.make(&plan.pooling.pooler).map_err(|e| about(plan_file, e))?;
-        let path = match &self.calibration {
-            _ if !pooler.needs().moment => return Ok(None),
-            Some(path) => path,
-            None => {
-                let expected = plan.pooling.calibration.clone();
-                return match expected {
-                    None => Ok(None),
-                    expected => Err(about(plan_file, Error::PlanCalibration { expected, found: None })),
-                };
-            }
-        };
-        let opened = Calibration::for_plan(checkpoint, path, plan, self.calibration_windows, run);
+        if !pooler.needs().moment {
+            return Ok(None);
+        }
+        if !self.is_given() {
+            let expected = plan.pooling.calibration.clone();
+            return match expected {
+                None => Ok(None),
+                expected => Err(about(plan_file, Error::PlanCalibration { expected, found: None })),
+            };
+        }
+        let opened = Calibration::for_plan(checkpoint, &self.sources(), plan, self.calibration_windows, run);
         opened.map(Some).map_err(|error| match error {
             RuntimeError::Core(error @ Error::PlanCalibration { .. }) => about(plan_file, error),
-            error => of_calibration(path, error),
+            error => self.failed(error),
         })
     }
 }

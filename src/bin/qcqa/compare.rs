@@ -22,6 +22,7 @@ use crate::eval::TextArgs;
 use crate::hints::CliError;
 use crate::plot;
 use crate::report::Output;
+use crate::roles::{known, rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
@@ -102,17 +103,20 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
         Some(layer) => layer_table(&lines, layer),
         None => model_table(&checkpoint, &lines, before.as_ref()),
     };
+    let mut rests = calibration.map_or(String::new(), |calibration| format!("\n{}", rests_on(calibration)));
+    let note = text.as_ref().and_then(|(windows, _)| known(calibration, windows));
+    rests += &note.iter().map(|note| format!("note: {note}\n")).collect::<String>();
     let json = json!({
-        "model": args.model, "source": checkpoint.id()?,
+        "model": args.model, "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
         "source_perplexity": before.as_ref().map(Evaluation::perplexity),
         "lines": lines.iter().map(|line| line_json(&checkpoint, line)).collect::<Vec<_>>(),
     });
-    Ok(Output { text: shown, json })
+    Ok(Output { text: shown + &rests, json })
 }
 
 /// Every rule once, every search with each optimizer asked for.
 fn candidates(args: &CompareArgs) -> Result<Vec<Candidate>, CliError> {
-    let low_rank = args.calibration.calibration.is_some().then_some(Preset::LowRank);
+    let low_rank = args.calibration.is_given().then_some(Preset::LowRank);
     let methods: Vec<Preset> = match args.method[..] {
         [] => METHODS.into_iter().chain(low_rank).collect(),
         _ => args.method.iter().map(|name| preset(name)).collect::<Result<_, _>>()?,
@@ -193,20 +197,24 @@ fn evaluate<'a>(
         let groups = |plan: &'_ Plan| plan.groups().cloned().collect::<Vec<Partition>>();
         a.pooling == b.pooling && groups(a) == groups(b)
     };
-    let mut models: Vec<(Plan, Model)> = Vec::new();
+    let mut models: Vec<(Plan, Plan, Model)> = Vec::new();
     let mut of_line = Vec::new();
     for line in lines.iter() {
-        let known = models.iter().position(|(plan, _)| same(plan, &line.plan));
+        let known = models.iter().position(|(plan, ..)| same(plan, &line.plan));
         of_line.push(known.unwrap_or(models.len()));
         if known.is_none() {
             let shared = line.compress.shared(&line.plan, source, run)?;
-            models.push((line.plan.clone(), model.with_shared(&shared)?));
+            models.push((line.plan.clone(), shared.record(), model.with_shared(&shared)?));
         }
     }
-    let all: Vec<&Model> = models.iter().map(|(_, model)| model).collect();
+    let all: Vec<&Model> = models.iter().map(|(.., model)| model).collect();
     let (before, after) = evaluate_against(model, &all, windows, run)?;
     for (line, model) in lines.iter_mut().zip(of_line) {
         line.evaluation = after.get(model).cloned();
+        // What was kept, where it is not all that was planned.
+        if let Some((_, made, _)) = models.get(model) {
+            line.plan.pooling = made.pooling.clone();
+        }
     }
     Ok(before)
 }

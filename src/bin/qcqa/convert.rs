@@ -4,14 +4,15 @@ use clap::Args;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
-use qcqa::pipeline::{Effect, Preset};
+use qcqa::pipeline::Preset;
 use serde_json::{Value, json};
 
 use crate::Done;
 use crate::args::{SearchOptions, Writing, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
-use crate::report::{Output, bytes, evaluation_json, file_bytes, percent, table};
+use crate::report::{Output, bytes, file_bytes};
+use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
 use crate::search::Planned;
 
 #[derive(Debug, Args)]
@@ -61,8 +62,9 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let calibration = args.calibration.of_plan(&plan, &args.plan, &checkpoint, run)?;
     let shared = shared(&plan, &args.plan, &checkpoint, calibration.as_ref(), run)?;
     let report = write(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
-    let (text, json) = args.output.tell(target, &report);
-    Ok(Output { text, json })
+    let (text, mut json) = args.output.tell(target, &report);
+    json["calibration"] = json!(calibration.as_ref().map(rests_on_json));
+    Ok(Output { text: calibration.as_ref().map_or(String::new(), rests_on) + &text, json })
 }
 
 pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
@@ -77,13 +79,9 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;
     let (mut text, mut json) = (planned.describe() + "\n", planned.report());
-    if let Some(effect) = &compressed.effect {
-        let cache = &json["kv_bytes_per_token"];
-        let cache = ["before", "after"].map(|when| bytes(cache[when].as_u64().unwrap_or(0)));
-        text += &format!("{}\n", before_and_after(effect, cache));
-        let mut fields = evaluation_json(&effect.after);
-        fields["source_perplexity"] = json!(effect.before.perplexity());
-        json["calibration_text"] = fields;
+    if calibration.is_some_and(|calibration| calibration.text().is_some()) {
+        text += &format!("{}\n", outcome(&compressed));
+        (json["validation"], json["stages"]) = outcome_json(&compressed);
     }
     let (written, output) = args.output.tell(target, &report);
     json["output"] = output;
@@ -121,21 +119,4 @@ impl OutputArgs {
         });
         (text, json)
     }
-}
-
-/// The model before and after on the calibration text.
-fn before_and_after(effect: &Effect, [kv_before, kv_after]: [String; 2]) -> String {
-    let Effect { before, after, .. } = effect;
-    let perplexity = |p: f64| format!("{p:.2}");
-    let rows = [
-        ["before".to_string(), perplexity(before.perplexity()), "-".into(), "-".into(), kv_before],
-        [
-            "after".to_string(),
-            perplexity(after.perplexity()),
-            after.divergence.map_or("-".into(), |d| format!("{:.4}", d.kl)),
-            after.divergence.map_or("-".into(), |d| percent(d.same_top)),
-            kv_after,
-        ],
-    ];
-    table(["on the calibration text", "perplexity", "KL to source", "same top token", "KV a token"], rows)
 }

@@ -1,21 +1,18 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
-use qcqa::calibration::Moments;
+use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against};
-use qcqa::files::write_whole;
 use qcqa::runtime::Model;
 use qcqa::text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
-use qcqa::{HeadSource, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::Writing;
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
+use crate::roles::known;
 
 /// A text, in words or in tokens.
 #[derive(Debug, Args)]
@@ -38,15 +35,15 @@ impl TextArgs {
         checkpoint: &Checkpoint,
         model: &Model,
     ) -> Result<Option<Windows>, CliError> {
-        let (file, tokens) = match (&self.text, &self.ids) {
-            (Some(text), _) => (text, Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?),
-            (None, Some(ids)) => {
-                let (width, vocabulary) = (IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary());
-                (ids, read_ids(ids, width, vocabulary).map_err(|e| about(ids, e))?)
+        let windows = match (&self.text, &self.ids) {
+            (Some(text), _) => {
+                let tokens = Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?;
+                Windows::new(tokens, model.window()).map_err(|e| about(text, e))?
             }
+            (None, Some(ids)) => windows_of_ids(ids, model)?,
             (None, None) => return Ok(None),
         };
-        Windows::new(tokens, model.window()).map(Some).map_err(|e| about(file, e))
+        Ok(Some(windows))
     }
 
     /// Whether there is a text.
@@ -58,6 +55,13 @@ impl TextArgs {
         let missing = || CliError::usage("a text is missing: --text FILE, or --ids FILE for token ids");
         self.windows(checkpoint, model)?.ok_or_else(missing)
     }
+}
+
+/// The windows of a file of token ids.
+pub(super) fn windows_of_ids(file: &Path, model: &Model) -> Result<Windows, CliError> {
+    let (width, vocabulary) = (IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary());
+    let tokens = read_ids(file, width, vocabulary).map_err(|e| about(file, e))?;
+    Windows::new(tokens, model.window()).map_err(|e| about(file, e))
 }
 
 #[derive(Debug, Args)]
@@ -83,7 +87,7 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
-    if args.calibration.calibration.is_some() && args.plan.is_none() {
+    if args.calibration.is_given() && args.plan.is_none() {
         return Err(CliError::usage("--calibration belongs to a plan: give --plan FILE, too"));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -95,17 +99,19 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let text = args.choices.is_none() || args.text.is_given();
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
+    let mut note = None;
     let (model, source) = match (plan, &args.source) {
         (Some((path, plan)), _) => {
             let calibration = args.calibration.of_plan(&plan, path, &checkpoint, run)?;
             let shared = shared(&plan, path, &checkpoint, calibration.as_ref(), run)?;
+            note = windows.as_ref().and_then(|windows| known(calibration.as_ref(), windows));
             (loaded.with_shared(&shared)?, Some(loaded))
         }
         (None, Some(path)) => (loaded, Some(Model::load_on(&Checkpoint::open(path)?, run.device())?)),
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
-    let mut json = json!({ "model": args.model, "plan": args.plan });
+    let mut json = json!({ "model": args.model, "plan": args.plan, "note": note });
     if let Some(windows) = windows {
         let (before, after) = match &source {
             Some(source) => {
@@ -124,6 +130,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let header =
         ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
     let mut text = if rows.is_empty() { String::new() } else { table(header, rows) };
+    text += &note.iter().map(|note| format!("\nnote: {note}\n")).collect::<String>();
     if let Some(choices) = choices {
         let score = choices.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
         let (accuracy, error) = (percent(score.accuracy), percent(score.standard_error));
@@ -145,38 +152,4 @@ fn row(name: &str, evaluation: &Evaluation) -> [String; 7] {
         format!("{:.0}", evaluation.tokens_per_second),
         bytes(evaluation.kv_bytes_per_token as u64),
     ]
-}
-
-#[derive(Debug, Args)]
-pub(super) struct CalibrateArgs {
-    /// Directory of the model
-    #[arg(value_name = "MODEL")]
-    model: PathBuf,
-    #[command(flatten)]
-    text: TextArgs,
-    /// The most windows of the text to read
-    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
-    windows: usize,
-    /// File of the moments
-    #[arg(long, value_name = "FILE")]
-    out: PathBuf,
-    #[command(flatten)]
-    writing: Writing,
-}
-
-pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
-    // Better now than after the reading.
-    write_whole(&args.out, &[], args.writing.check())?;
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let model = Model::load_on(&checkpoint, run.device())?;
-    let windows = args.text.required(&checkpoint, &model)?.first(args.windows);
-    let (layers, tokens) = (checkpoint.architecture().n_layers(), windows.tokens().len());
-    let dry_run = args.writing.dry_run;
-    if !dry_run {
-        Moments::measure(&model, &windows, run)?.write(&args.out, args.writing.options())?;
-    }
-    let done = if dry_run { "would be written to" } else { "written to" };
-    let text = format!("moments of {layers} layers over {tokens} tokens {done} {}\n", args.out.display());
-    let json = json!({ "out": args.out, "dry_run": dry_run, "layers": layers, "tokens": tokens });
-    Ok(Output { text, json })
 }

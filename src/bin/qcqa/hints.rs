@@ -118,6 +118,8 @@ fn of_runtime(error: &RuntimeError) -> (u8, Option<&'static str>) {
         RuntimeError::NotUtf8 { .. } | RuntimeError::NoTokenizer { .. } | RuntimeError::Tokenizer { .. } => {
             (1, Some(IDS))
         }
+        RuntimeError::MomentsAmong { .. } => (2, None),
+        RuntimeError::InText { source, .. } => of_runtime(source),
         RuntimeError::Core(error) => of_library(error),
         RuntimeError::File(error) => of_files(error),
         _ => (1, None),

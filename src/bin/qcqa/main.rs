@@ -4,6 +4,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod args;
+mod calibrate;
 mod calibrated;
 mod compare;
 mod comparison;
@@ -14,6 +15,7 @@ mod inspect;
 mod plot;
 mod progress;
 mod report;
+mod roles;
 mod search;
 
 use std::process::ExitCode;
@@ -74,7 +76,7 @@ enum Command {
     /// Perplexity of a model, or of a model under a plan, and how far it is from its source
     Eval(eval::EvalArgs),
     /// Measure the second moments of every layer's inputs on a text
-    Calibrate(eval::CalibrateArgs),
+    Calibrate(calibrate::CalibrateArgs),
 }
 
 type Done = Result<Output, CliError>;
@@ -93,7 +95,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => args.calibration.named(convert::convert(args, run)),
         Command::Compress(args) => args.asked.calibration.named(convert::compress(args, run)),
         Command::Eval(args) => args.calibration.named(eval::eval(args, run)),
-        Command::Calibrate(args) => eval::calibrate(args, run),
+        Command::Calibrate(args) => calibrate::calibrate(args, run),
     };
     watch.finish();
     match done {

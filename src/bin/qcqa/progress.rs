@@ -10,11 +10,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qcqa::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 9] = [
+const BARS: [(&str, &str); 10] = [
     ("layers", "reading layers"),
     ("search", "searching"),
     ("write", "writing"),
     ("evaluate", "evaluating"),
+    ("sample", "writing text"),
     ("calibrate", "calibrating"),
     ("sensitivity", "weighing layers"),
     ("choose", "choosing groups"),

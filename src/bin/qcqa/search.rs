@@ -16,6 +16,7 @@ use crate::args::{SearchOptions, Writing, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
 use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
+use crate::roles::{rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
 pub(super) struct SearchArgs {
@@ -57,6 +58,7 @@ pub(super) struct Planned<'a> {
     plan: &'a Plan,
     fronts: &'a [Front],
     checkpoint: &'a Checkpoint,
+    calibration: Option<&'a Calibration<'a>>,
     note: Option<&'static str>,
 }
 
@@ -65,9 +67,9 @@ impl<'a> Planned<'a> {
         plan: &'a Plan,
         fronts: &'a [Front],
         checkpoint: &'a Checkpoint,
-        calibration: Option<&Calibration<'_>>,
+        calibration: Option<&'a Calibration<'a>>,
     ) -> Result<Self, CliError> {
-        Ok(Self { plan, fronts, checkpoint, note: note(plan, calibration)? })
+        Ok(Self { plan, fronts, checkpoint, calibration, note: note(plan, calibration)? })
     }
 
     /// The plan as a table, a line for each layer, and what it comes to.
@@ -90,9 +92,11 @@ impl<'a> Planned<'a> {
         let table = table(["layer", "groups", "sizes", error, "share", "gap at most"], rows);
         let (before, after) = kv_bytes(self.checkpoint, plan);
         let note = self.note.map_or(String::new(), |note| format!("\n{note}\n"));
+        let rests =
+            self.calibration.map_or(String::new(), |calibration| format!("\n{}", rests_on(calibration)));
         format!(
             "{}: asked for {} of the KV cache, reached {} ({} KV heads of {})\n\
-             {} a token instead of {}; {error} {:.4}, {} of the layers' energy\n\n{table}{note}",
+             {} a token instead of {}; {error} {:.4}, {} of the layers' energy\n\n{table}{rests}{note}",
             plan.method.name,
             percent(plan.budget.asked),
             percent(plan.budget.reached),
@@ -112,7 +116,7 @@ impl<'a> Planned<'a> {
         json!({
             "plan": plan, "error": plan.error(), "wse": is_wse(plan).then(|| plan.error()),
             "share": total_share(plan, fronts), "kv_bytes_per_token": { "before": before, "after": after },
-            "note": self.note,
+            "note": self.note, "calibration": self.calibration.map(rests_on_json),
         })
     }
 }

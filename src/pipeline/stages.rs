@@ -1,0 +1,183 @@
+//! From what the weights alone give to what was fitted the most: no stage is kept that ends further from the source than one
+//! before it.
+
+use std::sync::Arc;
+
+use super::Compress;
+use crate::error::{Error, Result};
+use crate::evaluation::{Evaluation, Reference, evaluate_against};
+use crate::heads::HeadSource;
+use crate::plan::{Plan, Pooling, Refit, SharedHeads};
+use crate::refit::refit;
+use crate::run::Run;
+use crate::runtime::Model;
+use crate::text::{Text, Texts, Windows};
+
+/// A model before and after, on one text.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Effect {
+    /// The source.
+    pub before: Evaluation,
+    /// The model with shared heads, with how far it is from its source.
+    pub after: Evaluation,
+}
+
+impl Effect {
+    /// How much the loss rises, in nats per token.
+    pub fn rise(&self) -> f64 {
+        self.after.loss - self.before.loss
+    }
+}
+
+/// What became of a model on one calibration text.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TextEffect {
+    /// The text.
+    pub name: String,
+    /// On its windows that validate, which fitted nothing.
+    pub validation: Effect,
+    /// On as many of its windows that fitted, or all where there are fewer.
+    pub fitted: Effect,
+}
+
+impl TextEffect {
+    /// Whether perplexity rises by another factor on windows that fitted nothing than on those that fitted: by more than 2%.
+    pub fn is_fitted_closely(&self) -> bool {
+        (self.validation.rise() - self.fitted.rise()).abs() > 1.02f64.ln()
+    }
+}
+
+/// A stage on the way to the shared heads, as the windows that validate see it.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Stage {
+    /// What was done until then, as plans record it.
+    pub made: Pooling,
+    /// The model before and after, on each text with windows that validate.
+    pub effects: Vec<Effect>,
+    /// Whether this is what was kept: the least [`Stage::kl`], the earlier of equals.
+    pub kept: bool,
+}
+
+impl Stage {
+    /// Its name: `weights only`, `closed form`, `output refit`, `full refit`.
+    pub fn name(&self) -> &'static str {
+        match (self.made.refit, &self.made.calibration) {
+            (Some(Refit::Full), _) => "full refit",
+            (Some(Refit::Output), _) => "output refit",
+            (None, Some(_)) => "closed form",
+            (None, None) => "weights only",
+        }
+    }
+
+    /// Mean KL(source ‖ model) over the tokens of all windows that validate, in nats.
+    pub fn kl(&self) -> f64 {
+        self.mean(|effect| effect.after.divergence.map_or(f64::INFINITY, |d| d.kl))
+    }
+
+    /// Mean loss over the tokens of all windows that validate, in nats.
+    pub fn loss(&self) -> f64 {
+        self.mean(|effect| effect.after.loss)
+    }
+
+    fn mean(&self, of: impl Fn(&Effect) -> f64) -> f64 {
+        let tokens = |effect: &Effect| effect.after.tokens as f64;
+        let sum: f64 = self.effects.iter().map(|effect| of(effect) * tokens(effect)).sum();
+        sum / self.effects.iter().map(tokens).sum::<f64>()
+    }
+}
+
+/// The stages so far, and the shared heads of the one that is nearest to the source.
+struct Stages<'j, 'a> {
+    model: &'j Model,
+    references: Vec<Reference<'j>>,
+    stages: Vec<Stage>,
+    kept: Option<SharedHeads<'a>>,
+}
+
+impl<'j, 'a> Stages<'j, 'a> {
+    /// None so far. The source reads the windows that validate, once for all stages.
+    fn new(model: &'j Model, texts: &'j Texts, run: Run<'_>) -> Result<Self> {
+        let windows = texts.each().iter().filter_map(Text::validation);
+        let references =
+            windows.map(|windows| Reference::new(model, windows, run)).collect::<Result<_, _>>()?;
+        Ok(Self { model, references, stages: Vec::new(), kept: None })
+    }
+
+    /// One more stage, kept if it is nearer to the source than all before it. Whether it was.
+    fn offer(&mut self, shared: SharedHeads<'a>, run: Run<'_>) -> Result<bool> {
+        let model = self.model.with_shared(&shared)?;
+        let effect = |reference: &Reference<'_>| -> Result<Effect> {
+            let (before, after) = (reference.source().clone(), reference.compare(&model, run)?);
+            Ok(Effect { before, after })
+        };
+        let effects = self.references.iter().map(effect).collect::<Result<_>>()?;
+        let mut stage = Stage { made: shared.done().clone(), effects, kept: false };
+        stage.kept = self.stages.iter().all(|other| stage.kl() < other.kl());
+        let kept = stage.kept;
+        if kept {
+            self.stages.iter_mut().for_each(|other| other.kept = false);
+            self.kept = Some(shared);
+        }
+        self.stages.push(stage);
+        Ok(kept)
+    }
+}
+
+impl<'a> Compress<'a> {
+    /// The shared heads of a plan, refitted as it says, and the stages on the way, where windows validate them: then the nearest
+    /// to the source is kept, and its plan says so. A full refit that ends above another stage is tried again on outputs alone.
+    pub(super) fn made(
+        &self,
+        plan: &Plan,
+        source: &'a dyn HeadSource,
+        run: Run<'_>,
+    ) -> Result<(SharedHeads<'a>, Vec<Stage>)> {
+        let pooled = |source| SharedHeads::with_pooler(plan, source, Box::new(Arc::clone(&self.pooler)));
+        let closed = || pooled(source);
+        let text = self.calibration.and_then(|calibration| Some((calibration, calibration.text()?)));
+        let Some((calibration, (model, texts))) = text else { return Ok((closed()?, Vec::new())) };
+        let refitted = |level| Ok::<_, Error>(refit(closed()?, model, texts.fit(), level, run)?.shared);
+        if texts.validation().is_none() {
+            let shared = plan.pooling.refit.map_or_else(closed, refitted)?;
+            return Ok((shared, Vec::new()));
+        }
+        let mut stages = Stages::new(model, texts, run)?;
+        if self.pooler.needs().moment {
+            stages.offer(pooled(calibration.source())?, run)?;
+        }
+        stages.offer(closed()?, run)?;
+        if let Some(level) = plan.pooling.refit {
+            if !stages.offer(refitted(level)?, run)? && level == Refit::Full {
+                stages.offer(refitted(Refit::Output)?, run)?;
+            }
+        }
+        let Stages { stages, kept, .. } = stages;
+        Ok((kept.map_or_else(closed, |shared| Ok(shared.settled()))?, stages))
+    }
+
+    /// What shared heads do on each text that validates them, beside what they do on windows that fitted them.
+    pub(super) fn effects(
+        &self,
+        shared: &SharedHeads<'_>,
+        stages: &[Stage],
+        run: Run<'_>,
+    ) -> Result<Vec<TextEffect>> {
+        let Some((source, texts)) = self.calibration.and_then(|calibration| calibration.text()) else {
+            return Ok(Vec::new());
+        };
+        let Some(kept) = stages.iter().find(|stage| stage.kept) else { return Ok(Vec::new()) };
+        let model = source.with_shared(shared)?;
+        let validated = texts.each().iter().filter_map(|text| Some((text, text.validation()?)));
+        let effect = |((text, validation), effect): ((&Text, &Windows), &Effect)| {
+            let windows = text.fit().spaced(validation.count());
+            let (before, after) = evaluate_against(source, &[&model], &windows, run)?;
+            let after = after.into_iter().next().unwrap_or_else(|| before.clone());
+            let fitted = Effect { before, after };
+            Ok(TextEffect { name: text.name().to_string(), validation: effect.clone(), fitted })
+        };
+        validated.zip(&kept.effects).map(effect).collect()
+    }
+}
