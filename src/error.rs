@@ -253,7 +253,9 @@ pub enum Error {
         found: Option<String>,
     },
     /// A plan's heads were distilled, which a plan alone cannot do again.
-    #[error("the heads of this plan were distilled from their source, which takes a distillation: the plan alone does not hold what that found")]
+    #[error(
+        "the heads of this plan were distilled from their source, which takes a distillation: the plan alone does not hold what that found"
+    )]
     PlanDistilled,
     /// A plan asks for a refit, which needs a model that runs and the text that the plan was calibrated on.
     #[error(

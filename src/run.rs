@@ -74,6 +74,11 @@ impl<'a> Run<'a> {
         Self { observer: Some(observer), ..self }
     }
 
+    /// This run, unwatched.
+    pub fn unwatched(self) -> Self {
+        Self { observer: None, ..self }
+    }
+
     /// This run, with the models that it loads on a device. Models that are there already run where they are.
     pub fn on(self, device: Device) -> Self {
         Self { device, ..self }

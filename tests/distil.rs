@@ -46,7 +46,8 @@ fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
 fn parts(pooled: &Pooled) -> Vec<(&'static str, Array1<f32>)> {
     let flat = |numbers: &mut dyn Iterator<Item = f32>| Array1::from_iter(numbers);
     let mut parts = Vec::new();
-    let projections = [("keys", Some(&pooled.key)), ("values", Some(&pooled.value)), ("queries", pooled.query.as_ref())];
+    let projections =
+        [("keys", Some(&pooled.key)), ("values", Some(&pooled.value)), ("queries", pooled.query.as_ref())];
     for (what, projection) in projections {
         let projection = projection.unwrap();
         parts.push((what, flat(&mut projection.weight().iter().copied())));
@@ -117,10 +118,12 @@ fn gradients_are_those_of_the_definition() {
         let (found, gradients) = gradient(&source, &model, &windows).unwrap();
         assert!((found - divergence(&checkpoint, &mean, &windows)).abs() < 1e-5 * found, "{family}: {found}");
         // Mean pooling leaves queries and outputs as they are: say so.
-        let start: Vec<Pooled> = (0..2).map(|i| whole(&checkpoint.heads(i).unwrap(), &mean.layer(i).unwrap().1)).collect();
+        let start: Vec<Pooled> =
+            (0..2).map(|i| whole(&checkpoint.heads(i).unwrap(), &mean.layer(i).unwrap().1)).collect();
         for layer in 0..2 {
             let of_layer = parts(&gradients[layer]);
-            let (names, own): (Vec<_>, Vec<_>) = parts(&start[layer]).into_iter().map(|(n, p)| (n, p.len())).unzip();
+            let (names, own): (Vec<_>, Vec<_>) =
+                parts(&start[layer]).into_iter().map(|(n, p)| (n, p.len())).unzip();
             assert!(of_layer.iter().map(|(n, g)| (*n, g.len())).eq(names.into_iter().zip(own)), "{family}");
             for (part, (what, gradient)) in of_layer.iter().enumerate() {
                 let norm = gradient.dot(gradient).sqrt();
@@ -129,7 +132,8 @@ fn gradients_are_those_of_the_definition() {
                 let at = |step: f32| {
                     let mut layers = start.clone();
                     layers[layer] = moved(&layers[layer], part, &direction, step);
-                    let shared = SharedHeads::with_pooler(&plan, &checkpoint, Box::new(Given(layers))).unwrap();
+                    let shared =
+                        SharedHeads::with_pooler(&plan, &checkpoint, Box::new(Given(layers))).unwrap();
                     divergence(&checkpoint, &shared, &windows)
                 };
                 const STEP: f32 = 1e-3;
@@ -154,7 +158,9 @@ fn whole(heads: &Heads, pooled: &Pooled) -> Pooled {
 /// Windows of novels-1m that are short: some to train on, some to validate.
 fn text(checkpoint: &Checkpoint, model: &Model) -> (Windows, Windows) {
     let all = windows(checkpoint, model, &calibration_text());
-    let part = |first: usize, n: usize| Windows::new(all.tokens()[first * 64..(first + n) * 64].to_vec(), 64).unwrap();
+    let part = |first: usize, n: usize| {
+        Windows::new(all.tokens()[first * 64..(first + n) * 64].to_vec(), 64).unwrap()
+    };
     (part(0, 24), part(64, 4))
 }
 
@@ -238,7 +244,8 @@ fn validation_changes_no_step() {
     let plan = neighbours(&checkpoint, 4);
     let [honest, other] = [&validation, &poisoned].map(|validation| {
         let shared = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-        let found = distil(&Distill::new(Effort::Tokens(16 * 3 * 64)).batch(3), &source, shared, (&fit, validation));
+        let found =
+            distil(&Distill::new(Effort::Tokens(16 * 3 * 64)).batch(3), &source, shared, (&fit, validation));
         let best = found.shared.record().pooling.distilled.unwrap().steps;
         (best, layers(&found.shared), found.course)
     });
@@ -254,7 +261,11 @@ fn broken_off<'a>(
     after: u64,
 ) -> Distilled<'a> {
     let observer = |progress: &Progress<'_>| {
-        if progress.stage == "distil" && progress.done >= after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if progress.stage == "distil" && progress.done >= after {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     };
     distill.run(source, shared, texts.0, Some(texts.1), Run::new(5).with_observer(&observer)).unwrap()
 }
@@ -281,7 +292,10 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
         }
         let other = kept.clone().rate(0.5).run(&source, shared(), &fit, Some(&validation), Run::new(5));
         let message = other.unwrap_err().to_string();
-        assert!(message.contains("state") && message.contains("not the state of this distillation"), "{message}");
+        assert!(
+            message.contains("state") && message.contains("not the state of this distillation"),
+            "{message}"
+        );
         let resumed = distil(&kept, &source, shared(), texts);
         assert!(!resumed.interrupted && !file.exists());
         assert_eq!(resumed.course, whole.course);

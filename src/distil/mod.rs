@@ -180,7 +180,8 @@ impl Distill {
         file: Option<&StateFile>,
         run: Run<'_>,
     ) -> Result<bool, RuntimeError> {
-        let (began, mut saved, mut order) = (Instant::now(), Instant::now(), Order::new(work.fit.count(), run));
+        let (began, mut saved, mut order) =
+            (Instant::now(), Instant::now(), Order::new(work.fit.count(), run));
         let texts: Vec<&[u32]> = work.fit.batches(1).collect();
         while state.total.is_none_or(|total| state.step < total) {
             let detail = state.detail();
@@ -192,7 +193,8 @@ impl Distill {
                 }
                 other => other?,
             }
-            let windows: Vec<&[u32]> = order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
+            let windows: Vec<&[u32]> =
+                order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
             let share = share(state.step, state.total, WARM_UP, Fall::Cosine);
             let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
             state.loss = trainer.step(&windows, state.step, work.rate * share, work.pull * (1.0 - gone))?;
@@ -278,7 +280,12 @@ impl Work<'_> {
         let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
         let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
         let Distill { effort, descent, .. } = distill;
-        Ok(format!("{seed} {effort:?} {descent:?} {} {} {texts:?} {:?}", self.batch, self.rate, shared.record()))
+        Ok(format!(
+            "{seed} {effort:?} {descent:?} {} {} {texts:?} {:?}",
+            self.batch,
+            self.rate,
+            shared.record()
+        ))
     }
 
     fn begin(&self, trainer: &Trainer<'_>) -> Result<SavedState, RuntimeError> {
@@ -360,7 +367,11 @@ const MANY_TOKENS: u64 = 1_000_000;
 ///
 /// # Errors
 /// [`RuntimeError::Vocabulary`] unless the two have one vocabulary; as [`Distill::run`].
-pub fn gradient(source: &Model, model: &Model, windows: &Windows) -> Result<(f64, Vec<Pooled>), RuntimeError> {
+pub fn gradient(
+    source: &Model,
+    model: &Model,
+    windows: &Windows,
+) -> Result<(f64, Vec<Pooled>), RuntimeError> {
     let (expected, found) = (source.vocabulary(), model.vocabulary());
     if expected != found {
         return Err(RuntimeError::Vocabulary { expected, found });

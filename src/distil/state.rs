@@ -69,7 +69,9 @@ impl StateFile {
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
         let found = metadata.metadata().as_ref().and_then(|keys| keys.get(STATE));
         let found = found.and_then(|text| serde_json::from_str::<Header<SavedState>>(text).ok());
-        let found = found.filter(|found| found.key == self.key).ok_or_else(|| FileError::DistillState { path: path() })?;
+        let found = found
+            .filter(|found| found.key == self.key)
+            .ok_or_else(|| FileError::DistillState { path: path() })?;
         let tensors = load_buffer(&bytes, trainer.model.place())?;
         let take = |name: String, like: &Tensor| {
             let tensor = tensors.get(&name).filter(|t| t.dims() == like.dims() && t.dtype() == like.dtype());
@@ -119,7 +121,8 @@ impl StateFile {
         let parent = parent_of(&self.path);
         let file = tempfile::Builder::new().prefix(".qcqa.").tempfile_in(parent).map_err(failed)?;
         let metadata = Some(HashMap::from([(STATE.to_string(), header)]));
-        safetensors::serialize_to_file(tensors, metadata, file.path()).map_err(|e| failed(io::Error::other(e)))?;
+        safetensors::serialize_to_file(tensors, metadata, file.path())
+            .map_err(|e| failed(io::Error::other(e)))?;
         file.as_file().sync_all().map_err(failed)?;
         file.persist(&self.path).map_err(|e| failed(e.error))?;
         Ok(sync_directory(parent)?)
@@ -128,7 +131,9 @@ impl StateFile {
     /// Removes the file, where there is one.
     pub(super) fn remove(&self) -> Result<(), FileError> {
         match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(FileError::io("remove", &self.path, error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(FileError::io("remove", &self.path, error))
+            }
             _ => Ok(()),
         }
     }

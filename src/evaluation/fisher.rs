@@ -31,14 +31,19 @@ impl Sensitivity {
         run.step("sensitivity", 0, total)?;
         let pass = model.pass(trial.windows.length(), 0)?;
         let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
-        let texts = texts.par_iter().enumerate().map(|(i, tokens)| Way::there(model, tokens, &pass, run.fork(i as u64)));
+        let texts = texts
+            .par_iter()
+            .enumerate()
+            .map(|(i, tokens)| Way::there(model, tokens, &pass, run.fork(i as u64)));
         let mut texts = texts.collect::<Result<Vec<_>, _>>()?;
         let mut estimates = vec![Vec::new(); layers];
         for (i, front) in fronts.iter().enumerate().rev() {
             run.step("sensitivity", (layers - i) as u64, total)?;
             let heads = trial.source.heads(i)?;
             let options: Vec<_> = measured(front)
-                .map(|point| Ok((point.partition.n_groups(), trial.regrouped(model, &heads, &point.partition)?)))
+                .map(|point| {
+                    Ok((point.partition.n_groups(), trial.regrouped(model, &heads, &point.partition)?))
+                })
                 .collect::<Result<_, RuntimeError>>()?;
             let models: Vec<&Model> = options.iter().map(|(_, model)| model).collect();
             let sums = texts.par_iter_mut().map(|way| way.back(model, i, &models, &pass));
@@ -48,7 +53,9 @@ impl Sensitivity {
                 // In the order of the text, on however many threads.
                 let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / tokens;
                 if !estimate.is_finite() {
-                    return Err(RuntimeError::NotFinite { what: format!("what layer {i} loses at {k} heads") });
+                    return Err(RuntimeError::NotFinite {
+                        what: format!("what layer {i} loses at {k} heads"),
+                    });
                 }
                 estimates[i].push((*k, estimate));
             }
@@ -78,7 +85,13 @@ impl Way {
     }
 
     /// Back through layer `i`: for each model in which that layer alone is shared, `Σ_t (g_t · δ_t)²`.
-    fn back(&mut self, model: &Model, i: usize, shared: &[&Model], pass: &Pass) -> Result<Vec<f64>, RuntimeError> {
+    fn back(
+        &mut self,
+        model: &Model,
+        i: usize,
+        shared: &[&Model],
+        pass: &Pass,
+    ) -> Result<Vec<f64>, RuntimeError> {
         let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
         let back = model.backward(i, &x, &self.gradient, pass, false)?;
         let input = model.attention_input(i, &x)?;

@@ -44,7 +44,11 @@ pub fn check_plan(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Resu
 }
 
 /// What the target makes of a plan that it can hold.
-pub(super) fn checked(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<OutputModel, FileError> {
+pub(super) fn checked(
+    source: &Checkpoint,
+    plan: &Plan,
+    target: &dyn Target,
+) -> Result<OutputModel, FileError> {
     let model = source.architecture();
     plan.source.check_same(&source.id()?)?;
     let unfit = |source| FileError::TargetPlan { target: target.name(), source };

@@ -39,7 +39,8 @@ impl Provenance {
         }
         let path = directory.join(PROVENANCE);
         let json = |source| FileError::Json { path: path.clone(), source };
-        let Stored { target, plan } = serde_json::from_slice(&read_bounded(&path, PLAN_LIMIT)?).map_err(json)?;
+        let Stored { target, plan } =
+            serde_json::from_slice(&read_bounded(&path, PLAN_LIMIT)?).map_err(json)?;
         let plan = serde_json::to_vec(&plan).map_err(json)?;
         Ok(Self { plan: parse_plan(&path, &plan)?, target })
     }
@@ -60,7 +61,11 @@ pub fn read_back<'a>(
     let output = checked(source, plan, target)?;
     let mut layers = Vec::with_capacity(plan.layers.len());
     for (i, planned) in plan.layers.iter().enumerate() {
-        let mut layer = Layer::new(&source.architecture().layers[i], planned.groups.n_groups(), source.architecture().hidden);
+        let mut layer = Layer::new(
+            &source.architecture().layers[i],
+            planned.groups.n_groups(),
+            source.architecture().hidden,
+        );
         for OutputTensor { name, content } in &output.tensors {
             match content {
                 Content::Heads { layer: of, axis, pieces, .. } if *of == i => {

@@ -1,5 +1,7 @@
 use std::path::Path;
 
+#[cfg(feature = "runtime")]
+use super::stages::Made;
 use super::{Compress, Fronts};
 #[cfg(feature = "runtime")]
 use super::{Stage, TextEffect};
@@ -28,6 +30,12 @@ pub struct Compressed<'a> {
     /// What it does to the model, on each calibration text that has windows which validate.
     #[cfg(feature = "runtime")]
     pub effects: Vec<TextEffect>,
+    /// KL(source ‖ shared) on validation by tokens of distillation; empty without one.
+    #[cfg(feature = "runtime")]
+    pub course: Vec<(u64, f64)>,
+    /// Whether the distillation was broken off: what was best until then is here, and may be written.
+    #[cfg(feature = "runtime")]
+    pub interrupted: bool,
     target: &'a dyn Target,
 }
 
@@ -59,7 +67,9 @@ impl<'a> Compress<'a> {
         let plan = searched.plan(self.budget, run)?;
         let Fronts { fronts, .. } = searched;
         #[cfg(feature = "runtime")]
-        let (shared, stages) = self.made(&plan, source, run)?;
+        let Made { shared, stages, course, interrupted } = self.made(&plan, source, run)?;
+        #[cfg(feature = "runtime")]
+        let run = if interrupted { run.unwatched() } else { run };
         #[cfg(not(feature = "runtime"))]
         let shared = self.shared(&plan, source, run)?;
         Ok(Compressed {
@@ -70,6 +80,10 @@ impl<'a> Compress<'a> {
             shared,
             #[cfg(feature = "runtime")]
             stages,
+            #[cfg(feature = "runtime")]
+            course,
+            #[cfg(feature = "runtime")]
+            interrupted,
             target: self.target.unwrap_or(&crate::targets::Expanded),
         })
     }
@@ -90,7 +104,7 @@ impl<'a> Compress<'a> {
     /// As [`SharedHeads::with_pooler`]; what refitting and running the model report.
     pub fn shared(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<SharedHeads<'a>> {
         #[cfg(feature = "runtime")]
-        return Ok(self.made(plan, source, run)?.0);
+        return Ok(self.made(plan, source, run)?.shared);
         #[cfg(not(feature = "runtime"))]
         {
             let _ = run;

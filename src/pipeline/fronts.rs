@@ -138,7 +138,7 @@ impl Fronts<'_> {
         if let (true, Some((model, windows))) = (self.allocation.1, self.compress.validation()) {
             let windows = windows.spaced(MEASURING_WINDOWS);
             let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
-            self.sensitivity = Some(Sensitivity::measure(&trial, &self.fronts, run)?);
+            self.sensitivity = Some(Sensitivity::estimate(&trial, &self.fronts, run)?);
         }
         Ok(())
     }

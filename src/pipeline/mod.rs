@@ -15,6 +15,8 @@ use crate::allocator::{Allocator, CostScale, ExactAllocation, UniformAllocation}
 use crate::budget::{Budget, Limits};
 #[cfg(feature = "runtime")]
 use crate::calibration::Calibration;
+#[cfg(feature = "runtime")]
+use crate::distil::Distill;
 use crate::error::{Error, Result};
 use crate::fitness::FitnessKind;
 use crate::grouping::{Grouping, UniformGqa};
@@ -89,6 +91,8 @@ pub struct Compress<'a> {
     target: Option<&'a dyn Target>,
     #[cfg(feature = "runtime")]
     calibration: Option<&'a Calibration<'a>>,
+    #[cfg(feature = "runtime")]
+    distil: Option<Distill>,
     lifetime: std::marker::PhantomData<&'a ()>,
 }
 
@@ -116,6 +120,8 @@ impl<'a> Compress<'a> {
             target: None,
             #[cfg(feature = "runtime")]
             calibration: None,
+            #[cfg(feature = "runtime")]
+            distil: None,
             lifetime: std::marker::PhantomData,
         }
     }
@@ -195,6 +201,13 @@ impl<'a> Compress<'a> {
         Self { calibration: Some(calibration), ..self }
     }
 
+    /// Distils the shared heads on the calibration text after all else.
+    #[cfg(feature = "runtime")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+    pub fn distil(self, distil: Distill) -> Self {
+        Self { distil: Some(distil), ..self }
+    }
+
     /// The plan for a model: [`Compress::search`] and [`Fronts::plan`] in one.
     ///
     /// # Errors
@@ -213,6 +226,7 @@ impl<'a> Compress<'a> {
         let limits = self.all_limits(source)?;
         let allocation = self.resolved_allocation(&limits)?;
         let refit = self.resolved_refit()?;
+        self.check_distillation()?;
         let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
         let beside = neighbours.then_some(&UniformGqa as &dyn Grouping);
         let mut found =
@@ -238,6 +252,15 @@ impl<'a> Compress<'a> {
         };
         fronts.measure(run)?;
         Ok(fronts)
+    }
+
+    /// Refuses to distil without a text: before anything is computed.
+    fn check_distillation(&self) -> Result<()> {
+        #[cfg(feature = "runtime")]
+        if self.distil.is_some() && !self.has_text() {
+            return Err(Error::NeedsText { what: "distillation" });
+        }
+        Ok(())
     }
 
     fn has_text(&self) -> bool {
@@ -310,7 +333,8 @@ impl<'a> Compress<'a> {
                 what: "measuring how much each layer pays, on windows that fit nothing,",
             }),
             Allocation::Measured => Ok((Arc::new(ExactAllocation), true)),
-            Allocation::Own if low_rank => Ok((Arc::new(ExactAllocation), self.can_choose())),
+            // Without a text one k in all layers does better than shares of energy (docs/quality.md).
+            Allocation::Own if low_rank && self.can_choose() => Ok((Arc::new(ExactAllocation), true)),
             Allocation::Own => Ok((Arc::new(UniformAllocation), false)),
         }
     }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::Compress;
+use crate::distil::Distilled;
 use crate::error::{Error, Result};
 use crate::evaluation::{Evaluation, Reference, evaluate_against};
 use crate::heads::HeadSource;
@@ -62,8 +63,11 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Its name: `weights only`, `closed form`, `output refit`, `full refit`.
+    /// Its name: `weights only`, `closed form`, `output refit`, `full refit`, `distilled`.
     pub fn name(&self) -> &'static str {
+        if self.made.distilled.is_some() {
+            return "distilled";
+        }
         match (self.made.refit, &self.made.calibration) {
             (Some(Refit::Full), _) => "full refit",
             (Some(Refit::Output), _) => "output refit",
@@ -86,6 +90,21 @@ impl Stage {
         let tokens = |effect: &Effect| effect.after.tokens as f64;
         let sum: f64 = self.effects.iter().map(|effect| of(effect) * tokens(effect)).sum();
         sum / self.effects.iter().map(tokens).sum::<f64>()
+    }
+}
+
+/// Shared heads, and how they came about.
+pub(super) struct Made<'a> {
+    pub(super) shared: SharedHeads<'a>,
+    pub(super) stages: Vec<Stage>,
+    /// KL on validation by tokens of distillation, and whether that was broken off.
+    pub(super) course: Vec<(u64, f64)>,
+    pub(super) interrupted: bool,
+}
+
+impl<'a> Made<'a> {
+    fn new(shared: SharedHeads<'a>, stages: Vec<Stage>) -> Self {
+        Self { shared, stages, course: Vec::new(), interrupted: false }
     }
 }
 
@@ -129,20 +148,26 @@ impl<'j, 'a> Stages<'j, 'a> {
 impl<'a> Compress<'a> {
     /// The shared heads of a plan, refitted as it says, and the stages on the way, where windows validate them: then the nearest
     /// to the source is kept, and its plan says so. A full refit that ends above another stage is tried again on outputs alone.
-    pub(super) fn made(
-        &self,
-        plan: &Plan,
-        source: &'a dyn HeadSource,
-        run: Run<'_>,
-    ) -> Result<(SharedHeads<'a>, Vec<Stage>)> {
+    pub(super) fn made(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<Made<'a>> {
         let pooled = |source| SharedHeads::with_pooler(plan, source, Box::new(Arc::clone(&self.pooler)));
         let closed = || pooled(source);
         let text = self.calibration.and_then(|calibration| Some((calibration, calibration.text()?)));
-        let Some((calibration, (model, texts))) = text else { return Ok((closed()?, Vec::new())) };
+        let Some((calibration, (model, texts))) = text else { return Ok(Made::new(closed()?, Vec::new())) };
         let refitted = |level| Ok::<_, Error>(refit(closed()?, model, texts.fit(), level, run)?.shared);
+        let distilled = |shared| {
+            let distilled = self.distil.as_ref().map(|distil| {
+                distil.run(model, shared, texts.fit(), texts.validation(), run).map_err(Error::from)
+            });
+            distilled.transpose()
+        };
         if texts.validation().is_none() {
             let shared = plan.pooling.refit.map_or_else(closed, refitted)?;
-            return Ok((shared, Vec::new()));
+            return Ok(match distilled(shared.clone())? {
+                Some(Distilled { shared, course, interrupted }) => {
+                    Made { shared, stages: Vec::new(), course, interrupted }
+                }
+                None => Made::new(shared, Vec::new()),
+            });
         }
         let mut stages = Stages::new(model, texts, run)?;
         if self.pooler.needs().moment {
@@ -154,8 +179,16 @@ impl<'a> Compress<'a> {
                 stages.offer(refitted(Refit::Output)?, run)?;
             }
         }
+        let kept = stages.kept.clone().map_or_else(closed, Ok)?;
+        let (mut course, mut interrupted) = (Vec::new(), false);
+        if let Some(distilled) = distilled(kept)? {
+            (course, interrupted) = (distilled.course, distilled.interrupted);
+            // Whoever broke it off wants what there is.
+            stages.offer(distilled.shared, if interrupted { run.unwatched() } else { run })?;
+        }
         let Stages { stages, kept, .. } = stages;
-        Ok((kept.map_or_else(closed, |shared| Ok(shared.settled()))?, stages))
+        let shared = kept.map_or_else(closed, |shared| Ok(shared.settled()))?;
+        Ok(Made { shared, stages, course, interrupted })
     }
 
     /// What shared heads do on each text that validates them, beside what they do on windows that fitted them.

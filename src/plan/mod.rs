@@ -19,10 +19,10 @@ use crate::partition::{Partition, SearchSpace};
 use crate::spec::Spec;
 
 #[cfg(feature = "checkpoint")]
+pub(crate) use file::{PLAN_LIMIT, parse_plan};
+#[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use file::{read_plan, write_plan};
-#[cfg(feature = "checkpoint")]
-pub(crate) use file::{PLAN_LIMIT, parse_plan};
 pub use shared::SharedHeads;
 
 /// A partition for every layer, with what made it and what makes shared heads of it.

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use super::{Plan, Pooling};
 use crate::error::{Error, Result};
 use crate::heads::{HeadSource, Heads, Pooled};
@@ -34,7 +36,7 @@ use crate::pooler::{KvPooler, POOLERS};
 /// assert_eq!(other.done().pooler, FirstHead.spec());
 /// # Ok::<(), qcqa::Error>(())
 /// ```
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct SharedHeads<'a> {
     plan: Plan,
     source: &'a dyn HeadSource,
@@ -43,12 +45,12 @@ pub struct SharedHeads<'a> {
 }
 
 /// Where shared heads come from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Made {
     /// From a pooler, when they are asked for.
-    By(Box<dyn KvPooler>),
+    By(Arc<dyn KvPooler>),
     /// From elsewhere, all layers: refits, distillation, files.
-    Given(Vec<Pooled>),
+    Given(Arc<Vec<Pooled>>),
 }
 
 impl<'a> SharedHeads<'a> {
@@ -86,7 +88,7 @@ impl<'a> SharedHeads<'a> {
         plan.source.check_same(&source.id()?)?;
         let calibration = source.calibration().filter(|_| pooler.needs().moment);
         let done = Pooling::new(pooler.spec()).with_calibration(calibration);
-        Ok(Self { plan: plan.clone(), source, made: Made::By(pooler), done })
+        Ok(Self { plan: plan.clone(), source, made: Made::By(Arc::from(pooler)), done })
     }
 
     /// Shared heads that a plan's pooling has made before, one [`Pooled`] a layer.
@@ -95,19 +97,23 @@ impl<'a> SharedHeads<'a> {
         plan.check()?;
         plan.source.check_same(&source.id()?)?;
         let done = plan.pooling.clone();
-        Ok(Self { plan: plan.clone(), source, made: Made::Given(layers), done })
+        Ok(Self { plan: plan.clone(), source, made: Made::Given(Arc::new(layers)), done })
     }
 
     /// These layers in the place of what the pooler makes, with the refit that made them.
     #[cfg(feature = "runtime")]
     pub(crate) fn refitted(self, layers: Vec<Pooled>, refit: super::Refit) -> Self {
-        Self { made: Made::Given(layers), done: self.done.with_refit(Some(refit)), ..self }
+        Self { made: Made::Given(Arc::new(layers)), done: self.done.with_refit(Some(refit)), ..self }
     }
 
     /// These layers after distillation, in the place of what there was.
     #[cfg(feature = "runtime")]
     pub(crate) fn distilled(self, layers: Vec<Pooled>, distilled: super::Distillation) -> Self {
-        Self { made: Made::Given(layers), done: self.done.with_distillation(Some(distilled)), ..self }
+        Self {
+            made: Made::Given(Arc::new(layers)),
+            done: self.done.with_distillation(Some(distilled)),
+            ..self
+        }
     }
 
     /// The plan.

@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Tensor};
 use faer::Mat;
+use faer::Par;
 use faer::dyn_stack::{MemBuffer, MemStack, StackReq};
 use faer::linalg::cholesky::llt;
-use faer::Par;
 
 use super::texts::Texts;
 use crate::error::{Error, Result};
@@ -27,7 +27,10 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
         }
         let weighed = reads.broadcast_mul(&text.weight)?.t()?;
         // f32 within a window, f64 over all.
-        Ok([weighed.matmul(&reads)?.to_dtype(DType::F64)?, weighed.matmul(&text.target)?.to_dtype(DType::F64)?])
+        Ok([
+            weighed.matmul(&reads)?.to_dtype(DType::F64)?,
+            weighed.matmul(&text.target)?.to_dtype(DType::F64)?,
+        ])
     })?;
     let mut parts = parts.into_iter();
     let [mut squares, mut products] = parts.next().ok_or(Error::NoLayer { layer: i, layers: 0 })?;
@@ -47,7 +50,8 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
     // What has no energy stays as it is.
     let Some(found) = solve_positive(squares, products) else { return Ok(model.clone()) };
     let (d, columns) = (found.ncols(), m - usize::from(bias.is_some()));
-    let numbers: Vec<f32> = (0..d).flat_map(|row| (0..columns).map(move |c| (c, row))).map(|at| found[at] as f32).collect();
+    let numbers: Vec<f32> =
+        (0..d).flat_map(|row| (0..columns).map(move |c| (c, row))).map(|at| found[at] as f32).collect();
     weights.matrices[3] = Tensor::from_vec(numbers, (d, columns), model.place())?;
     if bias.is_some() {
         let numbers: Vec<f32> = (0..d).map(|row| found[(columns, row)] as f32).collect();

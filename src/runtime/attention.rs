@@ -127,7 +127,12 @@ impl Attention {
             head_dim,
             reach: spec.mask.reach(),
             scale: spec.scale,
-            biased: [query.bias().is_some(), key.bias().is_some(), value.bias().is_some(), output_bias.is_some()],
+            biased: [
+                query.bias().is_some(),
+                key.bias().is_some(),
+                value.bias().is_some(),
+                output_bias.is_some(),
+            ],
             query_order,
             kv_order,
         })
@@ -233,7 +238,12 @@ pub(super) struct Place {
 impl Place {
     /// The block's part of queries (B, n_q, T, h), keys and values (B, k, S, h): (B, groups, r·T, h), (B, groups, S, h). The
     /// queries of a group are rows of one product with its keys, where row i belongs to token i mod T.
-    pub(super) fn of(&self, query: &Tensor, keys: &Tensor, values: &Tensor) -> candle_core::Result<[Tensor; 3]> {
+    pub(super) fn of(
+        &self,
+        query: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> candle_core::Result<[Tensor; 3]> {
         let own = |t: &Tensor| t.narrow(1, self.first_group, self.block.groups)?.contiguous();
         Ok([self.queries(query)?, own(keys)?, own(values)?])
     }

@@ -109,7 +109,9 @@ impl Layer {
         pass: &Pass,
         past: Option<&mut LayerCache>,
     ) -> candle_core::Result<Tensor> {
-        self.feed_forward(&(x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?)
+        self.feed_forward(
+            &(x + self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?)?,
+        )
     }
 
     /// What comes after attention was added, (N, d) → (N, d).

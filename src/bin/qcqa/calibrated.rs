@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use qcqa::calibration::{Calibration, Origin, TextSource};
+use qcqa::calibration::{Calibration, Origin, TextSource, read_texts};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::plan::{Plan, SharedHeads, read_plan};
 use qcqa::pooler::POOLERS;
 use qcqa::refit;
-use qcqa::runtime::RuntimeError;
+use qcqa::runtime::{Model, RuntimeError};
+use qcqa::text::Texts;
 use qcqa::{Error, HeadSource, Run};
 
 use crate::Done;
@@ -77,6 +78,15 @@ impl CalibrationArgs {
     ) -> Result<Option<Calibration<'a>>, CliError> {
         let open = || Calibration::open(checkpoint, &self.sources(), self.calibration_windows, run);
         self.is_given().then(open).transpose().map_err(|error| self.failed(error))
+    }
+
+    /// The texts, in their roles, and the model that reads them.
+    pub(super) fn texts(&self, checkpoint: &Checkpoint, run: Run<'_>) -> Result<(Model, Texts), CliError> {
+        if !self.is_given() {
+            return Err(CliError::usage("--calibration FILE is missing: the text to learn from"));
+        }
+        let read = read_texts(checkpoint, &self.sources(), self.calibration_windows, run);
+        read.map_err(|error| self.failed(error))
     }
 
     /// The calibration that a plan was made with, where its pooler uses moments.

@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use clap::Args;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
+use qcqa::distil::Effort;
 use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
 use serde_json::{Value, json};
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use crate::Done;
 use crate::args::{SearchOptions, Writing, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
+use crate::distill::{beside, effort, told};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, file_bytes};
 use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
@@ -33,6 +35,13 @@ pub(super) struct ConvertArgs {
 pub(super) struct CompressArgs {
     #[command(flatten)]
     pub(super) asked: SearchOptions,
+    /// Let the shared heads learn from their source for so many tokens (500k, 2M) or so long (30min, 2h), on the calibration
+    /// text
+    ///
+    /// The state lies beside the output until all is done: after Ctrl-C, which writes what is best so far, or a crash the same
+    /// command goes on from there.
+    #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
+    distill: Option<Effort>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -46,11 +55,18 @@ struct OutputArgs {
     /// stock loads in every runtime; expanded holds any plan but saves no memory: it is for evaluation.
     #[arg(long, default_value = "stock", value_parser = targets_parser())]
     target: String,
+    #[command(flatten)]
+    written: Written,
+}
+
+/// Where, and how carefully.
+#[derive(Debug, Args)]
+pub(super) struct Written {
     /// Directory of the output
     #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    pub(super) out: PathBuf,
     #[command(flatten)]
-    writing: Writing,
+    pub(super) writing: Writing,
 }
 
 pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
@@ -61,8 +77,9 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     args.output.check(&checkpoint)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, &checkpoint, run)?;
     let shared = shared(&plan, &args.plan, &checkpoint, calibration.as_ref(), run)?;
-    let report = write(&checkpoint, &shared, target, &args.output.out, args.output.writing.options(), run)?;
-    let (text, mut json) = args.output.tell(target, &report);
+    let written = &args.output.written;
+    let report = write(&checkpoint, &shared, target, &written.out, written.writing.options(), run)?;
+    let (text, mut json) = tell(written, target, &report);
     json["calibration"] = json!(calibration.as_ref().map(rests_on_json));
     Ok(Output { text: calibration.as_ref().map_or(String::new(), rests_on) + &text, json })
 }
@@ -73,50 +90,57 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
     let target = target(&args.output.target)?;
-    let compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
+    let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
+    let written = &args.output.written;
+    if let Some(effort) = args.distill {
+        compress = compress.distil(beside(effort, &written.out));
+    }
     let compressed = compress.run(&checkpoint, run)?;
-    let report = compressed.write(&args.output.out, args.output.writing.options(), run)?;
+    let run = if compressed.interrupted { run.unwatched() } else { run };
+    let report = compressed.write(&written.out, written.writing.options(), run)?;
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;
     let (mut text, mut json) = (planned.describe() + "\n", planned.report());
     if calibration.is_some_and(|calibration| calibration.text().is_some()) {
         text += &format!("{}\n", outcome(&compressed));
+        text += &told(&compressed.course, compressed.interrupted, &written.out);
         (json["validation"], json["stages"]) = outcome_json(&compressed);
+        json["distillation"] = json!({ "course": compressed.course, "interrupted": compressed.interrupted });
     }
-    let (written, output) = args.output.tell(target, &report);
+    let (told, output) = tell(written, target, &report);
     json["output"] = output;
-    Ok(Output { text: text + &written, json })
+    Ok(Output { text: text + &told, json })
 }
 
 impl OutputArgs {
     /// Checks the place for the output: better now than after everything is computed.
     fn check(&self, checkpoint: &Checkpoint) -> Result<(), CliError> {
-        Ok(check_place(checkpoint, &self.out, self.writing.options().force)?)
+        Ok(check_place(checkpoint, &self.written.out, self.written.writing.options().force)?)
     }
+}
 
-    /// What came of writing.
-    fn tell(&self, target: &dyn Target, report: &Report) -> (String, Value) {
-        let dry_run = self.writing.dry_run;
-        let done = if dry_run { "would be written to" } else { "written to" };
-        let saves = report.saves_memory;
-        let cache = if saves {
-            let (after, before) = (report.kv_bytes_after as u64, report.kv_bytes_before as u64);
-            format!("KV cache {} a token instead of {}", bytes(after), bytes(before))
-        } else {
-            "SAVES NO MEMORY: shared heads are copied back to every head, for evaluation only".to_string()
-        };
-        let text = format!(
-            "{} model, {} in {} files, {done} {}\n{cache}\n",
-            target.name(),
-            file_bytes(report.bytes),
-            report.files.len(),
-            self.out.display(),
-        );
-        let json = json!({
-            "out": self.out, "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
-            "bytes": report.bytes, "files": report.files,
-            "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
-        });
-        (text, json)
-    }
+/// What came of writing.
+pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (String, Value) {
+    let dry_run = written.writing.dry_run;
+    let done = if dry_run { "would be written to" } else { "written to" };
+    let saves = report.saves_memory;
+    let cache = if saves {
+        let (after, before) = (report.kv_bytes_after as u64, report.kv_bytes_before as u64);
+        format!("KV cache {} a token instead of {}", bytes(after), bytes(before))
+    } else {
+        "SAVES NO MEMORY: shared heads are copied back to every head, for evaluation only".to_string()
+    };
+    let text = format!(
+        "{} model, {} in {} files, {done} {}\n{cache}\n",
+        target.name(),
+        file_bytes(report.bytes),
+        report.files.len(),
+        written.out.display(),
+    );
+    let json = json!({
+        "out": written.out, "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
+        "bytes": report.bytes, "files": report.files,
+        "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
+    });
+    (text, json)
 }

@@ -9,6 +9,7 @@ mod calibrated;
 mod compare;
 mod comparison;
 mod convert;
+mod distill;
 mod eval;
 mod hints;
 mod inspect;
@@ -73,6 +74,8 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Search and convert in one
     Compress(convert::CompressArgs),
+    /// Let the shared heads of a converted model learn from its source
+    Distill(distill::DistillArgs),
     /// Perplexity of a model, or of a model under a plan, and how far it is from its source
     Eval(eval::EvalArgs),
     /// Measure the second moments of every layer's inputs on a text
@@ -94,6 +97,7 @@ fn main() -> ExitCode {
         Command::Search(args) => args.asked.calibration.named(search::search(args, run)),
         Command::Convert(args) => args.calibration.named(convert::convert(args, run)),
         Command::Compress(args) => args.asked.calibration.named(convert::compress(args, run)),
+        Command::Distill(args) => args.calibration.named(distill::distill(args, run)),
         Command::Eval(args) => args.calibration.named(eval::eval(args, run)),
         Command::Calibrate(args) => calibrate::calibrate(args, run),
     };

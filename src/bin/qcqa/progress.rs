@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qcqa::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 10] = [
+const BARS: [(&str, &str); 11] = [
     ("layers", "reading layers"),
     ("search", "searching"),
     ("write", "writing"),
@@ -20,6 +20,7 @@ const BARS: [(&str, &str); 10] = [
     ("sensitivity", "weighing layers"),
     ("choose", "choosing groups"),
     ("refit", "refitting"),
+    ("distil", "distilling"),
     ("choices", "answering"),
 ];
 
@@ -50,14 +51,19 @@ impl Watch {
         let named = BARS.iter().find(|(stage, _)| *stage == progress.stage);
         let mut shown = self.bar.lock().unwrap_or_else(PoisonError::into_inner);
         match (named, &mut *shown) {
-            (Some((stage, _)), Some((current, bar))) if current == stage => bar.set_position(progress.done),
+            (Some((stage, _)), Some((current, bar))) if current == stage => {
+                bar.set_length(progress.total);
+                bar.set_prefix(progress.detail.to_string());
+                bar.set_position(progress.done);
+            }
             (Some((stage, name)), shown) => {
                 if let Some((_, old)) = shown.take() {
                     old.finish_and_clear();
                 }
                 let bar = ProgressBar::new(progress.total).with_message(*name);
-                let style =
-                    ProgressStyle::with_template("{msg:16} {wide_bar} {pos}/{len}  {elapsed} (left: {eta})");
+                let style = ProgressStyle::with_template(
+                    "{msg:16} {wide_bar} {pos}/{len}  {prefix} {elapsed} (left: {eta})",
+                );
                 if let Ok(style) = style {
                     bar.set_style(style);
                 }
