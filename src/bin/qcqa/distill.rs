@@ -9,6 +9,7 @@ use qcqa::distil::{Distill, Effort};
 use qcqa::evaluation::{Evaluation, Reference};
 use qcqa::output::{Provenance, check_place, convert, read_back};
 use qcqa::plan::SharedHeads;
+use qcqa::runtime::Model;
 use qcqa::{Error, Run};
 use serde_json::json;
 
@@ -98,6 +99,17 @@ pub(super) fn told(course: &[(u64, f64)], interrupted: bool, out: &Path) -> Stri
     text
 }
 
+/// How well each text is read with these shared heads.
+fn compared(
+    model: &Model,
+    references: &[(&str, Reference<'_>)],
+    shared: &SharedHeads<'_>,
+    run: Run<'_>,
+) -> Result<Vec<Evaluation>, CliError> {
+    let model = model.with_shared(shared)?;
+    references.iter().map(|(_, reference)| Ok(reference.compare(&model, run)?)).collect()
+}
+
 pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let source = Checkpoint::open(&args.source)?;
     let Provenance { plan, target: name, .. } = Provenance::read(&args.model)?;
@@ -112,11 +124,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let named = texts.each().iter().filter_map(|text| Some((text.name(), text.validation()?)));
     let references = named.map(|(name, windows)| Ok((name, Reference::new(&model, windows, run)?)));
     let references: Vec<_> = references.collect::<Result<_, Error>>()?;
-    let compared = |shared, run: Run<'_>| -> Result<Vec<Evaluation>, CliError> {
-        let model = model.with_shared(shared)?;
-        references.iter().map(|(_, reference)| Ok(reference.compare(&model, run)?)).collect()
-    };
-    let before = compared(&shared, run)?;
+    let before = compared(&model, &references, &shared, run)?;
     if args.written.writing.dry_run {
         let report = convert(&source, &shared, target, out, options, run)?;
         let (text, json) = tell(&args.written, target, &report);
@@ -125,7 +133,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let found = beside(args.effort, out).run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever broke it off wants what there is.
     let run = if found.interrupted { run.unwatched() } else { run };
-    let after = compared(&found.shared, run)?;
+    let after = compared(&model, &references, &found.shared, run)?;
     let report = convert(&source, &found.shared, target, out, options, run)?;
 
     let kl = |evaluation: &Evaluation| evaluation.divergence.map_or(f64::NAN, |d| d.kl);
