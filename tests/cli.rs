@@ -253,6 +253,7 @@ fn short_help_fits_one_screen() {
         &["search"],
         &["convert"],
         &["compress"],
+        &["distill"],
         &["eval"],
         &["calibrate"],
     ];

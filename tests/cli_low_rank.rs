@@ -240,7 +240,7 @@ fn poolers_and_allocations_can_be_chosen() {
         (&"measured".into(), &"arbitrary".into())
     );
     assert_eq!(low_rank(&[])["cost"], "energy-share");
-    assert_eq!(low_rank(&[])["allocation"]["name"], "exact");
+    assert_eq!(low_rank(&[])["allocation"]["name"], "uniform", "without a text one k everywhere");
     let stock = low_rank(&[&["--target", "stock"], &calibration[..]].concat());
     assert_eq!(stock["allocation"]["name"], "uniform");
     let measured =

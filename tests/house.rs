@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms, from the lowest to the highest: each may import from those before it.
-const ROOMS: [&str; 28] = [
+const ROOMS: [&str; 30] = [
     "error",
     "run",
     "spec",
@@ -28,9 +28,11 @@ const ROOMS: [&str; 28] = [
     "families",
     "text",
     "runtime",
+    "descent",
     "evaluation",
     "calibration",
     "refit",
+    "distil",
     "output",
     "targets",
     "pipeline",

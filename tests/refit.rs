@@ -112,9 +112,12 @@ fn the_errors_are_those_of_the_attention_output() {
         for i in 0..2 {
             let (heads, layer) = found.shared.layer(i).unwrap();
             let adds = attention(&checkpoint, &heads, Some((&layer, &groups[i])), &met[i]);
-            let target = attention(&checkpoint, &heads, None, &original[i]) + &wanted[i] - &stream[i];
-            errors[i] += (&adds - &target).mapv(|v| v * v).sum();
-            energies[i] += target.mapv(|v| v * v).sum();
+            let after = attention(&checkpoint, &heads, None, &original[i]) + &wanted[i];
+            let target = &after - &stream[i];
+            let energy = |rows: &Array2<f64>| rows.mapv(|v| v * v).sum_axis(ndarray::Axis(1));
+            // Every token by one over the squared length of the source's stream.
+            errors[i] += (energy(&(&adds - &target)) / energy(&after)).sum();
+            energies[i] += (energy(&target) / energy(&after)).sum();
         }
     }
     for (i, [before, after]) in found.errors.into_iter().enumerate() {
@@ -138,8 +141,8 @@ fn what_is_not_refitted_stays_bit_for_bit() {
     for i in 0..4 {
         let parts = |layer: &Pooled| (layer.query.clone(), layer.key.clone(), layer.value.clone());
         assert!(parts(&output[i]) == parts(&none[i]));
-        // Above the layer that shares, the output makes up for what is lost below.
-        assert_eq!(i == 1, parts(&full[i]) != parts(&none[i]), "layer {i}");
+        // Above the layer that shares, all of the attention makes up for what is lost below.
+        assert_eq!(i >= 1, parts(&full[i]) != parts(&none[i]), "layer {i}");
         for refitted in [&output[i], &full[i]] {
             assert_eq!(i >= 1, refitted.output != none[i].output, "layer {i}");
         }
@@ -287,11 +290,7 @@ fn biases_and_grouped_queries_are_refitted_too() {
             assert!(after < before, "{:?}", found.errors);
         }
         let merged = source.with_shared(&found.shared).unwrap();
-        // A group of one head keeps its key and value, bit for bit.
         let (heads, layer) = found.shared.layer(0).unwrap();
-        let alone = |p: &Projection, head: usize| p.weight().slice(s![head, .., ..]).to_owned();
-        assert_eq!(alone(&layer.key, 2), alone(heads.key(), 4));
-        assert_eq!(alone(&layer.value, 2), alone(heads.value(), 4));
         assert_eq!(layer.output_bias.is_some(), heads.output_bias().is_some());
         // What is written computes the same.
         let equal = [[0, 0, 1, 1, 2, 2]; 2].map(|labels| Partition::from_labels(&labels).unwrap());

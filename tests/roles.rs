@@ -282,7 +282,7 @@ fn without_windows_that_validate_nothing_is_chosen() {
     assert!(found.stages.is_empty() && found.effects.is_empty());
     let plan = found.plan();
     assert_eq!((plan.pooling.refit, plan.method.chosen_by_loss), (Some(Refit::Full), false));
-    assert_eq!(plan.method.allocation.name(), "exact");
+    assert_eq!(plan.method.allocation.name(), "uniform");
     let refused = low_rank().by_sensitivity().plan(&calibration, Run::new(0)).unwrap_err();
     says(&refused.to_string(), &["how much each layer pays"]);
 }

@@ -46,7 +46,8 @@ pub enum Effort {
 /// ```
 /// use std::time::Duration;
 ///
-/// use qcqa::distil::{Distill, Effort, Descent};
+/// use qcqa::descent::Descent;
+/// use qcqa::distil::{Distill, Effort};
 ///
 /// let tokens = Distill::new(Effort::Tokens(2_000_000));
 /// let minutes = Distill::new(Effort::Time(Duration::from_secs(1800))).descent(Descent::AdamW);

@@ -7,6 +7,7 @@ mod texts;
 use self::texts::Texts;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
+use crate::heads::Pooled;
 use crate::plan::{Plan, Refit, SharedHeads};
 use crate::run::Run;
 use crate::runtime::Model;
@@ -39,7 +40,7 @@ pub fn apply<'a>(
     let shared = SharedHeads::unfitted(plan, calibration)?;
     let Some(level) = plan.pooling.refit else { return Ok(shared) };
     let (model, texts) = calibration.text().ok_or(Error::PlanRefit { refit: level.name() })?;
-    Ok(refit(shared, model, texts.fit(), level, run)?.shared)
+    Ok(refit(shared, model, texts.fit(), level, run.with_seed(plan.seed))?.shared)
 }
 
 /// Fits shared heads again on a text, from the first layer to the last, each on the inputs that the layers below leave it
@@ -116,7 +117,14 @@ pub fn refit<'a>(
                 }
                 if after <= before {
                     (merged, error[1]) = (fitted, after);
-                    pooled = merged.pooled(i)?;
+                    let found = merged.pooled(i)?;
+                    pooled = match level {
+                        // All else stays bit for bit.
+                        Refit::Output => {
+                            Pooled { output: found.output, output_bias: found.output_bias, ..pooled }
+                        }
+                        Refit::Full => found,
+                    };
                 }
             }
         }

@@ -8,7 +8,7 @@ use super::Model;
 
 /// Numbers of logits held at once, of each of two models.
 const BLOCK_LOGITS: usize = 1 << 22;
-/// The same on a device with memory to spare and products that want to be large.
+/// On a device with memory to spare and products that want to be large.
 const DEVICE_BLOCK_LOGITS: usize = 1 << 27;
 
 impl Model {

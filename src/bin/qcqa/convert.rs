@@ -35,11 +35,10 @@ pub(super) struct ConvertArgs {
 pub(super) struct CompressArgs {
     #[command(flatten)]
     pub(super) asked: SearchOptions,
-    /// Let the shared heads learn from their source for so many tokens (500k, 2M) or so long (30min, 2h), on the calibration
-    /// text
+    /// Distil shared heads from their source: 500k or 2M tokens, 30min or 2h
     ///
-    /// The state lies beside the output until all is done: after Ctrl-C, which writes what is best so far, or a crash the same
-    /// command goes on from there.
+    /// They learn what it says on the calibration text. The state lies beside the output until all is done: after Ctrl-C, which
+    /// writes what is best so far, or a crash the same command goes on from there.
     #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
     distill: Option<Effort>,
     #[command(flatten)]
