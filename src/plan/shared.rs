@@ -60,17 +60,19 @@ impl<'a> SharedHeads<'a> {
     /// As [`Plan::check`]; [`Error::PlanSource`] for a plan of another model; [`Error::UnknownPlugin`],
     /// [`Error::UnknownSetting`] and [`Error::Setting`] for a pooler that this crate does not have;
     /// [`Error::PlanCalibration`] unless the pooler uses the moments that the plan names; [`Error::PlanRefit`] for a plan
-    /// with a refit: that takes a text (feature `runtime`: [`refit`](crate::refit)).
+    /// with a refit: that takes a text (feature `runtime`: [`refit`](crate::refit)); [`Error::PlanDistilled`].
     pub fn new(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
-        match (plan.pooling.refit, &plan.pooling.distilled) {
-            (_, Some(_)) => Err(Error::PlanDistilled),
-            (Some(refit), None) => Err(Error::PlanRefit { refit: refit.name() }),
-            (None, None) => Self::unfitted(plan, source),
+        match plan.pooling.refit {
+            Some(refit) if plan.pooling.distilled.is_none() => Err(Error::PlanRefit { refit: refit.name() }),
+            _ => Self::unfitted(plan, source),
         }
     }
 
     /// The shared heads before any refit.
     pub(crate) fn unfitted(plan: &Plan, source: &'a dyn HeadSource) -> Result<Self> {
+        if plan.pooling.distilled.is_some() {
+            return Err(Error::PlanDistilled);
+        }
         let mut shared = Self::with_pooler(plan, source, POOLERS.make(&plan.pooling.pooler)?)?;
         // As the plan says it, whether or not it spells out every setting.
         shared.done.pooler = plan.pooling.pooler.clone();

@@ -120,6 +120,9 @@ impl CalibrationArgs {
 pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<Plan, CliError> {
     let plan = read_plan(file)?;
     plan.source.check_same(&checkpoint.id()?).map_err(|e| about(file, e))?;
+    if plan.pooling.distilled.is_some() {
+        return Err(about(file, Error::PlanDistilled));
+    }
     let pooler = POOLERS.make(&plan.pooling.pooler).map_err(|e| about(file, e))?;
     if plan.pooling.refit.is_some() && !pooler.needs().moment {
         let pooler = plan.pooling.pooler.name().to_string();

@@ -35,9 +35,9 @@ pub(super) struct ConvertArgs {
 pub(super) struct CompressArgs {
     #[command(flatten)]
     pub(super) asked: SearchOptions,
-    /// Distil shared heads from their source: 500k or 2M tokens, 30min or 2h
+    /// Distil afterwards, for 500k or 2M tokens, 30min or 2h
     ///
-    /// They learn what it says on the calibration text. The state lies beside the output until all is done: after Ctrl-C, which
+    /// Shared heads learn what their source says on the calibration text. The state lies beside the output until all is done: after Ctrl-C, which
     /// writes what is best so far, or a crash the same command goes on from there.
     #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
     distill: Option<Effort>,

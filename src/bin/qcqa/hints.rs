@@ -87,6 +87,7 @@ fn of_library(error: &Error) -> (u8, Option<&'static str>) {
             (2, Some("(`--calibration TEXT`; without one `--allocation exact`, `--refit none`)"))
         }
         Error::RefitPooler { .. } => (2, Some("(`--pooler low-rank` or `procrustes`)")),
+        Error::PlanDistilled => (2, Some("(`qcqa distill`, on what `compress` wrote)")),
         Error::PlanRefit { .. } => (2, Some("(`--calibration TEXT`)")),
         Error::PlanCalibration { expected: Some(_), found: Some(_) } => {
             (2, Some("(`--calibration-windows`)"))
