@@ -64,7 +64,7 @@ fn what_distillation_needs_is_said_before_it_begins() {
     let root = tempfile::tempdir().unwrap();
     let (model, out) = (models::novels(), root.path().join("out"));
     let compress = ["compress", text(&model), "--kv", "0.5", "--out", text(&out)];
-    for effort in ["0", "2X", "-1M", "1e3", "2Mio", "", "99999999h"] {
+    for effort in ["0", "2X", "1e3", "2Mio", "", "99999999h"] {
         says(&fails(2, &[&compress[..], &["--distill", effort]].concat()), &["tokens", "time"]);
     }
     says(&fails(2, &[&compress[..], &["--distill", "2k"]].concat()), &["text"]);

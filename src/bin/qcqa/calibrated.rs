@@ -19,7 +19,7 @@ use crate::hints::{CliError, about, of_calibration};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Calibration")]
 pub(super) struct CalibrationArgs {
-    /// Texts like those that the model will read, or moments of them; `self`: what the model writes itself
+    /// Texts like those it will read, or moments; `self`: its own text
     ///
     /// Several have equal shares of the windows, unless they say `novels.txt:3 manual.txt:1`. Of each text an eighth of the
     /// windows fits nothing: it chooses, and shows what became of the model. `self`, where no text is at hand, is a poor
