@@ -17,7 +17,7 @@ use qcqa::heads::HeadSource;
 use qcqa::optimizer::Nsga2;
 use qcqa::partition::{Partition, SearchSpace};
 use qcqa::plan::SharedHeads;
-use qcqa::pooler::{FirstHead, MeanPooler};
+use qcqa::pooler::{FirstHead, LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
 use qcqa::text::Windows;
 use qcqa::{Optimizer, Progress, Run};
@@ -132,4 +132,75 @@ fn models_are_chosen_by_their_loss() {
     }
     models::says(&choose_model(&[], &windows, run).unwrap_err().to_string(), &["models", "1", "0"]);
     models::says(&trial.grouped(&[]).unwrap_err().to_string(), &["partitions", "2", "0"]);
+}
+
+/// One pass backward ranks layers and numbers of groups as whole evaluations do; what loses nothing costs nothing; one seed, one
+/// estimate on any number of threads.
+#[test]
+fn an_estimate_ranks_as_measurements_do() {
+    let checkpoint = running::novels();
+    let model = Model::load(&checkpoint).unwrap();
+    let windows = running::windows(&checkpoint, &model, &running::calibration_text());
+    let (fit, few) = (windows.clone().first(24), windows.first(8));
+    let calibration =
+        Calibration::new(&checkpoint, Moments::measure(&model, &fit, Run::new(0)).unwrap()).unwrap();
+    let neighbours = |i: usize| {
+        let fitness = WeightSharingError::new(&calibration.heads(i).unwrap()).unwrap();
+        let mut front = Front::new(&fitness).unwrap();
+        for k in [1, 2, 4] {
+            let labels: Vec<usize> = (0..8).map(|head| head * k / 8).collect();
+            front.offer(&Partition::from_labels(&labels).unwrap(), 1.0 / k as f64).unwrap();
+        }
+        front
+    };
+    let fronts: Vec<Front> = (0..4).map(neighbours).collect();
+    let pooler = LowRankPooler::default();
+    let trial = Trial::new(&calibration, &model, &pooler, &few);
+    let [one, three] = [1, 3].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| Sensitivity::estimate(&trial, &fronts, Run::new(7)).unwrap())
+    });
+    assert_eq!(one, three);
+    assert_ne!(one, Sensitivity::estimate(&trial, &fronts, Run::new(8)).unwrap(), "labels are drawn");
+    let measured = Sensitivity::measure(&trial, &fronts, Run::new(7)).unwrap();
+    let logs = |of: &Sensitivity| -> Vec<f64> {
+        of.measured().iter().flatten().map(|&(_, rise)| rise.max(1e-6).ln()).collect()
+    };
+    let (a, b) = (logs(&one), logs(&measured));
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let (of_a, of_b) = (mean(&a), mean(&b));
+    let product = |x: &[f64], y: &[f64], mx: f64, my: f64| -> f64 {
+        x.iter().zip(y).map(|(x, y)| (x - mx) * (y - my)).sum()
+    };
+    let correlation =
+        product(&a, &b, of_a, of_b) / (product(&a, &a, of_a, of_a) * product(&b, &b, of_b, of_b)).sqrt();
+    assert!(correlation > 0.85, "{correlation}: {:?} against {:?}", one.measured(), measured.measured());
+    // Fewer groups lose more, in every layer.
+    assert!(one.measured().iter().all(|layer| layer.is_sorted_by(|(_, a), (_, b)| a > b)));
+}
+
+/// Heads that are copies merge to nothing lost, and cost nothing.
+#[test]
+fn copies_cost_nothing() {
+    let mut made = running::runnable("qwen2", safetensors::Dtype::F32, 3, true);
+    for part in ["k", "v"] {
+        for kind in ["weight", "bias"] {
+            let bytes = &mut made.tensor(&format!("model.layers.1.self_attn.{part}_proj.{kind}")).bytes;
+            let head = bytes.len() / 3;
+            bytes.copy_within(0..head, 2 * head);
+        }
+    }
+    let (_root, checkpoint) = running::opened(&made);
+    let model = Model::load(&checkpoint).unwrap();
+    let windows = Windows::new((0..50u32).map(|t| t * t % 11 + t % 5).collect(), 8).unwrap();
+    let front = |i: usize| {
+        let fitness = WeightSharingError::new(&checkpoint.heads(i).unwrap()).unwrap();
+        let mut front = Front::new(&fitness).unwrap();
+        front.offer(&Partition::from_labels(&[0, 1, 0]).unwrap(), 0.0).unwrap();
+        front
+    };
+    let trial = trial(&checkpoint, &model, &windows);
+    let found = Sensitivity::estimate(&trial, &[front(0), front(1)], Run::new(0)).unwrap();
+    let cost = |layer: usize| found.measured()[layer].iter().find(|(k, _)| *k == 2).unwrap().1;
+    assert!(cost(0) > 1e-4 && cost(1) < 1e-9, "{:?}", found.measured());
 }

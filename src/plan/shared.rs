@@ -50,6 +50,7 @@ enum Made {
     /// From a pooler, when they are asked for.
     By(Arc<dyn KvPooler>),
     /// From elsewhere, all layers: refits, distillation, files.
+    #[cfg(feature = "checkpoint")]
     Given(Arc<Vec<Pooled>>),
 }
 
@@ -161,6 +162,7 @@ impl<'a> SharedHeads<'a> {
         let groups = &planned.ok_or(Error::NoLayer { layer, layers: self.plan.layers.len() })?.groups;
         let heads = self.source.heads(layer)?;
         let pooled = match &self.made {
+            #[cfg(feature = "checkpoint")]
             Made::Given(layers) => layers[layer].clone(),
             Made::By(pooler) => pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
         };
