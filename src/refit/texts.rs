@@ -60,7 +60,8 @@ impl Texts {
     pub(super) fn enter(&mut self, model: &Model, merged: &Model, i: usize) -> Result<(), RuntimeError> {
         let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
         self.windows.par_chunks_mut(abreast).try_for_each(|window| {
-            let [source, stream] = [joined(window, |w| &w.source)?, joined(window, |w| &w.merged)?];
+            let [source, stream] =
+                [joined(window.iter(), |w| &w.source)?, joined(window.iter(), |w| &w.merged)?];
             let after = (&source + model.attend(i, &model.attention_input(i, &source)?, pass)?)?;
             let target = (&after - &stream)?;
             let input = merged.attention_input(i, &stream)?;
@@ -80,13 +81,14 @@ impl Texts {
     ) -> Result<(), RuntimeError> {
         let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
         self.windows.par_chunks_mut(abreast).try_for_each(|window| {
-            let [source, stream] = [joined(window, |w| &w.source)?, joined(window, |w| &w.merged)?];
+            let [source, stream] =
+                [joined(window.iter(), |w| &w.source)?, joined(window.iter(), |w| &w.merged)?];
             if !entered {
                 let after = model.layer(i, &source, pass)?;
                 part(window, held, &after, |w| &mut w.source)?;
                 return part(window, held, &after, |w| &mut w.merged);
             }
-            let input = joined(window, |w| &w.input)?;
+            let input = joined(window.iter(), |w| &w.input)?;
             let stream = merged.feed_forward(i, &(stream + merged.attend(i, &input, pass)?)?)?;
             part(window, held, &stream, |w| &mut w.merged)?;
             part(window, held, &model.feed_forward(i, &source)?, |w| &mut w.source)
@@ -102,10 +104,7 @@ impl Texts {
     ) -> Result<Vec<T>, RuntimeError> {
         let text = |chosen: &[usize]| {
             let chosen: Vec<&Window> = chosen.iter().map(|&n| &self.windows[n]).collect();
-            let cat = |of: fn(&Window) -> &Tensor| -> Result<Tensor, RuntimeError> {
-                let tensors: Vec<&Tensor> = chosen.iter().map(|window| of(window)).collect();
-                Ok(Tensor::cat(&tensors, 0)?.to_dtype(DType::F32)?)
-            };
+            let cat = |of: fn(&Window) -> &Tensor| joined(chosen.iter().copied(), of);
             let weight = cat(|w| &w.source)?.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
             make(&Text { input: cat(|w| &w.input)?, target: cat(|w| &w.target)?, weight })
         };
@@ -130,8 +129,11 @@ impl Texts {
 }
 
 /// A tensor of some windows, one after the other, in f32.
-fn joined(windows: &[Window], of: impl Fn(&Window) -> &Tensor) -> Result<Tensor, RuntimeError> {
-    let tensors: Vec<&Tensor> = windows.iter().map(of).collect();
+fn joined<'w>(
+    windows: impl Iterator<Item = &'w Window>,
+    of: fn(&Window) -> &Tensor,
+) -> Result<Tensor, RuntimeError> {
+    let tensors: Vec<&Tensor> = windows.map(of).collect();
     Ok(Tensor::cat(&tensors, 0)?.to_dtype(DType::F32)?)
 }
 
