@@ -1,4 +1,5 @@
-//! A model whose layers are unlike one another, described by a family of this test: loaded, run, evaluated, shared.
+//! A model whose layers are unlike one another, described by a family of this test: loaded, run, evaluated, shared. And models
+//! of which one layer is in memory at a time.
 #![cfg(feature = "runtime")]
 
 mod models;
@@ -9,7 +10,9 @@ use std::collections::BTreeMap;
 use approx::assert_relative_eq;
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 use qcqa::Run;
+use qcqa::calibration::Calibration;
 use qcqa::checkpoint::{Checkpoint, Config, Family, TensorIndex};
+use qcqa::distil::{Distill, Effort};
 use qcqa::evaluation::{evaluate, evaluate_against, evaluate_through_cache};
 use qcqa::files::FileError;
 use qcqa::model::{
@@ -17,12 +20,13 @@ use qcqa::model::{
     Stored, StoredHeads,
 };
 use qcqa::partition::Partition;
+use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::{KvCache, Model};
-use qcqa::text::Windows;
+use qcqa::text::{Texts, WholeText, Windows};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use running::{Slow, near, tokens};
+use running::{Slow, calibration_text, near, novels, opened, runnable, tokens, windows};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::json;
@@ -170,5 +174,55 @@ fn it_is_evaluated_like_any_other() {
             let found = evaluate_through_cache(model, &windows, chunk, Run::new(0)).unwrap();
             assert_relative_eq!(found.loss, whole.loss, epsilon = 1e-5);
         }
+    }
+}
+
+/// Numbers of a layer: key, value, query and output weights.
+fn weights_of(shared: &SharedHeads<'_>, layer: usize) -> Vec<f32> {
+    let (_, pooled) = shared.layer(layer).unwrap();
+    let projections = [Some(&pooled.key), Some(&pooled.value), pooled.query.as_ref()];
+    let projections = projections.into_iter().flatten().flat_map(|p| p.weight().to_owned());
+    projections.chain(pooled.output.iter().flatten().copied()).collect()
+}
+
+#[test]
+fn a_model_read_layer_by_layer_is_the_model_that_is_held() {
+    let checkpoint = novels();
+    let [held, read] = [Model::load(&checkpoint).unwrap(), Model::open_by_layers(&checkpoint).unwrap()];
+    let tokens = tokens(3, 40, 1000);
+    assert_eq!(held.logits(tokens.view()).unwrap(), read.logits(tokens.view()).unwrap());
+    assert_eq!((held.kv_heads(), held.vocabulary()), (read.kv_heads(), read.vocabulary()));
+
+    // The whole road: moments, what layers pay, closed form, refit, distillation, and what is measured on the way.
+    let text = windows(&checkpoint, &held, &calibration_text()).first(24);
+    let text = Windows::new(text.tokens()[..24 * 64].to_vec(), 64).unwrap();
+    let texts = Texts::new(&[WholeText::new("text", text)], 24).unwrap();
+    let made = [held, read].map(|model| {
+        let run = Run::new(0);
+        let calibration = Calibration::measured(&checkpoint, model, texts.clone(), run).unwrap();
+        let compress = Compress::new(Preset::LowRank).calibration(&calibration);
+        let compress = compress.distil(Distill::new(Effort::Tokens(512))).by_sensitivity();
+        let compressed = compress.run(&checkpoint, run).unwrap();
+        let weights: Vec<Vec<f32>> = (0..4).map(|layer| weights_of(&compressed.shared, layer)).collect();
+        let stages: Vec<f64> = compressed.stages.iter().map(|stage| stage.kl()).collect();
+        (calibration.moments().clone(), compressed.plan().clone(), stages, weights)
+    });
+    assert_eq!(made[0], made[1]);
+    assert!(made[0].2.len() >= 3, "{:?}", made[0].2);
+}
+
+#[test]
+fn what_a_stored_layer_lacks_is_told_when_the_model_is_opened() {
+    for (tensor, shape) in [("mlp.down_proj.weight", vec![24, 6]), ("input_layernorm.weight", vec![23])] {
+        let name = format!("model.layers.1.{tensor}");
+        let mut model = runnable("llama", Dtype::BF16, 3, false);
+        model.tensors.insert(
+            name.clone(),
+            models::Tensor::random(Dtype::BF16, &shape, 1.0, &mut ChaCha8Rng::seed_from_u64(1)),
+        );
+        let (_root, checkpoint) = opened(&model);
+        let error = Model::open_by_layers(&checkpoint).unwrap_err().to_string();
+        assert!(error.contains(&name) && error.contains(&format!("{shape:?}")), "{error}");
+        assert_eq!(error, Model::load(&checkpoint).unwrap_err().to_string());
     }
 }

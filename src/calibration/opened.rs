@@ -110,7 +110,7 @@ impl<'a> Calibration<'a> {
     /// ```
     ///
     /// # Errors
-    /// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::load_on`], [`Texts::new`] and
+    /// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::open`], [`Texts::new`] and
     /// [`Moments::measure`]; [`RuntimeError::InText`] for a text that is too short.
     pub fn from_texts(
         checkpoint: &'a Checkpoint,
@@ -186,7 +186,7 @@ impl<'a> Calibration<'a> {
 /// `"sample"` where the model writes a text.
 ///
 /// # Errors
-/// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::load_on`] and [`Texts::new`];
+/// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::open`] and [`Texts::new`];
 /// [`RuntimeError::InText`] for a text that is too short.
 pub fn read_texts(
     checkpoint: &Checkpoint,
@@ -213,7 +213,10 @@ fn texts_of(
         _ => Ok(None),
     };
     let tokens = sources.iter().zip(contents).map(tokens).collect::<Result<Vec<_>, _>>()?;
-    let model = Model::load_on(checkpoint, run.device())?;
+    // Whoever writes needs every layer for every token.
+    let writes = sources.iter().any(|source| source.origin == Origin::Model);
+    let load = if writes { Model::load_on } else { Model::open };
+    let model = load(checkpoint, run.device())?;
     let whole = |((source, tokens), count): ((&TextSource, Option<Vec<u32>>), usize)| {
         let name = source.name();
         let windows = match tokens {

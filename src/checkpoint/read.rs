@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -14,14 +15,14 @@ const CONFIG_LIMIT: u64 = 16 << 20;
 /// Bytes of a tensor that its fingerprint sees at the start, in the middle and at the end.
 const SAMPLE: usize = 4096;
 
-/// A model directory, mapped and checked; nothing is decoded before it is asked for.
-#[derive(Debug)]
+/// A model directory, mapped and checked; nothing is decoded before it is asked for. Clones share the mapped files.
+#[derive(Debug, Clone)]
 pub struct Checkpoint {
     path: PathBuf,
     config: Config,
     architecture: Architecture,
     dtype: Dtype,
-    shards: Shards,
+    shards: Arc<Shards>,
 }
 
 impl Checkpoint {
@@ -65,6 +66,7 @@ impl Checkpoint {
         shards: Shards,
     ) -> Result<Self, FileError> {
         let architecture = family.describe(&config, &shards)?;
+        let shards = Arc::new(shards);
         let mut checkpoint = Self { path, config, architecture, dtype: Dtype::F32, shards };
         let (stored, width) = (checkpoint.stored(0)?, checkpoint.architecture.hidden);
         checkpoint.dtype = checkpoint.checked(&stored.key.tensor, &stored.key.shape(width))?.1;
@@ -177,6 +179,31 @@ impl Checkpoint {
         self.tensor(name)
     }
 
+    /// How many numbers all tensors hold.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn numbers_of_all(&self) -> u64 {
+        self.shards.tensors.values().map(|entry| entry.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+    }
+
+    /// Whether there is a BF16, F16 or F32 tensor of this shape, without reading it.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn check_tensor(&self, name: &str, shape: &[usize]) -> Result<(), FileError> {
+        self.checked(name, shape).map(drop)
+    }
+
+    /// Rows of a matrix, one after the other, decoded. Each must be there.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn rows_of(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>, FileError> {
+        let (entry, dtype) = self.entry(name)?;
+        let width = entry.shape.last().copied().unwrap_or(1);
+        let (bytes, size) = (self.shards.bytes(entry), width * dtype.bytes());
+        let mut numbers = vec![0.0; rows.len() * width];
+        for (&row, out) in rows.iter().zip(numbers.chunks_exact_mut(width)) {
+            dtype.decode(&bytes[row as usize * size..][..size], out);
+        }
+        if numbers.iter().all(|v| v.is_finite()) { Ok(numbers) } else { Err(self.not_finite(name, entry)) }
+    }
+
     /// The stored bytes of the keys and values of a layer: key weights, value weights, key bias, value bias.
     ///
     /// # Errors
@@ -189,7 +216,7 @@ impl Checkpoint {
 
     /// The tensors by name.
     pub fn tensors(&self) -> &dyn TensorIndex {
-        &self.shards
+        self.shards.as_ref()
     }
 
     fn projection(
@@ -240,11 +267,11 @@ impl Checkpoint {
         let (entry, dtype) = self.entry(name)?;
         let mut numbers = vec![0.0; entry.range.len() / dtype.bytes()];
         dtype.decode(self.shards.bytes(entry), &mut numbers);
-        if !numbers.iter().all(|v| v.is_finite()) {
-            let (path, tensor) = (self.file_of(entry).to_path_buf(), name.to_string());
-            return Err(FileError::NotFinite { path, tensor });
-        }
-        Ok(numbers)
+        if numbers.iter().all(|v| v.is_finite()) { Ok(numbers) } else { Err(self.not_finite(name, entry)) }
+    }
+
+    fn not_finite(&self, name: &str, entry: &Entry) -> FileError {
+        FileError::NotFinite { path: self.file_of(entry).to_path_buf(), tensor: name.to_string() }
     }
 
     fn entry(&self, name: &str) -> Result<(&Entry, Dtype), FileError> {

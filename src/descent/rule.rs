@@ -10,6 +10,8 @@ pub enum Descent {
     /// [`Descent::AdamW`].
     #[default]
     Muon,
+    /// As [`Descent::Muon`], but head by head: a fraction of the products, which is what counts where a step reads few tokens.
+    MuonByHead,
     /// Adam without decay (Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019, arXiv 1711.05101).
     AdamW,
 }
@@ -55,7 +57,11 @@ impl Descent {
                 let momentum = mixed(&memory[0], gradient, FRESH)?;
                 let mixture = mixed(gradient, &momentum, 1.0 - FRESH)?;
                 memory[0] = momentum;
-                orthogonal(&mixture)?
+                match self {
+                    Self::MuonByHead if i == OUTPUTS => by_rows(&mixture.t()?, weights.head_dim)?.t()?,
+                    Self::MuonByHead => by_rows(&mixture, weights.head_dim)?,
+                    _ => orthogonal(&mixture.unsqueeze(0)?)?.squeeze(0)?,
+                }
             } else {
                 let means = [gradient.clone(), gradient.sqr()?];
                 let mut corrected = Vec::with_capacity(2);
@@ -71,23 +77,31 @@ impl Descent {
 
     /// Whether tensor number `i` of a layer moves by an orthogonal matrix.
     fn orthogonal(self, i: usize) -> bool {
-        self == Self::Muon && i < MATRICES
+        self != Self::AdamW && i < MATRICES
     }
 }
 
-/// Matrices of a layer; biases come after them.
+/// Matrices of a layer, of which the outputs are the last; biases come after them.
 const MATRICES: usize = 4;
+const OUTPUTS: usize = MATRICES - 1;
 
 /// `(1 − share) a + share b`.
 fn mixed(a: &Tensor, b: &Tensor, share: f64) -> Result<Tensor> {
     a.affine(1.0 - share, 0.0)? + b.affine(share, 0.0)?
 }
 
-/// Roughly the nearest matrix whose singular values are all 1, by a Newton–Schulz iteration, as large as a step of Adam.
-fn orthogonal(matrix: &Tensor) -> Result<Tensor> {
-    let (a, b) = matrix.dims2()?;
-    let wide = if a <= b { matrix.clone() } else { matrix.t()?.contiguous()? };
-    let norm = (wide.sqr()?.sum_all()?.sqrt()? + 1e-7)?;
+/// [`orthogonal`] of each `rows` rows of a matrix.
+fn by_rows(matrix: &Tensor, rows: usize) -> Result<Tensor> {
+    let (all, columns) = matrix.dims2()?;
+    orthogonal(&matrix.contiguous()?.reshape((all / rows, rows, columns))?)?.reshape((all, columns))
+}
+
+/// Of each of some matrices, (n, a, b), roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration, as
+/// large as a step of Adam.
+fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
+    let (_, a, b) = matrices.dims3()?;
+    let wide = if a <= b { matrices.clone() } else { matrices.t()?.contiguous()? };
+    let norm = (wide.sqr()?.sum_keepdim((1, 2))?.sqrt()? + 1e-7)?;
     let mut x = wide.broadcast_div(&norm)?;
     let [first, third, fifth] = POLYNOMIAL;
     for _ in 0..ROUNDS {
@@ -112,8 +126,13 @@ mod tests {
     #[test]
     fn an_orthogonal_step_has_singular_values_near_one() {
         for (a, b) in [(4, 12), (12, 4)] {
-            let matrix = Tensor::from_vec(numbers(a * b, 1), (a, b), &Device::Cpu).unwrap();
-            let made = orthogonal(&matrix).unwrap().affine(1.0 / (MUON_STEP * 12f64.sqrt()), 0.0).unwrap();
+            let matrix = Tensor::from_vec(numbers(a * b, 1), (1, a, b), &Device::Cpu).unwrap();
+            let made = orthogonal(&matrix)
+                .unwrap()
+                .squeeze(0)
+                .unwrap()
+                .affine(1.0 / (MUON_STEP * 12f64.sqrt()), 0.0)
+                .unwrap();
             let turned = made.t().unwrap();
             let square = if a < b { made.matmul(&turned) } else { turned.matmul(&made) };
             let square: Vec<Vec<f32>> = square.unwrap().to_vec2().unwrap();
@@ -128,11 +147,23 @@ mod tests {
     }
 
     #[test]
+    fn heads_one_by_one_are_what_each_is_alone() {
+        let matrix = Tensor::from_vec(numbers(6 * 8, 5), (6, 8), &Device::Cpu).unwrap();
+        let found: Vec<Vec<f32>> = by_rows(&matrix, 2).unwrap().to_vec2().unwrap();
+        for head in 0..3 {
+            let alone = matrix.narrow(0, 2 * head, 2).unwrap().unsqueeze(0).unwrap();
+            let alone: Vec<Vec<f32>> = orthogonal(&alone).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
+            assert_eq!(found[2 * head..2 * head + 2], alone[..]);
+        }
+    }
+
+    #[test]
     fn adam_is_its_definition() {
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap().reshape((1, 2)).unwrap();
         let layer = |values: &[f32]| AttentionWeights {
             matrices: [(); 4].map(|()| tensor(values)),
             biases: [None, None, None, None],
+            head_dim: 1,
         };
         let (mut weights, mut memory) = (layer(&[1.0, -2.0]), Vec::new());
         let (mut w, mut m, mut v) = ([1.0f64, -2.0], [0.0f64; 2], [0.0f64; 2]);

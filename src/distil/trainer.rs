@@ -73,9 +73,9 @@ impl<'a> Trainer<'a> {
         sums: &mut [Option<AttentionWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let forward = |tokens: &&[u32]| {
-            let theirs = source.last(&source.hidden(tokens, pass)?)?;
-            let inputs = model.layer_inputs(tokens, pass)?;
+        let theirs = source.through(0, embedded(source, texts)?, pass)?;
+        let forward = |(theirs, inputs): (Tensor, Vec<Tensor>)| {
+            let theirs = source.last(&theirs)?;
             let last = &inputs[model.n_layers()];
             let own = model.last(last)?;
             let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
@@ -86,7 +86,8 @@ impl<'a> Trainer<'a> {
             let gradient = model.last_backward(last, &gradient)?;
             Ok((divergences, inputs, gradient))
         };
-        let forward = texts.par_iter().map(forward).collect::<Result<Vec<_>, RuntimeError>>()?;
+        let both = theirs.into_par_iter().zip(model.layer_inputs(texts, pass)?);
+        let forward = both.map(forward).collect::<Result<Vec<_>, RuntimeError>>()?;
         let (mut divergence, mut inputs, mut gradients) = (0.0, Vec::new(), Vec::new());
         for (found, of, gradient) in forward {
             divergence += found.into_iter().sum::<f64>();
@@ -96,7 +97,7 @@ impl<'a> Trainer<'a> {
         for (i, sum) in sums.iter_mut().enumerate().rev() {
             let layer = |(inputs, gradient): (&mut Vec<Tensor>, &Tensor)| {
                 inputs.truncate(i + 1);
-                Ok(model.backward(i, &inputs[i], gradient, pass, true)?)
+                model.backward(i, &inputs[i], gradient, pass, true)
             };
             let back = inputs.par_iter_mut().zip(&gradients).map(layer);
             let back = back.collect::<Result<Vec<_>, RuntimeError>>()?;
@@ -117,18 +118,26 @@ impl<'a> Trainer<'a> {
     /// The mean KL(source ‖ model) over the tokens predicted of some windows, all but the last of each.
     pub(super) fn divergence(&self, windows: &Windows) -> Result<f64, RuntimeError> {
         let (length, pass) = (windows.length(), self.model.pass(windows.length(), 0)?);
-        let of = |tokens: &[u32]| -> Result<(f64, usize), RuntimeError> {
-            let last = |model: &Model| Ok::<_, RuntimeError>(model.last(&model.hidden(tokens, &pass)?)?);
-            let divergences = self.model.divergences(&last(self.source)?, &last(&self.model)?)?;
-            let predicted = divergences.chunks(length).flat_map(|window| &window[..length - 1]);
-            Ok(predicted.fold((0.0, 0), |(sum, n), divergence| (sum + divergence, n + 1)))
-        };
-        let parts = windows.tokens().par_chunks(self.model.abreast(length) * length).map(of);
         let (mut sum, mut tokens) = (0.0, 0);
-        for (part, n) in parts.collect::<Result<Vec<_>, _>>()? {
-            sum += part;
-            tokens += n;
+        for texts in windows.batches(self.model.together(length)) {
+            let texts: Vec<&[u32]> = texts.chunks(self.model.abreast(length) * length).collect();
+            let last = |model: &Model| model.through(0, embedded(model, &texts)?, &pass);
+            let of = |(theirs, own): (Tensor, Tensor)| {
+                let own = self.model.last(&own)?;
+                self.model.divergences(&self.source.last(&theirs)?, &own)
+            };
+            let both = last(self.source)?.into_par_iter().zip(last(&self.model)?);
+            for divergences in both.map(of).collect::<Result<Vec<_>, _>>()? {
+                let predicted = divergences.chunks(length).flat_map(|window| &window[..length - 1]);
+                (sum, tokens) =
+                    predicted.fold((sum, tokens), |(sum, n), divergence| (sum + divergence, n + 1));
+            }
         }
         Ok(sum / tokens.max(1) as f64)
     }
+}
+
+/// Some texts as the first layer reads them.
+fn embedded(model: &Model, texts: &[&[u32]]) -> Result<Vec<Tensor>, RuntimeError> {
+    texts.par_iter().map(|tokens| model.embed(tokens)).collect()
 }

@@ -120,8 +120,8 @@ fn log_likelihood(
     tokens.drain(..dropped);
     let start = start.saturating_sub(dropped).max(1);
     let mut sum = 0.0;
-    for logits in model.rows(&tokens, 1)? {
-        let scores = scores(&logits, None, &tokens, tokens.len())?;
+    for last in model.rows(&tokens, 1)? {
+        let scores = scores(&model.head(&last)?, None, &tokens, tokens.len())?;
         sum -= scores[start - 1..].iter().map(|score| score.loss).sum::<f64>();
     }
     if !sum.is_finite() {

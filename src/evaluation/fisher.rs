@@ -31,11 +31,10 @@ impl Sensitivity {
         run.step("sensitivity", 0, total)?;
         let pass = model.pass(trial.windows.length(), 0)?;
         let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
-        let texts = texts
-            .par_iter()
-            .enumerate()
-            .map(|(i, tokens)| Way::there(model, tokens, &pass, run.fork(i as u64)));
-        let mut texts = texts.collect::<Result<Vec<_>, _>>()?;
+        let mut inputs = model.layer_inputs(&texts, &pass)?;
+        let ways = inputs.par_drain(..).zip(&texts).enumerate();
+        let ways = ways.map(|(i, (inputs, tokens))| Way::there(model, inputs, tokens, run.fork(i as u64)));
+        let mut texts = ways.collect::<Result<Vec<_>, _>>()?;
         let mut estimates = vec![Vec::new(); layers];
         for (i, front) in fronts.iter().enumerate().rev() {
             run.step("sensitivity", (layers - i) as u64, total)?;
@@ -74,9 +73,13 @@ struct Way {
 }
 
 impl Way {
-    /// There: through all layers, and back through the output embedding.
-    fn there(model: &Model, tokens: &[u32], pass: &Pass, run: Run<'_>) -> Result<Self, RuntimeError> {
-        let mut inputs = model.layer_inputs(tokens, pass)?;
+    /// There, where all layers have been, and back through the output embedding.
+    fn there(
+        model: &Model,
+        mut inputs: Vec<Tensor>,
+        tokens: &[u32],
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
         let last = inputs.pop().ok_or(Error::NoLayer { layer: 0, layers: 0 })?;
         let mut rng = run.rng();
         let draw: Vec<f32> = tokens.iter().map(|_| rng.random()).collect();

@@ -10,6 +10,7 @@ mod scores;
 mod sensitivity;
 mod trial;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
@@ -118,7 +119,7 @@ pub fn evaluate_against(
     read_all(source, models, windows, &Model::rows, run)
 }
 
-/// Gives the logits of some rows of tokens, in parts of whole rows: (tokens of the part, vocabulary).
+/// Gives what the last layer makes of some rows of tokens, in parts of whole rows: (tokens of the part, d).
 type ReadRows<'a> = dyn Fn(&Model, &[u32], usize) -> Result<Vec<Tensor>, RuntimeError> + 'a;
 
 fn read_all(
@@ -133,19 +134,26 @@ fn read_all(
     let mut tallies = vec![Tally::default(); models.len() + 1];
     let mut done = 0;
     run.step("evaluate", done, total)?;
-    for tokens in windows.batches(source.batch(windows.length())) {
+    for tokens in windows.batches(source.together(windows.length())) {
         let rows = tokens.len() / windows.length();
         let mut step = || {
             done += rows as u64;
             run.step("evaluate", done, total)
         };
-        let reference = tallies[0].logits(tokens, rows, || read(source, tokens, rows))?;
-        tallies[0].add(tokens, &reference, None, windows.length())?;
+        let theirs = tallies[0].timed(|| read(source, tokens, rows))?;
         step()?;
+        let mut others = Vec::with_capacity(models.len());
         for (model, tally) in models.iter().zip(&mut tallies[1..]) {
-            let logits = tally.logits(tokens, rows, || read(model, tokens, rows))?;
-            tally.add(tokens, &logits, Some(&reference), windows.length())?;
+            others.push(tally.timed(|| read(model, tokens, rows))?);
             step()?;
+        }
+        for part in Part::all(source, tokens, &theirs, windows.length()) {
+            let reference = tallies[0].logits(source, &part, &theirs)?;
+            tallies[0].add(&part, &reference, None)?;
+            for ((model, last), tally) in models.iter().zip(&others).zip(&mut tallies[1..]) {
+                let logits = tally.logits(model, &part, last)?;
+                tally.add(&part, &logits, Some(&reference))?;
+            }
         }
     }
     let all = [source].into_iter().chain(models.iter().copied()).zip(tallies);
@@ -179,37 +187,65 @@ struct Tally {
     time: Duration,
 }
 
+/// Some windows whose logits are there at once, among those that were read together.
+#[derive(Debug)]
+struct Part<'a> {
+    tokens: &'a [u32],
+    /// Tokens of a window.
+    window: usize,
+    /// Which of the tensors of those read together are of these windows.
+    tensors: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    /// All parts of the windows of `tokens`, which `model` has read as these tensors.
+    fn all(model: &Model, tokens: &'a [u32], last: &[Tensor], window: usize) -> impl Iterator<Item = Self> {
+        let size = tokens.len() / last.len().max(1);
+        let most = (model.batch(window) * window / size.max(1)).max(1);
+        tokens.chunks(most * size).enumerate().map(move |(i, tokens)| {
+            let first = i * most;
+            Self { tokens, window, tensors: first..first + tokens.len().div_ceil(size) }
+        })
+    }
+}
+
 impl Tally {
-    /// The logits of a batch, in parts of whole rows; the clock runs.
-    fn logits(
-        &mut self,
-        tokens: &[u32],
-        rows: usize,
-        read: impl FnOnce() -> Result<Vec<Tensor>, RuntimeError>,
-    ) -> Result<Vec<Tensor>, RuntimeError> {
+    /// Something that the model computes; the clock runs.
+    fn timed<T>(&mut self, compute: impl FnOnce() -> Result<T, RuntimeError>) -> Result<T, RuntimeError> {
         let start = Instant::now();
-        let logits = read()?;
-        logits.iter().try_for_each(|part| part.device().synchronize())?;
+        let made = compute()?;
         self.time += start.elapsed();
-        self.read += tokens.len() as u64;
-        self.windows += rows as u64;
-        Ok(logits)
+        Ok(made)
     }
 
-    /// Adds the scores of a batch's logits, part by part, in the order of the text.
+    /// The logits of a part of the windows of which the model's last layer made `last`; the clock runs.
+    fn logits(
+        &mut self,
+        model: &Model,
+        part: &Part<'_>,
+        last: &[Tensor],
+    ) -> Result<Vec<Tensor>, RuntimeError> {
+        self.read += part.tokens.len() as u64;
+        self.windows += (part.tokens.len() / part.window) as u64;
+        self.timed(|| {
+            let logits = last[part.tensors.clone()].par_iter().map(|x| model.head(x));
+            let logits = logits.collect::<Result<Vec<_>, _>>()?;
+            logits.iter().try_for_each(|part| part.device().synchronize())?;
+            Ok(logits)
+        })
+    }
+
+    /// Adds the scores of a part's logits, in the order of the text.
     fn add(
         &mut self,
-        tokens: &[u32],
+        part: &Part<'_>,
         logits: &[Tensor],
         source: Option<&[Tensor]>,
-        window: usize,
     ) -> Result<(), RuntimeError> {
-        let size = logits.first().map_or(1, |part| part.dims()[0]);
-        let scored = tokens
-            .par_chunks(size)
-            .zip(logits)
-            .enumerate()
-            .map(|(i, (tokens, part))| scores(part, source.map(|source| &source[i]), tokens, window));
+        let size = logits.first().map_or(1, |logits| logits.dims()[0]);
+        let scored = part.tokens.par_chunks(size).zip(logits).enumerate().map(|(i, (tokens, logits))| {
+            scores(logits, source.map(|source| &source[i]), tokens, part.window)
+        });
         for score in scored.collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
             self.loss += score.loss;
             if let Some((kl, same)) = score.against {

@@ -1,10 +1,7 @@
-use std::time::Instant;
-
-use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::trial::Reading;
-use super::{Evaluation, Tally, comparable};
+use super::{Evaluation, Part, Tally, comparable};
 use crate::error::Result;
 use crate::run::Run;
 use crate::runtime::Model;
@@ -42,14 +39,14 @@ impl<'a> Reference<'a> {
     /// As [`evaluate`](super::evaluate()).
     pub fn new(model: &'a Model, windows: &'a Windows, run: Run<'_>) -> Result<Self, RuntimeError> {
         let mut tally = Tally::default();
-        let start = Instant::now();
         let mut read = Reading::new(model, windows)?;
-        (0..model.n_layers()).try_for_each(|_| read.pass_layer(model))?;
-        tally.time += start.elapsed();
-        batches(model, &read, run, |tokens, logits| {
-            let logits = tally.logits(tokens, tokens.len() / windows.length(), || Ok(logits))?;
-            tally.add(tokens, &logits, None, windows.length())
-        })?;
+        tally.timed(|| (0..model.n_layers()).try_for_each(|_| read.pass_layer(model)))?;
+        run.step("evaluate", 0, 1)?;
+        for part in Part::all(model, windows.tokens(), &read.inputs, windows.length()) {
+            let logits = tally.logits(model, &part, &read.inputs)?;
+            tally.add(&part, &logits, None)?;
+        }
+        run.step("evaluate", 1, 1)?;
         Ok(Self { model, evaluation: tally.finish(model)?, read })
     }
 
@@ -64,32 +61,23 @@ impl<'a> Reference<'a> {
     /// As [`evaluate_against`](super::evaluate_against()).
     pub fn compare(&self, model: &Model, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
         comparable(self.model, model)?;
-        let (mut tally, length) = (Tally::default(), self.read.windows.length());
-        batches(self.model, &self.read, run, |tokens, source| {
-            let rows = tokens.len() / length;
-            let logits = tally.logits(tokens, rows, || model.rows(tokens, rows))?;
-            tally.add(tokens, &logits, Some(&source), length)
-        })?;
+        let (windows, length, mut tally) = (self.read.windows, self.read.windows.length(), Tally::default());
+        let (together, abreast) = (model.together(length), model.abreast(length));
+        // What is read abreast is one tensor.
+        let tensors = self.read.inputs.chunks((together / abreast).max(1));
+        let (mut done, total) = (0, windows.count() as u64);
+        for (tokens, theirs) in windows.batches((together / abreast).max(1) * abreast).zip(tensors) {
+            run.step("evaluate", done, total)?;
+            let own = tally.timed(|| model.rows(tokens, tokens.len() / length))?;
+            for part in Part::all(model, tokens, &own, length) {
+                let source = theirs[part.tensors.clone()].par_iter().map(|x| self.model.head(x));
+                let source = source.collect::<Result<Vec<_>, _>>()?;
+                let logits = tally.logits(model, &part, &own)?;
+                tally.add(&part, &logits, Some(&source))?;
+            }
+            done += (tokens.len() / length) as u64;
+        }
+        run.step("evaluate", total, total)?;
         tally.finish(model)
     }
-}
-
-/// Tokens and the source's logits of some windows at a time.
-fn batches(
-    model: &Model,
-    read: &Reading<'_>,
-    run: Run<'_>,
-    mut take: impl FnMut(&[u32], Vec<Tensor>) -> Result<(), RuntimeError>,
-) -> Result<(), RuntimeError> {
-    let (windows, length) = (read.windows, read.windows.length());
-    // What is read abreast is in one part.
-    let (parts, abreast) = ((model.batch(length) / model.abreast(length)).max(1), model.abreast(length));
-    let (size, total) = (parts * abreast, windows.count() as u64);
-    run.step("evaluate", 0, total)?;
-    for (i, (tokens, last)) in windows.batches(size).zip(read.inputs.chunks(parts)).enumerate() {
-        let logits = last.par_iter().map(|x| model.logits_from(model.n_layers(), x, &read.pass));
-        take(tokens, logits.collect::<Result<_, _>>()?)?;
-        run.step("evaluate", ((i + 1) * size).min(windows.count()) as u64, total)?;
-    }
-    Ok(())
 }

@@ -1,7 +1,7 @@
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::loss;
+use super::{Part, loss};
 use crate::error::{Error, Result};
 use crate::heads::{HeadSource, Heads};
 use crate::partition::Partition;
@@ -109,11 +109,18 @@ impl<'a> Reading<'a> {
 
     /// The mean loss of a model whose layers below this one are those that the text went through.
     pub(super) fn loss(&self, model: &Model) -> Result<f64, RuntimeError> {
-        let texts: Vec<&[u32]> = self.windows.batches(model.abreast(self.windows.length())).collect();
-        let losses = self.inputs.par_iter().zip(texts).map(|(x, tokens)| {
-            loss(&model.logits_from(self.layer, x, &self.pass)?, tokens, self.windows.length())
-        });
-        let losses: Vec<(f64, u64)> = losses.collect::<Result<_, RuntimeError>>()?;
+        let (length, mut losses) = (self.windows.length(), Vec::new());
+        let (together, abreast) = (model.together(length), model.abreast(length));
+        let tensors = self.inputs.chunks((together / abreast).max(1));
+        for (tokens, inputs) in self.windows.batches((together / abreast).max(1) * abreast).zip(tensors) {
+            let last = model.through(self.layer, inputs.to_vec(), &self.pass)?;
+            for part in Part::all(model, tokens, &last, length) {
+                let of = |(x, tokens): (&Tensor, &[u32])| loss(&model.head(x)?, tokens, length);
+                let parts =
+                    last[part.tensors.clone()].par_iter().zip(part.tokens.par_chunks(abreast * length));
+                losses.extend(parts.map(of).collect::<Result<Vec<_>, RuntimeError>>()?);
+            }
+        }
         let (sum, n) = losses.iter().fold((0.0, 0), |(sum, all), (loss, n)| (sum + loss, all + n));
         let mean = sum / n as f64;
         let what = || format!("the loss with layer {} grouped", self.layer);

@@ -7,35 +7,35 @@ use crate::run::Run;
 use crate::runtime::{AttentionWeights, Model};
 use crate::text::RuntimeError;
 
-/// Windows of a step, and the highest rate.
+/// Windows of a step, half of that where a text has few, and the highest rate.
 const BATCH: usize = 4;
+const FEW_WINDOWS: usize = 256;
 const RATE: f64 = 5e-3;
 /// Steps over which the rate rises.
 const WARM_UP: u64 = 5;
 /// Steps that a layer takes where the text is long enough for that, and how often a shorter one is read at most.
 const STEPS: usize = 512;
-const EPOCHS: usize = 10;
+const EPOCHS: usize = 5;
 
-/// The model with queries, keys, values and outputs of layer `i` where [`Descent::Muon`] leads them: down the gradient of
+/// The model with queries, keys, values and outputs of layer `i` where [`Descent::MuonByHead`] leads them: down the gradient of
 /// `Σ_t w_t ‖y_t − target_t‖²` over the attention outputs y_t.
 pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Result<Model, RuntimeError> {
     let mut model = model.clone();
     let mut weights = model.attention_weights(i)?;
-    let mut memory = Descent::Muon.memory(&weights)?;
-    let batch = BATCH.min(texts.count()).max(1);
+    let mut memory = Descent::MuonByHead.memory(&weights)?;
+    let batch = if texts.count() < FEW_WINDOWS { BATCH / 2 } else { BATCH };
     let epochs = (STEPS * batch / texts.count().max(1)).clamp(1, EPOCHS);
     let steps = (epochs * texts.count()).div_ceil(batch) as u64;
     let mut order = Order::new(texts.count(), run);
     for step in 0..steps {
-        let gradients = texts.map(&model, &order.batch(step, batch), |text| {
-            let gradient = model.attention_backward(i, &text.input, &texts.pass, |output| {
+        let gradients = texts.map(&model, i, &order.batch(step, batch), |text| {
+            model.attention_backward(i, &text.input, text.pass, |output| {
                 (output - &text.target)?.broadcast_mul(&text.weight)
-            });
-            Ok(gradient?)
+            })
         })?;
         if let Some(gradients) = AttentionWeights::sum(gradients)? {
             let rate = RATE * share(step, Some(steps), WARM_UP, Fall::Line);
-            weights = Descent::Muon.step(&weights, &gradients, &mut memory, step, rate)?;
+            weights = Descent::MuonByHead.step(&weights, &gradients, &mut memory, step, rate)?;
             model.set_attention_weights(i, &weights)?;
         }
     }

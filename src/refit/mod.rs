@@ -52,8 +52,8 @@ pub fn apply<'a>(
 /// [`Refit::Output`] solves for the output projection; [`Refit::Full`] goes down the gradient by queries, keys, values and
 /// outputs together, in an order of windows that the run's seed decides. All tokens are read, window by window.
 ///
-/// Memory besides the models: four times (tokens, d), in f32 up to 1 GiB and in bf16 beyond: the residual streams of both
-/// models, and what the layer reads and should add.
+/// Memory besides the model, of which one layer is needed at a time ([`Model::open`]), and the shared heads: the residual
+/// streams of both models, two times (tokens, d), in f32 up to 1 GiB and in bf16 beyond.
 ///
 /// ```
 /// use qcqa::Run;
@@ -93,17 +93,17 @@ pub fn refit<'a>(
     shared.plan().source.check_same(model.id())?;
     let n = model.n_layers();
     let mut texts = Texts::new(model, windows)?;
-    let mut merged = model.clone();
     let (mut layers, mut errors) = (Vec::with_capacity(n), Vec::with_capacity(n));
     let mut touched = false;
     for i in 0..n {
         run.step("refit", i as u64, n as u64)?;
         let (partition, (heads, mut pooled)) = (shared.groups(i), shared.layer(i)?);
         touched |= partition.n_groups() < partition.n_heads();
-        merged = merged.with_layer(&heads, partition, pooled.clone())?;
+        // The layers below have done their part: the streams come from them.
+        let mut merged = model.with_layer(&heads, partition, pooled.clone())?;
         let mut error = [0.0; 2];
         if touched {
-            texts.enter(model, &merged, i)?;
+            texts.enter(model, i)?;
             let before = texts.error(&merged, i)?;
             error = [before; 2];
             if before > NOTHING {

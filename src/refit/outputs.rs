@@ -20,8 +20,8 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
     let mut weights = model.attention_weights(i)?;
     let (output, bias) = (weights.matrices[3].clone(), weights.biases[3].clone());
     let all: Vec<usize> = (0..texts.count()).collect();
-    let parts = texts.map(model, &all, |text| {
-        let (mut reads, _) = model.attention_reads(i, &text.input, &texts.pass)?;
+    let parts = texts.map(model, i, &all, |text| {
+        let (mut reads, _) = model.attention_reads(i, &text.input, text.pass)?;
         if bias.is_some() {
             reads = Tensor::cat(&[&reads, &text.weight.ones_like()?], 1)?;
         }

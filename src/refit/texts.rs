@@ -7,30 +7,38 @@ use crate::error::Result;
 use crate::runtime::{Model, Pass};
 use crate::text::{RuntimeError, Windows};
 
-/// Bytes of streams, inputs and targets in f32 from which on they are held in bf16.
+/// Bytes of streams in f32 from which on they are held in bf16.
 const WIDE: usize = 1 << 30;
 
-/// The windows of a text before one layer: the streams of both models, and what the layer's attention is to do.
+/// Of every so many windows the last are read as if their second half stood further on: heads learn what they look at from afar
+/// for the price of short windows (Zhu et al. 2023, arXiv 2309.10400).
+const WINDOWS_APART: usize = 8;
+/// Where the second half of each of these ends, in lengths of a window, as far as the model has positions.
+const REACHES: [usize; 3] = [2, 3, 4];
+
+/// The windows of a text before one layer: the streams of both models.
 #[derive(Debug)]
 pub(super) struct Texts {
-    pub(super) pass: Pass,
+    /// Where tokens stand.
+    passes: Vec<Pass>,
     held: DType,
+    /// Those that stand alike are one after the other.
     windows: Vec<Window>,
 }
 
 /// One window, (T, d) each; once a layer is entered, `source` is the stream after its attention.
 #[derive(Debug)]
 struct Window {
+    /// Where its tokens stand.
+    pass: usize,
     source: Tensor,
     merged: Tensor,
-    /// What the attention of the merged model reads, and should add.
-    input: Tensor,
-    target: Tensor,
 }
 
 /// A text as a layer's attention meets it: what it reads and should add, (N, d), and what each token counts, (N, 1).
 #[derive(Debug)]
-pub(super) struct Text {
+pub(super) struct Text<'a> {
+    pub(super) pass: &'a Pass,
     pub(super) input: Tensor,
     pub(super) target: Tensor,
     pub(super) weight: Tensor,
@@ -39,16 +47,18 @@ pub(super) struct Text {
 impl Texts {
     /// The windows before the first layer.
     pub(super) fn new(model: &Model, windows: &Windows) -> Result<Self, RuntimeError> {
-        let pass = model.pass(windows.length(), 0)?;
-        let bytes = 4 * windows.tokens().len() * model.width() * DType::F32.size_in_bytes();
+        let bytes = 2 * windows.tokens().len() * model.width() * DType::F32.size_in_bytes();
         let held = if bytes > WIDE { DType::BF16 } else { DType::F32 };
-        let window = |tokens: &[u32]| {
+        let passes = passes(model, windows.length())?;
+        let window = |(n, tokens): (usize, &[u32])| {
             let stream = model.embed(tokens)?.to_dtype(held)?;
-            let [source, merged, input, target] = [(); 4].map(|()| stream.clone());
-            Ok(Window { source, merged, input, target })
+            let apart = (n % WINDOWS_APART + passes.len()).saturating_sub(WINDOWS_APART);
+            Ok(Window { pass: apart, source: stream.clone(), merged: stream })
         };
-        let windows = windows.batches(1).map(window).collect::<Result<_, RuntimeError>>()?;
-        Ok(Self { pass, held, windows })
+        let windows = windows.batches(1).enumerate().map(window);
+        let mut windows = windows.collect::<Result<Vec<_>, RuntimeError>>()?;
+        windows.sort_by_key(|window| window.pass);
+        Ok(Self { passes, held, windows })
     }
 
     /// Windows.
@@ -56,18 +66,12 @@ impl Texts {
         self.windows.len()
     }
 
-    /// Lets the attention of layer `i` of both models see the streams before it: the source's stream goes on to after it.
-    pub(super) fn enter(&mut self, model: &Model, merged: &Model, i: usize) -> Result<(), RuntimeError> {
-        let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
-        self.windows.par_chunks_mut(abreast).try_for_each(|window| {
-            let [source, stream] =
-                [joined(window.iter(), |w| &w.source)?, joined(window.iter(), |w| &w.merged)?];
+    /// Lets the source's stream go on to after the attention of layer `i`.
+    pub(super) fn enter(&mut self, model: &Model, i: usize) -> Result<(), RuntimeError> {
+        self.each(model, |window, pass, held| {
+            let source = joined(window.iter(), |w| &w.source)?;
             let after = (&source + model.attend(i, &model.attention_input(i, &source)?, pass)?)?;
-            let target = (&after - &stream)?;
-            let input = merged.attention_input(i, &stream)?;
-            part(window, held, &after, |w| &mut w.source)?;
-            part(window, held, &target, |w| &mut w.target)?;
-            part(window, held, &input, |w| &mut w.input)
+            part(window, held, &after, |w| &mut w.source)
         })
     }
 
@@ -79,44 +83,62 @@ impl Texts {
         i: usize,
         entered: bool,
     ) -> Result<(), RuntimeError> {
-        let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
-        self.windows.par_chunks_mut(abreast).try_for_each(|window| {
-            let [source, stream] =
-                [joined(window.iter(), |w| &w.source)?, joined(window.iter(), |w| &w.merged)?];
+        self.each(model, |window, pass, held| {
+            let source = joined(window.iter(), |w| &w.source)?;
             if !entered {
                 let after = model.layer(i, &source, pass)?;
                 part(window, held, &after, |w| &mut w.source)?;
                 return part(window, held, &after, |w| &mut w.merged);
             }
-            let input = joined(window.iter(), |w| &w.input)?;
-            let stream = merged.feed_forward(i, &(stream + merged.attend(i, &input, pass)?)?)?;
+            let stream = merged.layer(i, &joined(window.iter(), |w| &w.merged)?, pass)?;
             part(window, held, &stream, |w| &mut w.merged)?;
             part(window, held, &model.feed_forward(i, &source)?, |w| &mut w.source)
         })
     }
 
-    /// What is made of each of the windows with these numbers, some at a time, in their order.
+    /// Changes all windows, those that stand alike some at a time.
+    fn each(
+        &mut self,
+        model: &Model,
+        change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync,
+    ) -> Result<(), RuntimeError> {
+        let (passes, held) = (&self.passes, self.held);
+        let abreast = model.abreast(passes[0].positions().len());
+        let alike: Vec<_> = self.windows.chunk_by_mut(|a, b| a.pass == b.pass).collect();
+        let some = alike.into_par_iter().flat_map(|alike| alike.par_chunks_mut(abreast));
+        some.try_for_each(|windows| change(windows, &passes[windows[0].pass], held))
+    }
+
+    /// What is made of the windows with these numbers as layer `i`, which was entered, meets them: some at a time, those that
+    /// stand alike one after the other.
     pub(super) fn map<T: Send>(
         &self,
         model: &Model,
+        i: usize,
         windows: &[usize],
-        make: impl Fn(&Text) -> Result<T, RuntimeError> + Sync,
+        make: impl Fn(&Text<'_>) -> Result<T, RuntimeError> + Sync,
     ) -> Result<Vec<T>, RuntimeError> {
-        let text = |chosen: &[usize]| {
-            let chosen: Vec<&Window> = chosen.iter().map(|&n| &self.windows[n]).collect();
+        let text = |chosen: &[&Window]| {
             let cat = |of: fn(&Window) -> &Tensor| joined(chosen.iter().copied(), of);
-            let weight = cat(|w| &w.source)?.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
-            make(&Text { input: cat(|w| &w.input)?, target: cat(|w| &w.target)?, weight })
+            let (after, stream) = (cat(|w| &w.source)?, cat(|w| &w.merged)?);
+            let weight = after.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
+            let (pass, input) = (&self.passes[chosen[0].pass], model.attention_input(i, &stream)?);
+            make(&Text { pass, input, target: (after - stream)?, weight })
         };
-        windows.par_chunks(model.abreast(self.pass.positions().len())).map(text).collect()
+        let mut chosen: Vec<&Window> = windows.iter().map(|&n| &self.windows[n]).collect();
+        chosen.sort_by_key(|window| window.pass);
+        let abreast = model.abreast(self.passes[0].positions().len());
+        let alike: Vec<_> =
+            chosen.chunk_by(|a, b| a.pass == b.pass).flat_map(|w| w.chunks(abreast)).collect();
+        alike.into_par_iter().map(text).collect()
     }
 
     /// The error of the attention output of layer `i`, as a share of the energy of what it should be, by the weights of the
     /// tokens.
     pub(super) fn error(&self, model: &Model, i: usize) -> Result<f64, RuntimeError> {
         let all: Vec<usize> = (0..self.count()).collect();
-        let parts = self.map(model, &all, |text| {
-            let off = (model.attend(i, &text.input, &self.pass)? - &text.target)?;
+        let parts = self.map(model, i, &all, |text| {
+            let off = (model.attend(i, &text.input, text.pass)? - &text.target)?;
             let energy = |t: &Tensor| -> Result<f64, RuntimeError> {
                 let tokens = t.sqr()?.broadcast_mul(&text.weight)?.sum(D::Minus1)?.to_vec1::<f32>()?;
                 Ok(tokens.into_iter().map(f64::from).sum())
@@ -126,6 +148,15 @@ impl Texts {
         let [off, whole] = parts.into_iter().fold([0.0; 2], |[a, b], [off, whole]| [a + off, b + whole]);
         Ok(if whole > 0.0 { off / whole } else { 0.0 })
     }
+}
+
+/// Where the tokens of a window may stand: one after the other, and with the second half further on as far as the model has
+/// positions.
+fn passes(model: &Model, length: usize) -> Result<Vec<Pass>, RuntimeError> {
+    let (half, near) = (length / 2, model.pass(length, 0)?);
+    let reaches = REACHES.into_iter().map(|reach| reach * length).filter(|&end| end <= model.positions());
+    let apart = reaches.map(|end| model.pass_at((0..half).chain(end - (length - half)..end).collect()));
+    [Ok(near)].into_iter().chain(apart).collect()
 }
 
 /// A tensor of some windows, one after the other, in f32.

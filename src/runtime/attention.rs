@@ -143,11 +143,6 @@ impl Attention {
         self.kv_heads
     }
 
-    /// Numbers of keys and values that a token leaves in the cache.
-    pub(super) fn kept_numbers(&self) -> usize {
-        2 * self.kv_heads * self.head_dim
-    }
-
     /// Inputs (B·T, d) → outputs (B·T, d).
     pub(super) fn forward(
         &self,

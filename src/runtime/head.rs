@@ -1,10 +1,10 @@
 //! The output embedding, in blocks: what predictions differ by, and its gradient, without the logits of a whole text.
 
-use candle_core::{D, Device, Result, Storage, Tensor};
+use candle_core::{D, Device, Result as Candle, Storage, Tensor};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
 use rayon::prelude::*;
 
-use super::Model;
+use super::{Model, RuntimeError};
 
 /// Numbers of logits held at once, of each of two models.
 const BLOCK_LOGITS: usize = 1 << 22;
@@ -13,18 +13,18 @@ const DEVICE_BLOCK_LOGITS: usize = 1 << 27;
 
 impl Model {
     /// What the output embedding reads of what the last layer gives, (N, d) → (N, d).
-    pub(crate) fn last(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn last(&self, x: &Tensor) -> Candle<Tensor> {
         self.norm.of(x)
     }
 
     /// What passes back through [`Model::last`], (N, d).
-    pub(crate) fn last_backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    pub(crate) fn last_backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
         self.norm.backward(x, gradient)
     }
 
     /// KL(source ‖ this) of every token, from what the output embeddings of both read, (N, d). The two models share their
     /// output embedding.
-    pub(crate) fn divergences(&self, source: &Tensor, own: &Tensor) -> Result<Vec<f64>> {
+    pub(crate) fn divergences(&self, source: &Tensor, own: &Tensor) -> Result<Vec<f64>, RuntimeError> {
         let mut divergences = Vec::new();
         self.compared(source, own, |found, _| {
             divergences.extend(found);
@@ -34,11 +34,15 @@ impl Model {
     }
 
     /// [`Model::divergences`], and the gradient (N, d) of their sum with respect to what this model's embedding reads.
-    pub(crate) fn divergence(&self, source: &Tensor, own: &Tensor) -> Result<(Vec<f64>, Tensor)> {
-        let (mut divergences, mut gradients) = (Vec::new(), Vec::new());
+    pub(crate) fn divergence(
+        &self,
+        source: &Tensor,
+        own: &Tensor,
+    ) -> Result<(Vec<f64>, Tensor), RuntimeError> {
+        let (mut divergences, mut gradients, head) = (Vec::new(), Vec::new(), self.output_embedding()?);
         self.compared(source, own, |found, back| {
             divergences.extend(found);
-            gradients.push(back.matmul(&self.head)?);
+            gradients.push(back.matmul(&head)?);
             Ok(())
         })?;
         Ok((divergences, Tensor::cat(&gradients, 0)?))
@@ -49,10 +53,11 @@ impl Model {
         &self,
         source: &Tensor,
         own: &Tensor,
-        mut take: impl FnMut(Vec<f64>, Tensor) -> Result<()>,
-    ) -> Result<()> {
+        mut take: impl FnMut(Vec<f64>, Tensor) -> Candle<()>,
+    ) -> Result<(), RuntimeError> {
+        let head = self.output_embedding()?;
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = |x: &Tensor| x.narrow(0, first, n)?.matmul(&self.head.t()?);
+            let logits = |x: &Tensor| x.narrow(0, first, n)?.matmul(&head.t()?);
             let (found, back) = divergence(&logits(source)?, &logits(own)?)?;
             take(found, back)?;
         }
@@ -61,10 +66,10 @@ impl Model {
 
     /// Gradient (N, d) of `Σ_t ln p(y_t)` with respect to what the output embedding reads, (N, d), where the y_t are drawn
     /// from the model's own predictions by `draw`, one number of [0, 1) a token.
-    pub(crate) fn drawn_gradient(&self, own: &Tensor, draw: &[f32]) -> Result<Tensor> {
-        let mut gradients = Vec::new();
+    pub(crate) fn drawn_gradient(&self, own: &Tensor, draw: &[f32]) -> Result<Tensor, RuntimeError> {
+        let (mut gradients, head) = (Vec::new(), self.output_embedding()?);
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = own.narrow(0, first, n)?.matmul(&self.head.t()?)?;
+            let logits = own.narrow(0, first, n)?.matmul(&head.t()?)?;
             let probabilities: Vec<f32> = softmax_last_dim(&logits)?.flatten_all()?.to_vec1()?;
             let vocabulary = self.vocabulary();
             let mut back = probabilities;
@@ -73,9 +78,9 @@ impl Model {
                 row.iter_mut().for_each(|p| *p = -*p);
                 row[drawn] += 1.0;
             });
-            gradients.push(Tensor::from_vec(back, (n, vocabulary), own.device())?.matmul(&self.head)?);
+            gradients.push(Tensor::from_vec(back, (n, vocabulary), own.device())?.matmul(&head)?);
         }
-        Tensor::cat(&gradients, 0)
+        Ok(Tensor::cat(&gradients, 0)?)
     }
 
     /// Blocks of tokens whose logits are few enough, as (first, number).
@@ -97,7 +102,7 @@ fn drawn(probabilities: &[f32], at: f32) -> usize {
 }
 
 /// KL(p ‖ q) of the rows of two blocks of logits (n, V), and q − p, its gradient with respect to the logits of q.
-fn divergence(p: &Tensor, q: &Tensor) -> Result<(Vec<f64>, Tensor)> {
+fn divergence(p: &Tensor, q: &Tensor) -> Candle<(Vec<f64>, Tensor)> {
     if !matches!(p.device(), Device::Cpu) {
         let (log_p, log_q) = (log_softmax(p, D::Minus1)?, log_softmax(q, D::Minus1)?);
         let p = log_p.exp()?;

@@ -9,12 +9,11 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::files::FileError;
 use crate::heads::HeadSource;
-use crate::model::{AttentionSpec, Block, Linear, Norm};
+use crate::model::{Block, Linear, Mlp, Norm};
 
 /// One layer: x + attention(norm(x)), then y + mlp(norm(y)).
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
-    pub(super) spec: AttentionSpec,
     pub(super) attention: Attention,
     pub(super) attention_norm: Normed,
     pub(super) mlp_norm: Normed,
@@ -23,7 +22,7 @@ pub(super) struct Layer {
     pub(super) gate_up_bias: Option<Tensor>,
     /// (d, m).
     pub(super) down: Tensor,
-    down_bias: Option<Tensor>,
+    pub(super) down_bias: Option<Tensor>,
 }
 
 /// A root mean square norm and its weight, (d).
@@ -47,12 +46,26 @@ impl Normed {
 /// The tensors of a checkpoint of width d, on their way to a device.
 #[derive(Debug)]
 pub(super) struct Weights<'a> {
-    pub(super) checkpoint: &'a Checkpoint,
+    checkpoint: &'a Checkpoint,
     pub(super) width: usize,
-    pub(super) device: &'a Device,
+    device: &'a Device,
 }
 
-impl Weights<'_> {
+impl<'a> Weights<'a> {
+    pub(super) fn of(checkpoint: &'a Checkpoint, device: &'a Device) -> Self {
+        Self { checkpoint, width: checkpoint.architecture().hidden, device }
+    }
+
+    /// The width of an MLP, m, which no configuration need say.
+    fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
+        let shape = self.checkpoint.tensors().shape(&mlp.gate.weight);
+        shape.and_then(|shape| shape.first().copied()).ok_or_else(|| FileError::TensorMissing {
+            path: self.checkpoint.path().to_path_buf(),
+            tensor: mlp.gate.weight.clone(),
+            expected: Vec::new(),
+        })
+    }
+
     /// A tensor, of that shape.
     pub(super) fn take(&self, name: &str, shape: &[usize]) -> Result<Tensor, RuntimeError> {
         let (numbers, _) = self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset();
@@ -68,14 +81,8 @@ impl Layer {
     pub(super) fn load(weights: &Weights<'_>, block: &Block, i: usize) -> Result<Self, RuntimeError> {
         let (checkpoint, d, mlp) = (weights.checkpoint, weights.width, &block.mlp);
         let layers = &checkpoint.architecture().layers;
-        let spec = layers.get(i).ok_or(Error::NoLayer { layer: i, layers: layers.len() })?.clone();
-        // What no configuration need say.
-        let m = checkpoint.tensors().shape(&mlp.gate.weight).and_then(|shape| shape.first().copied());
-        let m = m.ok_or_else(|| FileError::TensorMissing {
-            path: checkpoint.path().to_path_buf(),
-            tensor: mlp.gate.weight.clone(),
-            expected: Vec::new(),
-        })?;
+        let spec = layers.get(i).ok_or(Error::NoLayer { layer: i, layers: layers.len() })?;
+        let m = weights.intermediate(mlp)?;
         let gate_up_bias = match (weights.bias(&mlp.gate, m)?, weights.bias(&mlp.up, m)?) {
             (None, None) => None,
             (gate, up) => {
@@ -85,8 +92,7 @@ impl Layer {
         };
         let [gate, up] = [&mlp.gate, &mlp.up].map(|linear| weights.take(&linear.weight, &[m, d]));
         Ok(Self {
-            attention: Attention::new(&checkpoint.heads(i)?, None, &spec, weights.device)?,
-            spec,
+            attention: Attention::new(&checkpoint.heads(i)?, None, spec, weights.device)?,
             attention_norm: Normed::load(weights, &block.attention_norm)?,
             mlp_norm: Normed::load(weights, &block.mlp_norm)?,
             gate_up: Tensor::cat(&[&gate?, &up?], 0)?,
@@ -94,6 +100,18 @@ impl Layer {
             down: weights.take(&mlp.down.weight, &[d, m])?,
             down_bias: weights.bias(&mlp.down, d)?,
         })
+    }
+
+    /// Whether what [`Layer::load`] reads beside the heads, which every checkpoint has, is there and of its shape.
+    pub(super) fn check(weights: &Weights<'_>, block: &Block) -> Result<(), FileError> {
+        let (checkpoint, d, mlp) = (weights.checkpoint, weights.width, &block.mlp);
+        let m = weights.intermediate(mlp)?;
+        for (linear, [rows, columns]) in [(&mlp.gate, [m, d]), (&mlp.up, [m, d]), (&mlp.down, [d, m])] {
+            checkpoint.check_tensor(&linear.weight, &[rows, columns])?;
+            linear.bias.as_ref().map_or(Ok(()), |bias| checkpoint.check_tensor(bias, &[rows]))?;
+        }
+        let norms = [&block.attention_norm, &block.mlp_norm];
+        norms.into_iter().try_for_each(|norm| checkpoint.check_tensor(&norm.weight, &[d]))
     }
 
     /// What the attention reads, (N, d), after the norm.

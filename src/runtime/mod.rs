@@ -37,6 +37,7 @@ mod model;
 mod ops;
 mod rope;
 mod shared;
+mod shelf;
 mod weights;
 
 pub use crate::text::RuntimeError;

@@ -1,16 +1,19 @@
+use std::sync::Arc;
+
 use candle_core::{DType, Device as Place, Tensor};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
-use super::attention::Pass;
+use super::attention::{Attention, Pass};
 use super::cache::{KvCache, LayerCache};
 use super::device;
 use super::layer::{Layer, Normed, Weights};
 use super::rope::Rope;
+use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::ModelId;
+use crate::model::{AttentionSpec, ModelId};
 use crate::run::Device;
 use crate::text::{RuntimeError, forward_of, within};
 
@@ -22,6 +25,10 @@ const BATCH_LOGITS: usize = 1 << 25;
 /// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 2 GB.
 const GPU_BATCH_TOKENS: usize = 1 << 14;
 const GPU_BATCH_LOGITS: usize = 1 << 29;
+/// Tokens that go through a layer together where it has to be read for them.
+const STORED_TOKENS: usize = 1 << 14;
+/// Bytes of weights in f32 from which on a model is not held.
+const HELD_WEIGHTS: u64 = 1 << 30;
 /// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
 const HELD_WINDOWS: usize = 4;
 const GPU_HELD_WINDOWS: usize = 24;
@@ -46,12 +53,13 @@ pub struct Model {
     pub(super) device: Place,
     positions: usize,
     pub(super) dtype: Dtype,
-    /// (vocabulary, d).
-    embedding: Tensor,
-    pub(super) layers: Vec<Layer>,
+    vocabulary: usize,
+    pub(super) specs: Arc<[AttentionSpec]>,
+    /// Shared with all models made of this one.
+    shelf: Arc<Shelf>,
+    /// In place of what is on the shelf.
+    pub(super) attention: Vec<Option<Attention>>,
     pub(super) norm: Normed,
-    /// (vocabulary, d).
-    pub(super) head: Tensor,
 }
 
 impl Model {
@@ -71,24 +79,46 @@ impl Model {
     /// # Errors
     /// [`RuntimeError::Device`] where there is no such device; as [`Model::load`].
     pub fn load_on(checkpoint: &Checkpoint, device: Device) -> Result<Self, RuntimeError> {
+        Self::on(checkpoint, device, Shelf::held)
+    }
+
+    /// Opens a checkpoint, source or converted, to run on a device in little memory: as [`Model::load_on`] where its weights take
+    /// less than 1 GiB in f32 or it runs on a GPU; else they stay in its files, and one layer at a time is read for as many
+    /// tokens as there are. Reading many tokens it is about as fast; writing one after the other it is not.
+    ///
+    /// # Errors
+    /// As [`Model::load_on`]; weights that are not finite are found only when they are read.
+    pub fn open(checkpoint: &Checkpoint, device: Device) -> Result<Self, RuntimeError> {
+        let bytes = checkpoint.numbers_of_all() * DType::F32.size_in_bytes() as u64;
+        let held = device != Device::Cpu || bytes < HELD_WEIGHTS;
+        if held { Self::load_on(checkpoint, device) } else { Self::on(checkpoint, device, Shelf::stored) }
+    }
+
+    /// Opens a checkpoint as [`Model::open`] does one that is too large to be held, whatever its size.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_by_layers(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
+        Self::on(checkpoint, Device::Cpu, Shelf::stored)
+    }
+
+    fn on(
+        checkpoint: &Checkpoint,
+        device: Device,
+        shelf: impl FnOnce(&Checkpoint, &Place) -> Result<Shelf, RuntimeError>,
+    ) -> Result<Self, RuntimeError> {
         let (forward, device) = (forward_of(checkpoint)?, device::open(device)?);
         let architecture = checkpoint.architecture();
-        let weights = Weights { checkpoint, width: architecture.hidden, device: &device };
         let (expected, found) = (architecture.n_layers(), forward.blocks.len());
         if found != expected {
             return Err(Error::LayerCount { what: "blocks", expected, found }.into());
         }
-        let shape = [forward.vocabulary, architecture.hidden];
-        let embedding = weights.take(&forward.embedding, &shape)?;
-        let layers = forward.blocks.iter().enumerate().map(|(i, block)| Layer::load(&weights, block, i));
         Ok(Self {
-            layers: layers.collect::<Result<_, _>>()?,
-            norm: Normed::load(&weights, &forward.norm)?,
-            head: match forward.head == forward.embedding {
-                true => embedding.clone(),
-                false => weights.take(&forward.head, &shape)?,
-            },
-            embedding,
+            shelf: Arc::new(shelf(checkpoint, &device)?),
+            attention: vec![None; expected],
+            specs: architecture.layers.clone().into(),
+            norm: Normed::load(&Weights::of(checkpoint, &device), &forward.norm)?,
+            vocabulary: forward.vocabulary,
             id: checkpoint.id()?,
             positions: forward.positions,
             dtype: checkpoint.dtype(),
@@ -108,23 +138,25 @@ impl Model {
 
     /// Number of layers, L.
     pub fn n_layers(&self) -> usize {
-        self.layers.len()
+        self.specs.len()
     }
 
     /// KV heads of every layer.
     pub fn kv_heads(&self) -> Vec<usize> {
-        self.layers.iter().map(|layer| layer.attention.kv_heads()).collect()
+        let found = self.specs.iter().zip(&self.attention);
+        found.map(|(spec, own)| own.as_ref().map_or(spec.kv_heads, Attention::kv_heads)).collect()
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
     pub fn kv_bytes_per_token(&self) -> usize {
-        let numbers: usize = self.layers.iter().map(|layer| layer.attention.kept_numbers()).sum();
-        numbers * DType::F32.size_in_bytes()
+        let kept = self.kv_heads().into_iter().zip(self.specs.iter());
+        let numbers = kept.map(|(heads, spec)| 2 * heads * spec.head_dim);
+        numbers.sum::<usize>() * DType::F32.size_in_bytes()
     }
 
     /// Size of the vocabulary.
     pub fn vocabulary(&self) -> usize {
-        self.embedding.dims()[0]
+        self.vocabulary
     }
 
     /// Tokens that the model has positions for.
@@ -144,42 +176,47 @@ impl Model {
     pub fn logits(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
-        let parts = self.rows(&flat, batch)?;
-        let parts: Vec<Vec<f32>> = parts.iter().map(numbers).collect::<Result<_, _>>()?;
+        let parts = self.rows(&flat, batch)?.into_par_iter().map(|x| numbers(&self.head(&x)?));
+        let parts: Vec<Vec<f32>> = parts.collect::<Result<_, RuntimeError>>()?;
         self.shaped(parts.concat(), batch, len)
     }
 
-    /// Logits of rows of equal length, in parts of as many as are computed [abreast](Model::abreast): (rows of the
-    /// part · T, vocabulary) each.
+    /// What the last layer gives for rows of equal length, in parts of as many as are computed [abreast](Model::abreast):
+    /// (rows of the part · T, d) each.
     pub(crate) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Tensor>, RuntimeError> {
         let len = tokens.len().checked_div(rows).unwrap_or(0);
         let pass = self.pass(len, 0)?;
-        let logits = |tokens: &[u32]| self.logits_from(0, &self.embed(tokens)?, &pass);
-        tokens.par_chunks(self.abreast(len) * len).map(logits).collect()
+        let parts = tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens));
+        self.through(0, parts.collect::<Result<_, _>>()?, &pass)
     }
 
-    /// Logits (T, vocabulary) of each of some rows of equal length, by way of a cache that takes `chunk` tokens at a time.
+    /// What the last layer gives for each of some rows of equal length, (T, d), by way of a cache that takes `chunk` tokens at a
+    /// time.
     pub(crate) fn rows_by_cache(
         &self,
         tokens: &[u32],
         rows: usize,
         chunk: usize,
     ) -> Result<Vec<Tensor>, RuntimeError> {
-        let logits = |tokens: &[u32]| {
+        let last = |tokens: &[u32]| {
             let mut cache = KvCache::default();
             let parts = tokens.chunks(chunk).map(|part| self.read(&mut cache, part, 1));
             Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, RuntimeError>>()?, 0)?)
         };
-        tokens.par_chunks_exact(tokens.len() / rows).map(logits).collect()
+        tokens.par_chunks_exact(tokens.len() / rows).map(last).collect()
     }
 
-    /// Logits (N, vocabulary) of what enters layer `from`, (N, d).
-    pub(crate) fn logits_from(&self, from: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        let mut x = x.clone();
-        for i in from..self.layers.len() {
-            x = self.layer(i, &x, pass)?;
+    /// Some texts, (N, d) each, from before layer `from` through all that follow: layer by layer, so that each is read once.
+    pub(crate) fn through(
+        &self,
+        from: usize,
+        mut texts: Vec<Tensor>,
+        pass: &Pass,
+    ) -> Result<Vec<Tensor>, RuntimeError> {
+        for i in from..self.n_layers() {
+            texts = texts.par_iter().map(|x| self.layer(i, x, pass)).collect::<Result<_, _>>()?;
         }
-        self.head(&x)
+        Ok(texts)
     }
 
     fn shaped(&self, logits: Vec<f32>, batch: usize, len: usize) -> Result<Array3<f32>, RuntimeError> {
@@ -199,54 +236,39 @@ impl Model {
     ) -> Result<Array3<f32>, RuntimeError> {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
-        let logits = self.read(cache, &flat, batch)?;
-        self.shaped(numbers(&logits)?, batch, len)
+        let last = self.read(cache, &flat, batch)?;
+        self.shaped(numbers(&self.head(&last)?)?, batch, len)
     }
 
-    /// Logits (B·T, vocabulary) of further tokens (B·T).
+    /// What the last layer gives for further tokens (B·T): (B·T, d).
     fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
         let len = tokens.len().checked_div(batch).unwrap_or(0);
         let pass = self.pass(len, cache.tokens)?;
-        cache.layers.resize(self.layers.len(), LayerCache::default());
+        cache.layers.resize(self.n_layers(), LayerCache::default());
         let mut x = self.embed(tokens)?;
-        for (i, (layer, past)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
-            x = layer.forward(i, &x, &pass, Some(past))?;
+        for (i, past) in cache.layers.iter_mut().enumerate() {
+            x = self.whole(i)?.forward(i, &x, &pass, Some(past))?;
         }
         cache.tokens += len;
-        self.head(&x)
+        Ok(x)
     }
 
-    /// The input of every layer's attention, after its norm, (T, d), in the order of layers.
-    pub(crate) fn attention_inputs(
+    /// Of each of some texts what enters every layer, and what the last one gives, (N, d) each.
+    pub(crate) fn layer_inputs(
         &self,
-        tokens: &[u32],
-        mut take: impl FnMut(usize, Tensor) -> Result<(), RuntimeError>,
-    ) -> Result<(), RuntimeError> {
-        let pass = self.pass(tokens.len(), 0)?;
-        let mut x = self.embed(tokens)?;
-        for i in 0..self.layers.len() {
-            take(i, self.attention_input(i, &x)?)?;
-            // What the last layer puts out is nobody's input.
-            if i + 1 < self.layers.len() {
-                x = self.layer(i, &x, &pass)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// What enters every layer, and what the last one gives, (N, d) each.
-    pub(crate) fn layer_inputs(&self, tokens: &[u32], pass: &Pass) -> Result<Vec<Tensor>, RuntimeError> {
-        let mut inputs = vec![self.embed(tokens)?];
-        for i in 0..self.layers.len() {
-            let next = self.layer(i, &inputs[i], pass)?;
-            inputs.push(next);
+        texts: &[&[u32]],
+        pass: &Pass,
+    ) -> Result<Vec<Vec<Tensor>>, RuntimeError> {
+        let first = texts.par_iter().map(|tokens| Ok(vec![self.embed(tokens)?]));
+        let mut inputs = first.collect::<Result<Vec<_>, RuntimeError>>()?;
+        for i in 0..self.n_layers() {
+            inputs.par_iter_mut().try_for_each(|inputs| {
+                let next = self.layer(i, &inputs[i], pass)?;
+                inputs.push(next);
+                Ok::<_, RuntimeError>(())
+            })?;
         }
         Ok(inputs)
-    }
-
-    /// What the last layer gives, (N, d).
-    pub(crate) fn hidden(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, RuntimeError> {
-        (0..self.layers.len()).try_fold(self.embed(tokens)?, |x, i| self.layer(i, &x, pass))
     }
 
     /// The device that it is on, as candle has it.
@@ -264,7 +286,15 @@ impl Model {
         if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
     }
 
-    /// Rows of `len` tokens held at once: as many as keep the device busy and the memory small.
+    /// Rows of `len` tokens that go from layer to layer together.
+    pub(crate) fn together(&self, len: usize) -> usize {
+        match *self.shelf {
+            Shelf::Held { .. } => self.batch(len),
+            Shelf::Stored { .. } => (STORED_TOKENS / len).max(1),
+        }
+    }
+
+    /// Rows of `len` tokens whose logits are held at once: as many as keep the device busy and the memory small.
     pub(crate) fn batch(&self, len: usize) -> usize {
         let (tokens, logits) = match self.device() {
             Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
@@ -281,18 +311,22 @@ impl Model {
 
     /// What the layers share when they read `len` tokens of each row after `start` others.
     pub(crate) fn pass(&self, len: usize, start: usize) -> Result<Pass, RuntimeError> {
+        self.pass_at((start..start.saturating_add(len)).collect())
+    }
+
+    /// What the layers share when they read tokens of each row that stand at these positions, ascending.
+    pub(crate) fn pass_at(&self, positions: Vec<usize>) -> Result<Pass, RuntimeError> {
         let expected = self.positions;
-        match start.checked_add(len) {
-            Some(end) if len > 0 && end <= expected => {}
-            end => return Err(RuntimeError::Positions { expected, found: end.unwrap_or(usize::MAX) }),
+        match positions.last() {
+            Some(&last) if last < expected => {}
+            last => return Err(RuntimeError::Positions { expected, found: last.map_or(0, |last| last + 1) }),
         }
-        let positions: Vec<usize> = (start..start + len).collect();
-        let mut ropes: Vec<Rope> = Vec::with_capacity(self.layers.len());
-        for (i, layer) in self.layers.iter().enumerate() {
-            let alike = self.layers[..i].iter().position(|other| other.spec.rotary == layer.spec.rotary);
+        let mut ropes: Vec<Rope> = Vec::with_capacity(self.n_layers());
+        for (i, spec) in self.specs.iter().enumerate() {
+            let alike = self.specs[..i].iter().position(|other| other.rotary == spec.rotary);
             ropes.push(match alike {
                 Some(j) => ropes[j].clone(),
-                None => Rope::new(layer.spec.rotary.as_ref(), &positions, &self.device)?,
+                None => Rope::new(spec.rotary.as_ref(), &positions, &self.device)?,
             });
         }
         Ok(Pass { positions, ropes })
@@ -301,33 +335,51 @@ impl Model {
     /// Tokens (N) → (N, d).
     pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Tensor, RuntimeError> {
         within(tokens, self.vocabulary(), "the tokens belong to another model")?;
-        let ids = Tensor::from_slice(tokens, tokens.len(), &self.device)?;
-        Ok(self.embedding.index_select(&ids, 0)?)
+        self.shelf.embed(tokens)
+    }
+
+    /// The attention of layer `i`.
+    pub(super) fn attention(&self, i: usize) -> Result<Attention, RuntimeError> {
+        self.attention[i].clone().map_or_else(|| Ok(self.shelf.layer(i)?.attention), Ok)
+    }
+
+    /// Layer `i`.
+    pub(super) fn whole(&self, i: usize) -> Result<Layer, RuntimeError> {
+        let layer = self.shelf.layer(i)?;
+        Ok(match &self.attention[i] {
+            Some(attention) => Layer { attention: attention.clone(), ..layer },
+            None => layer,
+        })
     }
 
     /// What the attention of layer `i` reads, (N, d), after the norm.
     pub(crate) fn attention_input(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.layers[i].attention_input(x)?)
+        Ok(self.shelf.layer(i)?.attention_input(x)?)
     }
 
     /// What the attention of layer `i` makes of what it reads, (N, d) → (N, d).
     pub(crate) fn attend(&self, i: usize, input: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.layers[i].attention.forward(input, pass, pass.rope(i), None)?)
+        Ok(self.attention(i)?.forward(input, pass, pass.rope(i), None)?)
     }
 
     /// Layer `i` after its attention was added, (N, d) → (N, d).
     pub(crate) fn feed_forward(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.layers[i].feed_forward(x)?)
+        Ok(self.shelf.layer(i)?.feed_forward(x)?)
     }
 
     /// Layer `i`, (N, d) → (N, d).
     pub(crate) fn layer(&self, i: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.layers[i].forward(i, x, pass, None)?)
+        Ok(self.whole(i)?.forward(i, x, pass, None)?)
     }
 
-    /// (N, d) → logits (N, vocabulary).
-    fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.norm.of(x)?.matmul(&self.head.t()?)?)
+    /// The output embedding, (vocabulary, d).
+    pub(crate) fn output_embedding(&self) -> Result<Tensor, RuntimeError> {
+        self.shelf.head()
+    }
+
+    /// What the last layer gives, (N, d) → logits (N, vocabulary).
+    pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        Ok(self.norm.of(x)?.matmul(&self.output_embedding()?.t()?)?)
     }
 }
 

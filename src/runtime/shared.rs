@@ -35,10 +35,10 @@ impl Model {
     ) -> Result<Self, RuntimeError> {
         let (i, layers) = (heads.layer(), self.n_layers());
         let mut model = self.clone();
-        let layer = model.layers.get_mut(i).ok_or(Error::NoLayer { layer: i, layers })?;
+        let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, i)?;
-        layer.attention = Attention::new(heads, Some((&pooled, partition)), &layer.spec, &self.device)?;
+        model.attention[i] = Some(Attention::new(heads, Some((&pooled, partition)), spec, &self.device)?);
         Ok(model)
     }
 }

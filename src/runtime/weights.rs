@@ -15,6 +15,8 @@ use crate::heads::{Pooled, Projection};
 pub(crate) struct AttentionWeights {
     pub(crate) matrices: [Tensor; 4],
     pub(crate) biases: [Option<Tensor>; 4],
+    /// Width of a head, h.
+    pub(crate) head_dim: usize,
 }
 
 impl AttentionWeights {
@@ -29,7 +31,8 @@ impl AttentionWeights {
         let matrices = [other(q)?, other(k)?, other(v)?, other(o)?];
         let mut bias = |of: &Option<Tensor>| of.as_ref().map(&mut other).transpose();
         let [q, k, v, o] = &self.biases;
-        Ok(Self { matrices, biases: [bias(q)?, bias(k)?, bias(v)?, bias(o)?] })
+        let biases = [bias(q)?, bias(k)?, bias(v)?, bias(o)?];
+        Ok(Self { matrices, biases, head_dim: self.head_dim })
     }
 
     /// All of them added up, one after the other; `None` of none.
@@ -69,7 +72,7 @@ impl Attention {
         let [q, key, v] = parts.map(|at| part(qkv, at));
         let of_bias = |i: usize| bias.filter(|_| self.biased[i]).map(|b| part(b, parts[i])).transpose();
         let biases = [of_bias(0)?, of_bias(1)?, of_bias(2)?, output_bias];
-        Ok(AttentionWeights { matrices: [q?, key?, v?, output.clone()], biases })
+        Ok(AttentionWeights { matrices: [q?, key?, v?, output.clone()], biases, head_dim: h })
     }
 
     /// This attention with other weights.
@@ -101,14 +104,17 @@ impl Attention {
 
 impl Model {
     /// The weights of the attention of layer `i`.
-    pub(crate) fn attention_weights(&self, i: usize) -> Candle<AttentionWeights> {
-        self.layers[i].attention.weights()
+    pub(crate) fn attention_weights(&self, i: usize) -> Result<AttentionWeights, RuntimeError> {
+        Ok(self.attention(i)?.weights()?)
     }
 
     /// Puts other weights into the attention of layer `i`.
-    pub(crate) fn set_attention_weights(&mut self, i: usize, weights: &AttentionWeights) -> Candle<()> {
-        let attention = &mut self.layers[i].attention;
-        *attention = attention.with_weights(weights)?;
+    pub(crate) fn set_attention_weights(
+        &mut self,
+        i: usize,
+        weights: &AttentionWeights,
+    ) -> Result<(), RuntimeError> {
+        self.attention[i] = Some(self.attention(i)?.with_weights(weights)?);
         Ok(())
     }
 
@@ -120,14 +126,19 @@ impl Model {
         gradient: &Tensor,
         pass: &Pass,
         weights: bool,
-    ) -> Candle<Backward> {
-        self.layers[i].backward(i, x, gradient, pass, weights)
+    ) -> Result<Backward, RuntimeError> {
+        Ok(self.whole(i)?.backward(i, x, gradient, pass, weights)?)
     }
 
     /// What the attention of layer `i` reads of `input`, (N, d), before its output projection, (N, n_q·h) in the order of
     /// [`AttentionWeights`], and what it puts out, (N, d).
-    pub(crate) fn attention_reads(&self, i: usize, input: &Tensor, pass: &Pass) -> Candle<(Tensor, Tensor)> {
-        let (kept, output) = self.layers[i].attention.kept(input, pass, pass.rope(i))?;
+    pub(crate) fn attention_reads(
+        &self,
+        i: usize,
+        input: &Tensor,
+        pass: &Pass,
+    ) -> Result<(Tensor, Tensor), RuntimeError> {
+        let (kept, output) = self.attention(i)?.kept(input, pass, pass.rope(i))?;
         Ok((kept.heads, output))
     }
 
@@ -139,12 +150,12 @@ impl Model {
         input: &Tensor,
         pass: &Pass,
         gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
-    ) -> Candle<AttentionWeights> {
-        let attention = &self.layers[i].attention;
+    ) -> Result<AttentionWeights, RuntimeError> {
+        let attention = self.attention(i)?;
         let (kept, output) = attention.kept(input, pass, pass.rope(i))?;
         let gradient = gradient(&output)?;
         let of_all = attention.backward(&kept, &gradient, pass.rope(i))?;
-        attention.weights_backward(input, &kept, &of_all, &gradient)
+        Ok(attention.weights_backward(input, &kept, &of_all, &gradient)?)
     }
 
     /// The shared heads of layer `i` as they are now, in the order of the source's heads and of the groups.
@@ -154,7 +165,7 @@ impl Model {
 
     /// Weights of layer `i`, or gradients, in the order of the source's heads and of the groups.
     pub(crate) fn laid_out(&self, i: usize, weights: &AttentionWeights) -> Result<Pooled, RuntimeError> {
-        let attention = &self.layers[i].attention;
+        let attention = &self.attention(i)?;
         let h = attention.head_dim;
         let ([q, k, v, output], [of_q, of_k, of_v, of_output]) = (&weights.matrices, &weights.biases);
         let projection = |rows: &Tensor, bias: &Option<Tensor>, order: &[usize]| -> Result<_, RuntimeError> {

@@ -95,7 +95,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let plan = args.plan.as_ref().map(|path| Ok::<_, CliError>((path, plan_for(&checkpoint, path)?)));
     let plan = plan.transpose()?;
     let choices = args.choices.as_deref().map(Choices::read).transpose()?;
-    let loaded = Model::load_on(&checkpoint, run.device())?;
+    let loaded = Model::open(&checkpoint, run.device())?;
     let text = args.choices.is_none() || args.text.is_given();
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
@@ -107,7 +107,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             note = windows.as_ref().and_then(|windows| known(calibration.as_ref(), windows));
             (loaded.with_shared(&shared)?, Some(loaded))
         }
-        (None, Some(path)) => (loaded, Some(Model::load_on(&Checkpoint::open(path)?, run.device())?)),
+        (None, Some(path)) => (loaded, Some(Model::open(&Checkpoint::open(path)?, run.device())?)),
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();

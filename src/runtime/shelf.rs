@@ -1,0 +1,113 @@
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Device as Place, Tensor};
+
+use super::layer::{Layer, Weights};
+use crate::checkpoint::Checkpoint;
+use crate::error::Error;
+use crate::heads::HeadSource;
+use crate::model::{Block, Forward};
+use crate::text::{RuntimeError, forward_of};
+
+/// Where the weights of a model are while it runs.
+#[derive(Debug)]
+pub(super) enum Shelf {
+    /// In memory.
+    Held {
+        layers: Vec<Layer>,
+        /// (vocabulary, d).
+        embedding: Tensor,
+        /// (vocabulary, d).
+        head: Tensor,
+    },
+    /// In the files of the checkpoint. One layer, or the output embedding, is in memory at a time.
+    Stored { checkpoint: Box<Checkpoint>, place: Place, recent: Mutex<Option<Recent>> },
+}
+
+/// What was read the last.
+#[derive(Debug)]
+pub(super) enum Recent {
+    Layer(usize, Arc<Layer>),
+    Head(Tensor),
+}
+
+impl Shelf {
+    /// All weights of a checkpoint, in memory.
+    pub(super) fn held(checkpoint: &Checkpoint, place: &Place) -> Result<Self, RuntimeError> {
+        let (forward, weights) = (forward_of(checkpoint)?, Weights::of(checkpoint, place));
+        let layers = forward.blocks.iter().enumerate().map(|(i, block)| Layer::load(&weights, block, i));
+        let layers = layers.collect::<Result<_, _>>()?;
+        let shape = [forward.vocabulary, weights.width];
+        let embedding = weights.take(&forward.embedding, &shape)?;
+        let head = match forward.head == forward.embedding {
+            true => embedding.clone(),
+            false => weights.take(&forward.head, &shape)?,
+        };
+        Ok(Self::Held { layers, embedding, head })
+    }
+
+    /// The weights of a checkpoint, which are all there.
+    pub(super) fn stored(checkpoint: &Checkpoint, place: &Place) -> Result<Self, RuntimeError> {
+        let (forward, weights) = (forward_of(checkpoint)?, Weights::of(checkpoint, place));
+        forward.blocks.iter().try_for_each(|block| Layer::check(&weights, block))?;
+        for name in [&forward.embedding, &forward.head] {
+            checkpoint.check_tensor(name, &[forward.vocabulary, weights.width])?;
+        }
+        let checkpoint = Box::new(checkpoint.clone());
+        Ok(Self::Stored { checkpoint, place: place.clone(), recent: Mutex::new(None) })
+    }
+
+    /// Layer `i`. Who asks for one that is being read waits for it.
+    pub(super) fn layer(&self, i: usize) -> Result<Layer, RuntimeError> {
+        let (checkpoint, place, recent) = match self {
+            Self::Held { layers, .. } => return Ok(layers[i].clone()),
+            Self::Stored { checkpoint, place, recent } => (checkpoint, place, recent),
+        };
+        let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Recent::Layer(n, layer)) = &*recent {
+            if *n == i {
+                return Ok(Layer::clone(layer));
+            }
+        }
+        // Before the next is read: two are never there.
+        *recent = None;
+        let block: Option<&Block> = forward_of(checkpoint)?.blocks.get(i);
+        let block = block.ok_or(Error::NoLayer { layer: i, layers: checkpoint.architecture().n_layers() })?;
+        let layer = Arc::new(Layer::load(&Weights::of(checkpoint, place), block, i)?);
+        *recent = Some(Recent::Layer(i, Arc::clone(&layer)));
+        Ok(Layer::clone(&layer))
+    }
+
+    /// The output embedding, (vocabulary, d).
+    pub(super) fn head(&self) -> Result<Tensor, RuntimeError> {
+        let (checkpoint, place, recent) = match self {
+            Self::Held { head, .. } => return Ok(head.clone()),
+            Self::Stored { checkpoint, place, recent } => (checkpoint, place, recent),
+        };
+        let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Recent::Head(head)) = &*recent {
+            return Ok(head.clone());
+        }
+        *recent = None;
+        let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
+        let weights = Weights::of(checkpoint, place);
+        let head = weights.take(head, &[*vocabulary, weights.width])?;
+        *recent = Some(Recent::Head(head.clone()));
+        Ok(head)
+    }
+
+    /// The input embeddings of tokens, all of which are of the vocabulary: (N, d).
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<Tensor, RuntimeError> {
+        match self {
+            Self::Held { embedding, .. } => {
+                let ids = Tensor::from_slice(tokens, tokens.len(), embedding.device())?;
+                Ok(embedding.index_select(&ids, 0)?)
+            }
+            Self::Stored { checkpoint, place, .. } => {
+                let rows = checkpoint.rows_of(&forward_of(checkpoint)?.embedding, tokens)?;
+                let width = checkpoint.architecture().hidden;
+                Ok(Tensor::from_vec(rows, (tokens.len(), width), place)?)
+            }
+        }
+    }
+}
