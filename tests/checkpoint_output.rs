@@ -84,8 +84,8 @@ fn outputs_in_the_way() {
     fs::create_dir(&full).unwrap();
     fs::write(full.join("diary.txt"), "dear").unwrap();
     says(&refused(&full, false), &["full exists", "not replaced unless"]);
-    says(&refused(&full, true), &["full is not a model directory"]);
-    says(&refused(&full.join("diary.txt"), true), &["is not a model directory"]);
+    says(&refused(&full, true), &["full is no model that qcqa wrote"]);
+    says(&refused(&full.join("diary.txt"), true), &["is no model that qcqa wrote"]);
     says(&refused(&full.join("diary.txt/out"), false), &["cannot write"]);
 }
 
@@ -104,6 +104,10 @@ fn links_hide_nothing() {
     // A source whose weights lie, by a link, in the old output that would be deleted.
     let (linked, old) = (root.path().join("linked"), root.path().join("old"));
     llama().write(&old);
+    let names = snapshot(&old).into_keys().map(|path| path.strip_prefix(&old).unwrap().to_path_buf());
+    let names: Vec<_> = names.chain(["qcqa.json".into()]).collect();
+    let ours = serde_json::json!({ "qcqa": "0.1.0", "files": names });
+    fs::write(old.join("qcqa.json"), ours.to_string()).unwrap();
     fs::create_dir(&linked).unwrap();
     fs::copy(input.join("config.json"), linked.join("config.json")).unwrap();
     symlink(old.join("model.safetensors"), linked.join("model.safetensors")).unwrap();
@@ -174,7 +178,6 @@ fn force_replaces_only_by_what_is_whole() {
     let (input, out) = (snapshot(&root.path().join("in")), root.path().join("out"));
     let forced = WriteOptions::default().force(true);
     convert(&source, &plan, &Stock, &out, forced, Run::new(0)).unwrap();
-    fs::write(out.join("notes.txt"), "of the old one").unwrap();
     let old = snapshot(&out);
 
     says(&not_written(&root, &source, &plan, &Stock, &out, false), &["out exists", "not replaced unless"]);
@@ -183,7 +186,6 @@ fn force_replaces_only_by_what_is_whole() {
     assert_eq!(snapshot(&out), old);
 
     convert(&source, &plan, &Expanded, &out, forced, Run::new(0)).unwrap();
-    assert!(!out.join("notes.txt").exists());
     assert_eq!(attention(&Checkpoint::open(&out).unwrap()).kv_heads, 6);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     assert_eq!(snapshot(&root.path().join("in")), input);

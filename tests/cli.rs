@@ -197,11 +197,11 @@ fn weights_that_are_no_numbers_name_their_tensor() {
     let mut model = llama();
     let tensor = model.tensor("model.layers.1.self_attn.v_proj.weight");
     tensor.bytes[8..10].copy_from_slice(&half::bf16::NAN.to_le_bytes());
-    model.write(root.path());
+    let (directory, plan) = (root.path().join("model"), root.path().join("plan.json"));
+    model.write(&directory);
     for method in ["qcqa-ec", "gqa"] {
-        let plan = root.path().join("plan.json");
         let message =
-            fails(1, &["search", text(root.path()), "--kv", "0.5", "--method", method, "--out", text(&plan)]);
+            fails(1, &["search", text(&directory), "--kv", "0.5", "--method", method, "--out", text(&plan)]);
         says(&message, &["model.layers.1.self_attn.v_proj.weight", "model.safetensors", "NaN"]);
     }
 }

@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::files::FileError;
+use crate::files::{FileError, without_mark};
 use crate::model::Unsupported;
 
 /// A config.json, read key by key; `null` is as good as missing.
@@ -21,8 +21,8 @@ impl Config {
     /// [`FileError::Json`] for what is no object.
     pub fn parse(path: impl Into<PathBuf>, text: &[u8]) -> Result<Self, FileError> {
         let path = path.into();
-        let raw =
-            serde_json::from_slice(text).map_err(|source| FileError::Json { path: path.clone(), source })?;
+        let raw = serde_json::from_slice(without_mark(text))
+            .map_err(|source| FileError::Json { path: path.clone(), source })?;
         Ok(Self { path, raw })
     }
 

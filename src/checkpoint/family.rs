@@ -28,6 +28,11 @@ pub trait TensorIndex {
     /// All names, sorted.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
 
+    /// Whether two tensors hold the same numbers; as far as it is known: unless said otherwise, whether they have one shape.
+    fn equal(&self, a: &str, b: &str) -> bool {
+        self.shape(a) == self.shape(b)
+    }
+
     /// The name, where there is such a tensor.
     fn existing(&self, name: String) -> Option<String> {
         self.shape(&name).is_some().then_some(name)

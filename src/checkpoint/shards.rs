@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
 use super::TensorIndex;
-use crate::files::{FileError, Mapped, read_bounded};
+use crate::files::{FileError, Mapped, read_bounded, without_mark};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -80,8 +80,9 @@ impl Shards {
         if !index_path.exists() {
             return Err(FileError::NoWeights { path: directory.to_path_buf(), found: weights_in(directory) });
         }
-        let index: Map<String, Value> = serde_json::from_slice(&read_bounded(&index_path, INDEX_LIMIT)?)
-            .map_err(|source| FileError::Json { path: index_path.clone(), source })?;
+        let index: Map<String, Value> =
+            serde_json::from_slice(without_mark(&read_bounded(&index_path, INDEX_LIMIT)?))
+                .map_err(|source| FileError::Json { path: index_path.clone(), source })?;
         let weight_map = weight_map(&index_path, &index)?;
         // A tensor of each file, so that a missing file can be explained.
         let files: BTreeMap<&str, &str> = weight_map.iter().map(|&(tensor, file)| (file, tensor)).collect();
@@ -156,6 +157,14 @@ impl TensorIndex for Shards {
 
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         Box::new(self.tensors.keys().map(String::as_str))
+    }
+
+    fn equal(&self, a: &str, b: &str) -> bool {
+        let [a, b] = [a, b].map(|name| {
+            let entry = self.tensors.get(name)?;
+            Some((entry.dtype, &entry.shape, self.bytes(entry)))
+        });
+        a == b
     }
 }
 

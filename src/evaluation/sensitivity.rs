@@ -7,7 +7,7 @@ use super::trial::Reading;
 use crate::allocator::LayerCosts;
 use crate::budget::Limits;
 use crate::error::{Error, Result};
-use crate::files::{FileError, WriteOptions, fingerprint, sha256, write_whole};
+use crate::files::{FileError, WriteOptions, fingerprint, replace_whole, sha256};
 use crate::front::{Front, FrontPoint};
 use crate::run::Run;
 use crate::text::{RuntimeError, read_file};
@@ -87,7 +87,7 @@ impl Sensitivity {
         let measured = Self::measure(trial, fronts, run)?;
         let mut text = serde_json::to_vec_pretty(&measured).map_err(json)?;
         text.push(b'\n');
-        write_whole(cache, &text, WriteOptions::default().force(true))?;
+        replace_whole(cache, &text, WriteOptions::default().force(true))?;
         Ok(measured)
     }
 

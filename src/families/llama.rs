@@ -17,7 +17,9 @@ impl Family for Llama {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        describe(config, tensors, Defaults { kv_heads: None, positions: 2048 }, Ok(Mask::Causal))
+        let biased = config.flag("attention_bias")?;
+        let biases = Biases { queries_keys_values: biased, outputs: biased, mlp: config.flag("mlp_bias")? };
+        describe(config, tensors, Defaults { kv_heads: None, positions: 2048, biases }, Ok(Mask::Causal))
     }
 }
 
@@ -28,6 +30,33 @@ pub(super) struct Defaults {
     pub(super) kv_heads: Option<usize>,
     /// Tokens that the model has positions for.
     pub(super) positions: usize,
+    /// Which projections have a bias.
+    pub(super) biases: Biases,
+}
+
+/// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Biases {
+    pub(super) queries_keys_values: bool,
+    pub(super) outputs: bool,
+    pub(super) mlp: bool,
+}
+
+impl Biases {
+    /// Of the projection with this name.
+    fn has(self, module: &str) -> bool {
+        match module {
+            "q" | "k" | "v" => self.queries_keys_values,
+            "o" => self.outputs,
+            _ => self.mlp,
+        }
+    }
+
+    /// Whether a tensor is a bias that the model does not have.
+    fn strays(self, tensor: &str) -> bool {
+        let module = tensor.strip_suffix("_proj.bias").and_then(|name| name.rsplit('.').next());
+        module.is_some_and(|module| !self.has(module))
+    }
 }
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -45,12 +74,13 @@ pub(super) fn describe(
     let (n_layers, hidden) = (config.required("num_hidden_layers")?, config.required("hidden_size")?);
     let (query_heads, kv_heads) = heads(config, defaults)?;
     let head_dim = head_dim(config, hidden, query_heads)?;
-    let theta = theta(config)?;
+    let (theta, mut notes) = (theta(config)?, Vec::new());
+    notes.extend(contradicted(config, "rope_theta"));
     let rotary = Rotary::from_theta(Rotation::HalfSplit { dims: head_dim }, theta);
     let attention = |layer: usize, present: bool| {
         let part = |module: &str, axis, heads| {
             let name = format!("model.layers.{layer}.self_attn.{module}_proj");
-            let bias = match present {
+            let bias = match present && defaults.biases.has(module) {
                 true => uniform(config, tensors, layer, format!(".self_attn.{module}_proj.bias"))?,
                 false => None,
             };
@@ -71,9 +101,21 @@ pub(super) fn describe(
             break;
         }
     }
-    let tied = config.flag("tie_word_embeddings")?;
-    let model =
-        Architecture { tied_embeddings: tied, ..Architecture::new(config.model_type()?, hidden, layers) };
+    let mut tied = config.flag("tie_word_embeddings")?;
+    if tied && tensors.shape(HEAD).is_some() && !tensors.equal(HEAD, EMBEDDING) {
+        tied = false;
+        notes.push(format!("`tie_word_embeddings` is true, but {HEAD} is stored and another: it is used"));
+    }
+    if let Some(bias) = tensors.names().find(|name| defaults.biases.strays(name)) {
+        notes.push(format!(
+            "{bias} is stored, but by config.json the model has no such biases: they are not used"
+        ));
+    }
+    let model = Architecture {
+        tied_embeddings: tied,
+        notes,
+        ..Architecture::new(config.model_type()?, hidden, layers)
+    };
     let forward = match mask {
         Ok(_) => forward(config, tensors, &model, defaults)?,
         Err(unsupported) => Err(unsupported),
@@ -135,10 +177,26 @@ fn head_dim(config: &Config, hidden: usize, query_heads: usize) -> Result<usize,
     if fits { Ok(head_dim) } else { Err(config.wrong("head_dim", "an even number of dimensions", head_dim)) }
 }
 
-/// A value at top level (transformers 4) or in `rope_parameters` (transformers 5).
+/// What config.json says of rotary positions in one object: `rope_scaling`, unless that is empty, else `rope_parameters`.
+fn rope_object(config: &Config) -> Option<(&'static str, &serde_json::Map<String, serde_json::Value>)> {
+    ["rope_scaling", "rope_parameters"].into_iter().find_map(|key| {
+        let object = config.get(key)?.as_object().filter(|object| !object.is_empty())?;
+        Some((key, object))
+    })
+}
+
+/// A value of that object, else one at top level: as transformers 5 has it.
 fn rope<'a>(config: &'a Config, key: &str) -> Option<&'a serde_json::Value> {
-    let nested = || config.get("rope_parameters")?.get(key).filter(|v| !v.is_null());
-    config.get(key).or_else(nested)
+    let nested = rope_object(config).and_then(|(_, object)| object.get(key)).filter(|v| !v.is_null());
+    nested.or_else(|| config.get(key))
+}
+
+/// What is to be said where a value stands in two places and differs.
+fn contradicted(config: &Config, key: &str) -> Option<String> {
+    let (top, (place, _)) = (config.get(key)?, rope_object(config)?);
+    let taken = rope(config, key)?;
+    (taken.as_f64() != top.as_f64())
+        .then(|| format!("`{key}` is {top}, but {taken} in `{place}`: the latter is used"))
 }
 
 /// Base of the rotary frequencies.
@@ -185,10 +243,9 @@ fn forward(
     let block = |layer: usize| {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let linear = |part: &str| {
-            Linear::new(
-                name(&format!("mlp.{part}_proj.weight")),
-                tensors.existing(name(&format!("mlp.{part}_proj.bias"))),
-            )
+            let bias = tensors.existing(name(&format!("mlp.{part}_proj.bias")));
+            let weight = name(&format!("mlp.{part}_proj.weight"));
+            Linear::new(weight, bias.filter(|_| defaults.biases.mlp))
         };
         let norm = |part: &str| Norm::new(name(&format!("{part}.weight")), epsilon);
         let mlp = Mlp::new(linear("gate"), linear("up"), linear("down"));
@@ -202,7 +259,8 @@ fn forward(
     let head = if model.tied_embeddings { EMBEDDING } else { HEAD };
     let forward = Forward::new(vocabulary, positions, EMBEDDING, blocks, norm, head);
     // Frequencies follow from the configuration; a tied output embedding may be stored twice.
-    let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || name == HEAD;
+    let harmless =
+        |name: &str| name.ends_with("rotary_emb.inv_freq") || name == HEAD || defaults.biases.strays(name);
     let read: std::collections::BTreeSet<&str> = forward
         .tensors()
         .chain(model.layers.iter().flat_map(|layer| layer.stored.iter().flat_map(StoredHeads::tensors)))
@@ -230,9 +288,8 @@ fn unsupported(config: &Config) -> Option<Unsupported> {
             ));
         }
     }
-    // Transformers 4 says `rope_scaling`, 5 `rope_parameters`; both name a type.
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(serde_json::Value::Object(rope)) = config.get(key) else { continue };
+    // Both name a type.
+    if let Some((key, rope)) = rope_object(config) {
         let kind = rope.get("rope_type").or(rope.get("type")).and_then(serde_json::Value::as_str);
         if kind.map_or(key == "rope_scaling", |kind| kind != "default") {
             let what = format!("rope scaling {:?} (`{key}`)", kind.unwrap_or("of no type"));

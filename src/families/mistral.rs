@@ -1,4 +1,4 @@
-use super::llama::{self, Defaults};
+use super::llama::{self, Biases, Defaults};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Architecture, Mask};
@@ -18,6 +18,7 @@ impl Family for Mistral {
             Some(value) if value.is_null() => Mask::Causal,
             _ => Mask::Sliding { window: config.count(KEY)?.unwrap_or(4096) },
         };
-        llama::describe(config, tensors, Defaults { kv_heads: Some(8), positions: 131_072 }, Ok(mask))
+        let biases = Biases { queries_keys_values: false, outputs: false, mlp: false };
+        llama::describe(config, tensors, Defaults { kv_heads: Some(8), positions: 131_072, biases }, Ok(mask))
     }
 }

@@ -1,4 +1,4 @@
-use super::llama::{self, Defaults};
+use super::llama::{self, Biases, Defaults};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Architecture, Mask, Unsupported};
@@ -20,6 +20,7 @@ impl Family for Qwen2 {
             }
             false => Ok(Mask::Causal),
         };
-        llama::describe(config, tensors, Defaults { kv_heads: Some(32), positions: 32_768 }, mask)
+        let biases = Biases { queries_keys_values: true, outputs: false, mlp: false };
+        llama::describe(config, tensors, Defaults { kv_heads: Some(32), positions: 32_768, biases }, mask)
     }
 }

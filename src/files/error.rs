@@ -259,18 +259,20 @@ pub enum FileError {
         /// The output.
         path: PathBuf,
     },
-    /// What would be replaced is not a model.
-    #[error("{} is not a model directory (it has no config.json), so it is not replaced; choose another name", path.display())]
+    /// What would be replaced is not, or not all, of this crate's making.
+    #[error("{} {found}, so it is not replaced; choose another name, or move it away", path.display())]
     OutputForeign {
         /// The output.
         path: PathBuf,
+        /// What is wrong with it.
+        found: String,
     },
-    /// Source and output overlap.
-    #[error("the output {} and the source's {} must not lie within one another", path.display(), inner.display())]
+    /// An output is an input, or one of the two holds the other.
+    #[error("the output {} and what is read from {} must not lie within one another; choose another place", path.display(), inner.display())]
     OutputOverlap {
         /// The output.
         path: PathBuf,
-        /// The source, or one of its files.
+        /// The input, or one of its files.
         inner: PathBuf,
     },
     /// Not enough room to write.

@@ -3,6 +3,7 @@
 mod digest;
 mod error;
 mod mapped;
+mod place;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -11,19 +12,21 @@ use std::path::Path;
 pub(crate) use digest::{fingerprint, sha256};
 pub use error::FileError;
 pub(crate) use mapped::Mapped;
+pub use place::{SVG_MARK, check_apart};
+pub(crate) use place::{is_empty, resolve};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct WriteOptions {
-    /// Replace what is already there, once the new is whole.
+    /// Replace what is already there and was written by this crate, once the new is whole.
     pub force: bool,
     /// Check everything and write nothing.
     pub dry_run: bool,
 }
 
 impl WriteOptions {
-    /// Replaces what is already there, or refuses to.
+    /// Replaces what this crate wrote there before, or refuses to.
     pub fn force(self, force: bool) -> Self {
         Self { force, ..self }
     }
@@ -48,6 +51,11 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError
     Ok(bytes)
 }
 
+/// A text without the byte-order mark that some editors put before it.
+pub(crate) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
+}
+
 /// The directory that a path lies in.
 pub(crate) fn parent_of(path: &Path) -> &Path {
     match path.parent() {
@@ -65,19 +73,39 @@ pub(crate) fn sync_directory(path: &Path) -> Result<(), FileError> {
     Ok(())
 }
 
+/// Whether files can be made in a directory: one is, and is gone at once.
+pub(crate) fn check_writable(directory: &Path) -> io::Result<()> {
+    tempfile::Builder::new().prefix(".qcqa.").tempfile_in(directory).map(drop)
+}
+
 /// Writes a file, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
 ///
 /// # Errors
-/// [`FileError::OutputExists`] unless `force` is set, [`FileError::Io`].
+/// [`FileError::OutputExists`] unless `force` is set, [`FileError::OutputForeign`] for a file that this crate did not write,
+/// [`FileError::Io`].
 pub fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), FileError> {
-    if !options.force && path.symlink_metadata().is_ok() {
-        return Err(FileError::OutputExists { path: path.to_path_buf() });
+    if path.symlink_metadata().is_ok() {
+        if !options.force {
+            return Err(FileError::OutputExists { path: path.to_path_buf() });
+        }
+        place::check_own(path)?;
     }
+    replace_whole(path, bytes, options)
+}
+
+/// [`write_whole`] of what the caller knows to be its own.
+pub(crate) fn replace_whole(path: &Path, bytes: &[u8], options: WriteOptions) -> Result<(), FileError> {
     let failed = |source| FileError::io("write", path, source);
     let parent = parent_of(path);
     if options.dry_run {
         let directory = parent.metadata().map_err(failed)?;
-        return if directory.is_dir() { Ok(()) } else { Err(failed(io::ErrorKind::NotADirectory.into())) };
+        if path.is_dir() {
+            return Err(failed(io::ErrorKind::IsADirectory.into()));
+        }
+        if !directory.is_dir() {
+            return Err(failed(io::ErrorKind::NotADirectory.into()));
+        }
+        return check_writable(parent).map_err(failed);
     }
     let mut builder = tempfile::Builder::new();
     builder.prefix(".qcqa.");

@@ -39,6 +39,8 @@ pub struct Architecture {
     pub tied_embeddings: bool,
     /// All that a forward pass takes besides attention, or why this crate cannot run the model.
     pub forward: Result<Forward, Unsupported>,
+    /// Where the files contradict themselves, and which of their words was taken: that which transformers takes.
+    pub notes: Vec<String>,
 }
 
 impl Architecture {
@@ -46,7 +48,14 @@ impl Architecture {
     pub fn new(model_type: impl Into<String>, hidden: usize, layers: Vec<AttentionSpec>) -> Self {
         let unknown =
             Unsupported::new("running a model of which only the attention is known", "open its checkpoint");
-        Self { model_type: model_type.into(), hidden, layers, tied_embeddings: false, forward: Err(unknown) }
+        Self {
+            model_type: model_type.into(),
+            hidden,
+            layers,
+            tied_embeddings: false,
+            forward: Err(unknown),
+            notes: Vec::new(),
+        }
     }
 
     /// Says what the rest of the model does, or why it cannot be run.

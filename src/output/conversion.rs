@@ -32,6 +32,8 @@ pub struct Report {
     pub saves_memory: bool,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
+    /// Hidden directories of runs with the same output that were killed: found and removed.
+    pub removed: Vec<PathBuf>,
 }
 
 /// Checks that a target can hold a plan, without pooling anything.
@@ -115,7 +117,7 @@ pub fn convert(
     let total = copied.len() + output.tensors.len() + extras.len();
     let job = Job::new(source, shared, total as u64, run);
     let shards = outputs(source, &job, target.name(), copied, &output)?;
-    let small = small_files(source, shared, target, &output, &shards)?;
+    let small = small_files(source, shared, target, &output, &shards, &extras)?;
     let mut report = report(source, kv_bytes(source, &output), &shards, &extras, &small);
     destination.check_space(report.bytes)?;
     job.start()?;
@@ -123,7 +125,8 @@ pub fn convert(
         return Ok(report);
     }
 
-    let staging = Staging::new(&destination)?;
+    let mut staging = Staging::new(&destination)?;
+    report.removed = std::mem::take(&mut staging.removed);
     let path = staging.path();
     write_shards(source, &job, shards, &path)?;
     for extra in &extras {
@@ -243,6 +246,7 @@ fn small_files(
     target: &dyn Target,
     output: &OutputModel,
     shards: &[Outputs<'_>],
+    extras: &[Extra],
 ) -> Result<Vec<(PathBuf, Vec<u8>)>, FileError> {
     let mut files = output.files.clone();
     if let Some(index) = new_index(source, shards) {
@@ -265,6 +269,11 @@ fn small_files(
     if shared.done() != planned {
         provenance["planned_pooling"] = json!(planned);
     }
+    // What a later run may replace.
+    let weights = source.files().files.iter().map(|shard| PathBuf::from(&shard.file));
+    let copied = extras.iter().map(|extra| extra.to.clone());
+    let made = files.iter().map(|(name, _)| name.clone()).chain([PROVENANCE, CONFIG].map(PathBuf::from));
+    provenance["files"] = json!(weights.chain(copied).chain(made).collect::<BTreeSet<_>>());
     files.push((PROVENANCE.into(), pretty(PROVENANCE, &provenance)?));
     files.push((CONFIG.into(), pretty(CONFIG, &output.config)?));
     Ok(files)
@@ -329,5 +338,6 @@ fn report(
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))
             .collect(),
+        removed: Vec::new(),
     }
 }

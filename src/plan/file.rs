@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::Plan;
 use super::migrate::PlanV1;
 use crate::error::Error;
-use crate::files::{FileError, WriteOptions, read_bounded, write_whole};
+use crate::files::{FileError, WriteOptions, read_bounded, without_mark, write_whole};
 
 /// A plan of 1000 layers of 4096 heads is a third of it.
 pub(crate) const PLAN_LIMIT: u64 = 64 << 20;
@@ -27,7 +27,7 @@ pub(crate) fn parse_plan(path: &Path, text: &[u8]) -> Result<Plan, FileError> {
         version: u32,
     }
 
-    let json = |source| FileError::Json { path: path.to_path_buf(), source };
+    let (text, json) = (without_mark(text), |source| FileError::Json { path: path.to_path_buf(), source });
     let unfit = |source| FileError::Plan { path: path.to_path_buf(), source };
     let Versioned { version: found } = serde_json::from_slice(text).map_err(json)?;
     let plan = match found {

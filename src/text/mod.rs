@@ -100,12 +100,16 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
     fs::read(path).map_err(|e| FileError::io("read", path, e))
 }
 
-/// The text of a file that was read already.
+/// The text of a file that was read already, without a byte-order mark.
 pub(crate) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
-    String::from_utf8(bytes).map_err(|e| {
+    let mut text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         RuntimeError::NotUtf8 { path: path.to_path_buf(), at }
-    })
+    })?;
+    if text.starts_with('\u{feff}') {
+        text.remove(0);
+    }
+    Ok(text)
 }
 
 /// Bytes of a stored token id.

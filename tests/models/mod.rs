@@ -80,6 +80,7 @@ impl Model {
             "model_type": model_type, "hidden_size": hidden, "num_attention_heads": query_heads,
             "zeta": 1.5, "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "head_dim": head_dim,
             "rope_theta": 500.0, "tie_word_embeddings": true, "alpha": null, "rms_norm_eps": 1e-5,
+            "attention_bias": bias,
         });
         let rng = &mut ChaCha8Rng::seed_from_u64(7);
         let mut tensors = BTreeMap::new();

@@ -1,6 +1,6 @@
 //! Flags that several commands take, and what they make of the library.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -8,7 +8,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use qcqa::allocator::{ALLOCATORS, CostScale, LayerSelection};
 use qcqa::budget::{Budget, Limits};
 use qcqa::calibration::Calibration;
-use qcqa::files::WriteOptions;
+use qcqa::files::{WriteOptions, check_apart, write_whole};
 use qcqa::optimizer::{Nsga2, OPTIMIZERS, Optimizer};
 use qcqa::output::Target;
 use qcqa::partition::SearchSpace;
@@ -42,6 +42,13 @@ pub(super) struct SearchOptions {
     pub(super) refit: RefitArgs,
     #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
+}
+
+impl SearchOptions {
+    /// What is read.
+    pub(super) fn inputs(&self) -> Vec<PathBuf> {
+        [self.model.clone()].into_iter().chain(self.calibration.files()).collect()
+    }
 }
 
 /// What a method leaves open: each fixes grouping, cardinality, allocation, cost and pooler; these flags override.
@@ -101,9 +108,9 @@ impl RefitArgs {
 /// What writing takes, wherever it is done.
 #[derive(Debug, Clone, Copy, Args)]
 pub(super) struct Writing {
-    /// Replace what is already there
+    /// Replace what qcqa wrote there before
     #[arg(long)]
-    force: bool,
+    pub(super) force: bool,
     /// Check everything, write nothing
     #[arg(long)]
     pub(super) dry_run: bool,
@@ -114,9 +121,10 @@ impl Writing {
         WriteOptions::default().force(self.force).dry_run(self.dry_run)
     }
 
-    /// These options, but only to check.
-    pub(super) fn check(self) -> WriteOptions {
-        self.options().dry_run(true)
+    /// Checks before any work that a file can be written there, and that it is none of what is read.
+    pub(super) fn check(self, out: &Path, inputs: &[PathBuf]) -> Result<(), CliError> {
+        check_apart(out, inputs.iter().map(PathBuf::as_path))?;
+        Ok(write_whole(out, &[], self.options().dry_run(true))?)
     }
 }
 

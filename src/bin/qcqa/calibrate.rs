@@ -4,7 +4,6 @@ use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use qcqa::calibration::{Calibration, read_texts};
 use qcqa::checkpoint::Checkpoint;
-use qcqa::files::write_whole;
 use qcqa::runtime::Model;
 use qcqa::text::{Texts, WholeText};
 use qcqa::{HeadSource, Run};
@@ -65,7 +64,8 @@ impl CalibrateArgs {
 
 pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
     // Better now than after the reading.
-    write_whole(&args.out, &[], args.writing.check())?;
+    let read = [&args.model].into_iter().chain(&args.text).chain(&args.ids);
+    args.writing.check(&args.out, &read.cloned().collect::<Vec<_>>())?;
     let checkpoint = Checkpoint::open(&args.model)?;
     let (model, texts) = args.texts(&checkpoint, run)?;
     let (layers, tokens) = (checkpoint.architecture().n_layers(), texts.fit().tokens().len());
@@ -80,5 +80,5 @@ pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
     let text = format!("moments of {layers} layers over {tokens} tokens {done} {}\n", args.out.display());
     let mut json = json!({ "out": args.out, "dry_run": dry_run, "layers": layers, "tokens": tokens });
     merge(&mut json, fields);
-    Ok(Output { text: rests + &text, json })
+    Ok(Output { text: rests + &text, json }.noting(&checkpoint))
 }

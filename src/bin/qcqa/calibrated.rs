@@ -58,6 +58,14 @@ impl CalibrationArgs {
         })
     }
 
+    /// The files that are read; that a directory is none is said when it is.
+    pub(super) fn files(&self) -> impl Iterator<Item = PathBuf> {
+        self.sources().into_iter().filter_map(|source| match source.origin {
+            Origin::File(path) if !path.is_dir() => Some(path),
+            _ => None,
+        })
+    }
+
     fn sources(&self) -> Vec<TextSource> {
         self.calibration.iter().map(|given| text_source(given)).collect()
     }

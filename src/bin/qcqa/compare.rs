@@ -6,6 +6,7 @@ use qcqa::budget::Budget;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Evaluation, evaluate_against};
+use qcqa::files::write_whole;
 use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::Plan;
@@ -15,7 +16,7 @@ use qcqa::{HeadSource, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{MethodArgs, RefitArgs, fraction, methods, preset};
+use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, preset};
 use crate::calibrated::CalibrationArgs;
 use crate::comparison::{Line, curves, layer_table, line_json, model_table};
 use crate::eval::TextArgs;
@@ -51,6 +52,9 @@ pub(super) struct CompareArgs {
     /// Draw perplexity over KV cache into this file (SVG)
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
+    /// Replace a picture that is already there
+    #[arg(long)]
+    force: bool,
 }
 
 /// A method to compare, and how it searches where it does.
@@ -74,6 +78,11 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     if args.plot.is_some() && !args.text.is_given() {
         return Err(CliError::usage("--plot draws perplexity: it needs --text FILE"));
     }
+    let writing = Writing { force: args.force, dry_run: false };
+    if let Some(plot) = &args.plot {
+        let read = [&args.model].into_iter().chain(&args.text.text).chain(&args.text.ids).cloned();
+        writing.check(plot, &read.chain(args.calibration.files()).collect::<Vec<_>>())?;
+    }
     let candidates = candidates(args)?;
     check_refit(args, &candidates)?;
     // What is given is read before what takes long.
@@ -95,9 +104,13 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
         Some(reader) => Some(evaluate(reader, source, &mut lines, run)?),
         None => None,
     };
+    let mut not_drawn = "";
     if let (Some(path), Some(before)) = (&args.plot, &before) {
         let title = format!("{}, before fine-tuning", args.model.display());
-        plot::write(path, &plot::draw(&title, &curves(&lines, before))?)?;
+        match plot::draw(&title, &curves(&lines, before))? {
+            Some(svg) => write_whole(path, svg.as_bytes(), writing.options())?,
+            None => not_drawn = "note: there is no finite perplexity, so no picture was drawn\n",
+        }
     }
     let shown = match args.layer {
         Some(layer) => layer_table(&lines, layer),
@@ -105,13 +118,14 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     };
     let mut rests = calibration.map_or(String::new(), |calibration| format!("\n{}", rests_on(calibration)));
     let note = text.as_ref().and_then(|(windows, _)| known(calibration, windows));
+    rests += not_drawn;
     rests += &note.iter().map(|note| format!("note: {note}\n")).collect::<String>();
     let json = json!({
         "model": args.model, "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
         "source_perplexity": before.as_ref().map(Evaluation::perplexity),
         "lines": lines.iter().map(|line| line_json(&checkpoint, line)).collect::<Vec<_>>(),
     });
-    Ok(Output { text: shown + &rests, json })
+    Ok(Output { text: shown + &rests, json }.noting(&checkpoint))
 }
 
 /// Every rule once, every search with each optimizer asked for.

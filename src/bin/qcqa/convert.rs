@@ -4,6 +4,7 @@ use clap::Args;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::Effort;
+use qcqa::files::check_apart;
 use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
 use serde_json::{Value, json};
@@ -73,19 +74,21 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let plan = plan_for(&checkpoint, &args.plan)?;
     let target = target(&args.output.target)?;
     check_plan(&checkpoint, &plan, target).map_err(|e| about(&args.plan, e))?;
-    args.output.check(&checkpoint)?;
+    let read: Vec<_> = [args.plan.clone()].into_iter().chain(args.calibration.files()).collect();
+    args.output.written.check(&[&checkpoint], &read)?;
     let calibration = args.calibration.of_plan(&plan, &args.plan, &checkpoint, run)?;
     let shared = shared(&plan, &args.plan, &checkpoint, calibration.as_ref(), run)?;
     let written = &args.output.written;
     let report = write(&checkpoint, &shared, target, &written.out, written.writing.options(), run)?;
     let (text, mut json) = tell(written, target, &report);
     json["calibration"] = json!(calibration.as_ref().map(rests_on_json));
-    Ok(Output { text: calibration.as_ref().map_or(String::new(), rests_on) + &text, json })
+    Ok(Output { text: calibration.as_ref().map_or(String::new(), rests_on) + &text, json }
+        .noting(&checkpoint))
 }
 
 pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.asked.model)?;
-    args.output.check(&checkpoint)?;
+    args.output.written.check(&[&checkpoint], &args.asked.inputs())?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
     let target = target(&args.output.target)?;
@@ -108,13 +111,16 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     }
     let (told, output) = tell(written, target, &report);
     json["output"] = output;
-    Ok(Output { text: text + &told, json })
+    Ok(Output { text: text + &told, json }.noting(&checkpoint))
 }
 
-impl OutputArgs {
-    /// Checks the place for the output: better now than after everything is computed.
-    fn check(&self, checkpoint: &Checkpoint) -> Result<(), CliError> {
-        Ok(check_place(checkpoint, &self.written.out, self.written.writing.options().force)?)
+impl Written {
+    /// Checks the place for the output, better now than after everything is computed: beside the models and the files that are
+    /// read.
+    pub(super) fn check(&self, models: &[&Checkpoint], files: &[PathBuf]) -> Result<(), CliError> {
+        let directories = models.iter().map(|model| model.path());
+        check_apart(&self.out, files.iter().map(PathBuf::as_path).chain(directories))?;
+        Ok(models.iter().try_for_each(|model| check_place(model, &self.out, self.writing.force))?)
     }
 }
 
@@ -129,8 +135,13 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
     } else {
         "SAVES NO MEMORY: shared heads are copied back to every head, for evaluation only".to_string()
     };
+    let removed = report
+        .removed
+        .iter()
+        .map(|left| format!("removed {}, which a killed run had left\n", left.display()));
     let text = format!(
-        "{} model, {} in {} files, {done} {}\n{cache}\n",
+        "{}{} model, {} in {} files, {done} {}\n{cache}\n",
+        removed.collect::<String>(),
         target.name(),
         file_bytes(report.bytes),
         report.files.len(),
@@ -138,7 +149,7 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
     );
     let json = json!({
         "out": written.out, "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
-        "bytes": report.bytes, "files": report.files,
+        "bytes": report.bytes, "files": report.files, "removed": report.removed,
         "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
     });
     (text, json)

@@ -7,7 +7,7 @@ use clap::Args;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::{Distill, Effort};
 use qcqa::evaluation::{Evaluation, Reference};
-use qcqa::output::{Provenance, check_place, convert, read_back};
+use qcqa::output::{Provenance, convert, read_back};
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::Model;
 use qcqa::{Error, Run};
@@ -115,9 +115,8 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let Provenance { plan, target: name, .. } = Provenance::read(&args.model)?;
     let target = target(&name)?;
     let (out, options) = (&args.written.out, args.written.writing.options());
-    check_place(&source, out, options.force)?;
     let written = Checkpoint::open(&args.model)?;
-    check_place(&written, out, options.force)?;
+    args.written.check(&[&source, &written], &args.calibration.files().collect::<Vec<_>>())?;
     let shared = read_back(&source, &written, &plan, target).map_err(|e| about(&args.model, e))?;
     let (model, texts) = args.calibration.texts(&source, run)?;
 
@@ -161,5 +160,5 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         "output": output, "course": found.course, "interrupted": found.interrupted,
         "validation": each.collect::<Vec<_>>(),
     });
-    Ok(Output { text, json })
+    Ok(Output { text, json }.noting(&source))
 }

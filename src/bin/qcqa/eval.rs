@@ -139,7 +139,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             "accuracy": score.accuracy, "standard_error": score.standard_error, "items": score.items,
         });
     }
-    Ok(Output { text, json })
+    Ok(Output { text, json }.noting(&checkpoint))
 }
 
 fn row(name: &str, evaluation: &Evaluation) -> [String; 7] {

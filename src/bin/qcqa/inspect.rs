@@ -80,7 +80,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Done {
         "files": checkpoint.shards(), "bias": has_bias(model),
         "tied_embeddings": model.tied_embeddings, "kv_bytes_per_token": before, "budgets": budgets,
     });
-    Ok(Output { text, json })
+    Ok(Output { text, json }.noting(&checkpoint))
 }
 
 /// The largest k that divides the heads of every layer and fits the budget.

@@ -1,10 +1,8 @@
 //! Perplexity over KV cache, one curve a method, as SVG.
 
-use std::path::Path;
-
 use plotters::coord::combinators::{BindKeyPoints, LogCoord};
 use plotters::prelude::*;
-use qcqa::files::{WriteOptions, write_whole};
+use qcqa::files::SVG_MARK;
 
 use crate::hints::CliError;
 
@@ -14,13 +12,15 @@ pub(super) struct Curve {
     pub(super) points: Vec<(f64, f64)>,
 }
 
-/// Draws the curves, perplexity on a logarithmic scale.
-pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
+/// Draws the curves, perplexity on a logarithmic scale, without what is not finite; `None` where nothing is.
+pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<Option<String>, CliError> {
+    let finite = |curve: &Curve| curve.points.iter().copied().filter(|p| p.1.is_finite()).collect();
+    let curves: Vec<_> = curves.iter().map(|c| Curve { name: c.name.clone(), points: finite(c) }).collect();
     let points = || curves.iter().flat_map(|c| c.points.iter().copied());
     let least = points().map(|p| p.1).fold(f64::INFINITY, f64::min);
     let most = points().map(|p| p.1).fold(0.0, f64::max);
     if !(least > 0.0 && most.is_finite()) {
-        return Err(CliError::failed("there is no finite perplexity to draw"));
+        return Ok(None);
     }
     let range = 0.9 * least..1.15 * most;
     let scale: LogCoord<f64> = range.clone().log_scale().into();
@@ -63,7 +63,7 @@ pub(super) fn draw(title: &str, curves: &[Curve]) -> Result<String, CliError> {
             .map_err(failed)?;
         root.present().map_err(failed)?;
     }
-    Ok(svg)
+    Ok(Some(svg.replacen('>', &format!(">\n{SVG_MARK}"), 1)))
 }
 
 /// 10, 15, 20, 30, 50, 70 and so on, as far as they are in the range: about evenly spaced on a logarithmic scale.
@@ -71,9 +71,4 @@ fn round_numbers(range: std::ops::Range<f64>) -> Vec<f64> {
     let decades = range.start.log10().floor() as i32..=range.end.log10().floor() as i32;
     let of_decade = |decade| [1.0, 1.5, 2.0, 3.0, 5.0, 7.0].map(|digit| digit * 10f64.powi(decade));
     decades.flat_map(of_decade).filter(|number| range.contains(number)).collect()
-}
-
-/// Writes it, whole or not at all; a plot that is there is replaced.
-pub(super) fn write(path: &Path, svg: &str) -> Result<(), CliError> {
-    Ok(write_whole(path, svg.as_bytes(), WriteOptions::default().force(true))?)
 }

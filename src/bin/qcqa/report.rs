@@ -20,6 +20,14 @@ pub(super) struct Output {
 }
 
 impl Output {
+    /// Says where the files of a model contradict themselves, and what was taken.
+    pub(super) fn noting(mut self, model: &Checkpoint) -> Self {
+        let notes = &model.architecture().notes;
+        self.text += &notes.iter().map(|note| format!("note: {note}\n")).collect::<String>();
+        self.json["notes"] = json!(notes);
+        self
+    }
+
     /// Prints one of the forms. A reader that has gone away is no failure.
     pub(super) fn print(&self, json: bool) -> ExitCode {
         let text = if json { format!("{:#}\n", self.json) } else { self.text.clone() };

@@ -5,7 +5,6 @@ use qcqa::HeadSource;
 use qcqa::Run;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::files::write_whole;
 use qcqa::front::Front;
 use qcqa::pipeline::Preset;
 use qcqa::plan::{Plan, write_plan};
@@ -34,7 +33,7 @@ pub(super) struct SearchArgs {
 
 pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     // Better now than after the search.
-    write_whole(&args.out, &[], args.writing.check())?;
+    args.writing.check(&args.out, &args.asked.inputs())?;
     let checkpoint = Checkpoint::open(&args.asked.model)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
@@ -50,7 +49,8 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     let mut json = planned.report();
     json["out"] = json!(args.out);
     json["dry_run"] = dry_run.into();
-    Ok(Output { text: format!("{}\nplan {done} {}\n", planned.describe(), args.out.display()), json })
+    Ok(Output { text: format!("{}\nplan {done} {}\n", planned.describe(), args.out.display()), json }
+        .noting(&checkpoint))
 }
 
 /// A plan, with what it was chosen from and what is to be said of it.
