@@ -183,6 +183,7 @@ fn tensors() {
     let uneven = |m: &mut Model| {
         let bias = Tensor { dtype: Dtype::BF16, shape: vec![24], bytes: vec![0; 48] };
         m.tensors.insert("model.layers.1.self_attn.v_proj.bias".into(), bias);
+        m.config["attention_bias"] = json!(true);
     };
     says(&with(uneven), &[bias, "in some layers but not in all"]);
 }

@@ -320,7 +320,7 @@ fn plans_come_back_as_they_were_written() {
     let source = Checkpoint::open(novels()).unwrap();
     let mut plan = same_plan(&source, &[&[0, 1, 2], &[3, 4], &[5], &[6, 7]]);
     plan.layers[1].error = 0.1 + 0.2;
-    plan.layers[2].lower_bound = Some(1.0 / 3.0);
+    plan.layers[2].lower_bound = Some(1.0 / 30.0);
     write_plan(&path, &plan, WriteOptions::default()).unwrap();
     assert_eq!(read_plan(&path).unwrap(), plan);
     let error = write_plan(&path, &plan, WriteOptions::default()).unwrap_err();

@@ -5,33 +5,12 @@ mod command;
 mod models;
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use command::{done, fails, json, text};
 use fs4::fs_std::FileExt;
-use models::{novels, says, snapshot};
-use qcqa::Run;
-use qcqa::checkpoint::Checkpoint;
-use qcqa::evaluation::evaluate;
-use qcqa::heads::HeadSource;
-use qcqa::plan::read_plan;
-use qcqa::runtime::Model;
-use qcqa::text::{Vocabulary, Windows, read_text};
-use safetensors::tensor::TensorView;
+use models::{configured, copied, novels, says, snapshot, with_tensors};
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A copy of the model in the tree, that may be lost.
-fn copied() -> (TempDir, PathBuf) {
-    let root = tempfile::tempdir().unwrap();
-    let model = root.path().join("model");
-    fs::create_dir(&model).unwrap();
-    for entry in fs::read_dir(novels()).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
-    }
-    (root, model)
-}
 
 /// Fails with and without `--force`, says this, and leaves everything as it was.
 #[track_caller]
@@ -188,146 +167,82 @@ fn kind_14_places_that_cannot_be_written_are_found_first() {
     }
 }
 
-/// The configuration of a model, changed.
-fn configured(model: &Path, change: impl FnOnce(&mut Value)) {
-    let file = model.join("config.json");
-    let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-    change(&mut config);
-    fs::write(file, config.to_string()).unwrap();
-}
-
-/// The weights of a model, with further tensors (BF16) made of those that there are.
-fn with_tensors(model: &Path, more: &[(String, Vec<usize>, Vec<f32>)]) {
-    let mut tensors = models::stored(&model.join("model.safetensors"));
-    for (name, shape, numbers) in more {
-        let bytes = models::encode(safetensors::Dtype::BF16, numbers);
-        tensors.insert(name.clone(), (safetensors::Dtype::BF16, shape.clone(), bytes));
-    }
-    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
-        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
-    });
-    let bytes = safetensors::serialize(views, None).unwrap();
-    fs::write(model.join("model.safetensors"), bytes).unwrap();
-}
-
-/// The mean loss of the first 256 tokens of the evaluation text, and what is noted of the model.
-fn loss(model: &Path) -> (f64, Vec<String>) {
-    let checkpoint = Checkpoint::open(model).unwrap();
-    let ids = Vocabulary::open(&checkpoint).unwrap();
-    let ids = ids.encode(&read_text(&model.join("evaluation.txt")).unwrap()).unwrap();
-    let windows = Windows::new(ids[..256].to_vec(), 256).unwrap();
-    let found = evaluate(&Model::load(&checkpoint).unwrap(), &windows, Run::new(0)).unwrap().loss;
-    (found, checkpoint.architecture().notes.clone())
-}
-
-/// The loss is that of transformers 5.24.0 (torch 2.15.0, f32), and these words are in the notes; without words there are none.
-#[track_caller]
-fn as_in_transformers(model: &Path, expected: f64, noted: &[&str]) {
-    let (found, notes) = loss(model);
-    assert!((found - expected).abs() < 1e-5, "{found} instead of {expected}: {notes:?}");
-    assert_eq!(notes.is_empty(), noted.is_empty(), "{notes:?}");
-    says(&notes.join("; "), noted);
-}
-
-const PLAIN: f64 = 2.9909991214474334;
-
 #[test]
-fn kind_5_rotary_bases_in_several_places_are_taken_as_transformers_takes_them() {
-    const BASE_3000: f64 = 4.004951802221139;
-    let parameters = |theta: f64| json!({ "rope_type": "default", "rope_theta": theta });
-    let cases: [(Value, f64, &[&str]); 6] = [
-        (json!({}), PLAIN, &[]),
-        (
-            json!({ "rope_theta": 500000.0, "rope_parameters": parameters(10000.0) }),
-            PLAIN,
-            &["`rope_theta` is 500000.0", "10000.0 in `rope_parameters`"],
-        ),
-        (json!({ "rope_scaling": parameters(3000.0) }), BASE_3000, &[]),
-        (
-            json!({ "rope_theta": 7.0, "rope_scaling": {}, "rope_parameters": parameters(3000.0) }),
-            BASE_3000,
-            &["3000.0 in `rope_parameters`"],
-        ),
-        (json!({ "rope_parameters": parameters(100.0), "rope_scaling": parameters(3000.0) }), BASE_3000, &[]),
-        (json!({ "rope_theta": 3000.0, "rope_parameters": { "rope_type": "default" } }), BASE_3000, &[]),
-    ];
-    for (keys, expected, noted) in cases {
-        let (_root, model) = copied();
-        configured(&model, |config| {
-            config.as_object_mut().unwrap().remove("rope_parameters");
-            config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
-        });
-        as_in_transformers(&model, expected, noted);
-    }
-}
-
-#[test]
-fn kind_6_a_stored_output_embedding_counts_where_it_is_another() {
-    for (factor, expected, noted) in
-        [(1.0, PLAIN, &[][..]), (1.5, 3.316391910331728, &["lm_head.weight", "tie_word"])]
-    {
+fn kind_12_tensors_of_heads_that_are_unknown_are_refused_by_name() {
+    for name in ["sinks", "k_proj.weight_scale", "q_proj.lora_A.weight", "inner.weight"] {
         let (root, model) = copied();
-        let embedding = Checkpoint::open(&model).unwrap().tensor("model.embed_tokens.weight").unwrap();
-        let numbers = embedding.iter().map(|v| v * factor).collect();
-        with_tensors(&model, &[("lm_head.weight".to_string(), embedding.shape().to_vec(), numbers)]);
-        as_in_transformers(&model, expected, noted);
-        // What is written of it says the same.
+        let tensor = format!("model.layers.2.self_attn.{name}");
+        with_tensors(&model, &[(tensor.clone(), vec![8], vec![0.5; 8])]);
         let out = root.path().join("out");
-        let text =
-            done(&["compress", text(&model), "--kv", "1.0", "--method", "qcqa-ec", "--out", text(&out)]);
-        noted.iter().for_each(|word| says(&text, &["note: ", word]));
-        as_in_transformers(&out, expected, noted);
+        let message = fails(1, &["compress", text(&model), "--kv", "0.5", "--out", text(&out)]);
+        says(&message, &["config.json", &tensor, "merge adapters"]);
+        assert!(!out.exists());
     }
 }
 
 #[test]
-fn kind_7_biases_count_where_the_configuration_has_them() {
+fn kind_13_files_that_would_be_stale_are_left_and_listed() {
     let (root, model) = copied();
-    let mut biases = Vec::new();
-    for i in 0..4 {
-        for (part, size) in [("k", 128), ("v", 128), ("q", 128), ("o", 128)] {
-            biases.push((
-                format!("model.layers.{i}.self_attn.{part}_proj.bias"),
-                vec![size],
-                vec![0.25; size],
-            ));
-        }
-        for (part, size) in [("gate", 352), ("up", 352), ("down", 128)] {
-            biases.push((format!("model.layers.{i}.mlp.{part}_proj.bias"), vec![size], vec![0.25; size]));
-        }
+    let stale = ["params.json", "weights.npz", "old/model.pkl", "adapter_config.json", "net.mlmodel"];
+    fs::create_dir(model.join("old")).unwrap();
+    for name in stale {
+        fs::write(model.join(name), "{\"n_kv_heads\": 8}").unwrap();
     }
-    with_tensors(&model, &biases);
-    as_in_transformers(&model, PLAIN, &["bias is stored", "not used"]);
-    let value = json(&["inspect", text(&model)]);
-    assert_eq!((value["bias"].as_bool(), value["notes"].as_array().unwrap().len()), (Some(false), 1));
-    // They are not dropped from the copy.
+    fs::write(model.join("notes.md"), "of the model").unwrap();
     let out = root.path().join("out");
-    done(&["compress", text(&model), "--kv", "0.5", "--method", "qcqa-ec", "--out", text(&out)]);
-    assert!(models::stored(&out.join("model.safetensors")).contains_key(&biases[0].0));
-    configured(&model, |config| {
-        (config["attention_bias"], config["mlp_bias"]) = (json!(true), json!(true));
-    });
-    as_in_transformers(&model, 9.70961321796766, &[]);
+    let compress = ["compress", text(&model), "--kv", "0.5", "--method", "qcqa-ec", "--out", text(&out)];
+    let value = json(&[&compress[..], &["--dry-run"]].concat());
+    let mut listed: Vec<&str> =
+        value["output"]["left_out"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let mut expected = stale.to_vec();
+    listed.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(listed, expected);
+    says(&done(&compress), &["not copied", "weights.npz"]);
+    assert!(stale.iter().all(|name| !out.join(name).exists()) && out.join("notes.md").is_file());
 }
 
 #[test]
-fn kind_10_a_byte_order_mark_is_no_text() {
-    let (root, model) = copied();
-    let marked = |path: &Path| {
-        let bytes = fs::read(path).unwrap();
-        fs::write(path, [b"\xef\xbb\xbf", &bytes[..]].concat()).unwrap();
-    };
-    let plan = root.path().join("plan.json");
-    done(&["search", text(&model), "--kv", "0.5", "--out", text(&plan)]);
-    let before = read_plan(&plan).unwrap();
-    let choices = root.path().join("choices.jsonl");
-    fs::write(&choices, "{\"query\": \"It was\", \"choices\": [\" a dark\", \" zebra\"], \"gold\": 0}\n")
-        .unwrap();
-    for path in [&plan, &choices, &model.join("config.json"), &model.join("evaluation.txt")] {
-        marked(path);
+fn kind_15_wrong_arguments_are_code_two_and_json_where_that_is_asked_for() {
+    let model = novels();
+    for flag in ["--max-groups", "--max-group-size", "--population", "--generations"] {
+        let args = ["search", text(&model), "--kv", "0.5", flag, "0", "--out", "never.json"];
+        says(&fails(2, &args), &[flag, "0"]);
     }
-    assert_eq!(read_plan(&plan).unwrap(), before);
-    as_in_transformers(&model, PLAIN, &[]);
-    let value = json(&["eval", text(&model), "--choices", text(&choices)]);
-    assert_eq!(value["choices"]["items"], 1, "{value}");
+    let output = command::qcqa(&["search", text(&model), "--kv", "2", "--out", "never.json", "--json"]);
+    assert_eq!(output.status.code(), Some(2));
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    says(value["error"].as_str().unwrap(), &["--kv", "at most 1"]);
+    assert!(command::qcqa(&["--help"]).status.success());
+}
+
+#[test]
+fn kind_11_descriptions_of_single_layers_are_refused_until_they_are_understood() {
+    for key in ["per_layer_config", "num_key_value_heads_per_layer", "block_configs"] {
+        let (_root, model) = copied();
+        configured(&model, |config| config[key] = json!([8, 8, 8, 8]));
+        says(&fails(1, &["inspect", text(&model)]), &["config.json", key, "not supported"]);
+    }
+}
+
+#[test]
+fn kind_16_plans_that_contradict_themselves_are_refused() {
+    let (root, model) = copied();
+    let (plan, out) = (root.path().join("plan.json"), root.path().join("out"));
+    done(&["search", text(&model), "--kv", "0.5", "--target", "stock", "--out", text(&plan)]);
+    let stored: Value = serde_json::from_slice(&fs::read(&plan).unwrap()).unwrap();
+    let changes: [(&str, Value, &[&str]); 5] = [
+        ("/budget/reached", json!(0.9), &["0.9 of the KV cache is reached", "0.5"]),
+        ("/budget/asked", json!(7.0), &["asks for 7"]),
+        ("/budget/asked", json!(0.25), &["needs 0.5", "0.25 was allowed"]),
+        ("/layers/1/lower_bound", json!(1e9), &["layer 1", "a lower bound of 1000000000"]),
+        ("/layers/0/lower_bound", json!(-1.0), &["layer 0", "a lower bound of -1"]),
+    ];
+    for (place, value, parts) in changes {
+        let mut changed = stored.clone();
+        *changed.pointer_mut(place).unwrap() = value;
+        fs::write(&plan, changed.to_string()).unwrap();
+        let message = fails(1, &["convert", text(&model), "--plan", text(&plan), "--out", text(&out)]);
+        says(&message, &[&[text(&plan)][..], parts].concat());
+    }
 }

@@ -254,7 +254,11 @@ fn moments_are_named_by_what_they_were_measured_on() {
         read.fingerprint(),
         foreign_name(9, &[Array2::eye(25), Array2::eye(25) + 1e-4 * corner()]).fingerprint()
     );
-    read.write(&path, WriteOptions::default().force(true)).unwrap();
+    // It is no file of ours that might be replaced.
+    let error = read.write(&path, WriteOptions::default().force(true)).unwrap_err().to_string();
+    models::says(&error, &["that qcqa wrote", "move it away"]);
+    std::fs::remove_file(&path).unwrap();
+    read.write(&path, WriteOptions::default()).unwrap();
     assert_eq!(Moments::read(&path, model.id()).unwrap().fingerprint(), read.fingerprint());
 
     // A name that is none is refused, with the file.

@@ -216,7 +216,7 @@ fn choices_are_scored_by_length_normalised_likelihood() {
             let row = Array2::from_shape_vec((1, tokens.len()), tokens.clone()).unwrap();
             let log = log_softmax(model.logits(row.view()).unwrap());
             let sum: f64 = (start..tokens.len()).map(|t| log[[0, t - 1, tokens[t] as usize]]).sum();
-            sum / text.chars().count() as f64
+            sum / text.strip_prefix(' ').unwrap_or(text).chars().count() as f64
         };
         right += usize::from((score(texts[0]) < score(texts[1])) == (gold == 1));
     }

@@ -197,7 +197,7 @@ fn a_sliding_window_ends_what_is_seen() {
 /// Where the MLP and the output projection have biases, they count.
 #[test]
 fn other_biases_count() {
-    let plain = runnable("llama", Dtype::F32, 6, true);
+    let plain = runnable("llama", Dtype::F32, 6, true).set("mlp_bias", json!(true));
     let mut biased = plain.clone();
     for (part, size) in [("self_attn.o_proj", 24), ("mlp.up_proj", 5), ("mlp.down_proj", 24)] {
         let bytes = models::encode(Dtype::F32, &vec![0.25; size]);

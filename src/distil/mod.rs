@@ -56,7 +56,7 @@ pub enum Effort {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Distill {
     effort: Effort,
-    descent: Descent,
+    descent: Option<Descent>,
     rate: Option<f64>,
     batch: Option<usize>,
     state: Option<PathBuf>,
@@ -75,14 +75,14 @@ pub struct Distilled<'a> {
 }
 
 impl Distill {
-    /// A distillation of this length by [`Descent::Muon`].
+    /// A distillation of this length.
     pub fn new(effort: Effort) -> Self {
-        Self { effort, descent: Descent::default(), rate: None, batch: None, state: None }
+        Self { effort, descent: None, rate: None, batch: None, state: None }
     }
 
-    /// Replaces the descent.
+    /// Replaces the descent; by the number of tokens unless said: [`Descent::AdamW`] for few, [`Descent::Muon`] for many.
     pub fn descent(self, descent: Descent) -> Self {
-        Self { descent, ..self }
+        Self { descent: Some(descent), ..self }
     }
 
     /// Replaces the highest rate; by start and length unless said.
@@ -146,13 +146,13 @@ impl Distill {
         run: Run<'_>,
     ) -> Result<Distilled<'a>, RuntimeError> {
         let model = source.with_shared(&shared)?;
-        let work = self.work(&Usual::new(self.effort, source, &shared), fit, validation)?;
+        let work = self.work(&Usual::new(self.effort, source, &shared, fit.length()), fit, validation)?;
         let file = self.state.as_ref().map(|path| {
             let key = work.key(self, &shared, run.seed());
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
-        let mut trainer = Trainer::new(source, model, self.descent)?;
+        let mut trainer = Trainer::new(source, model, work.descent)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
             None => work.begin(&trainer)?,
@@ -246,7 +246,8 @@ impl Distill {
         };
         let validated = validation.map_or(0, Windows::count);
         let interval = (TRAINED_PER_VALIDATED * validated).div_ceil(batch).max(1) as u64;
-        Ok(Work { fit, validation, batch, rate, pull: usual.pull, total, interval })
+        let descent = self.descent.unwrap_or(usual.descent);
+        Ok(Work { fit, validation, descent, batch, rate, pull: usual.pull, total, interval })
     }
 }
 
@@ -255,6 +256,7 @@ impl Distill {
 struct Work<'w> {
     fit: &'w Windows,
     validation: Option<&'w Windows>,
+    descent: Descent,
     /// Windows of a step.
     batch: usize,
     rate: f64,
@@ -280,7 +282,7 @@ impl Work<'_> {
     fn key(&self, distill: &Distill, shared: &SharedHeads<'_>, seed: u64) -> Result<String, RuntimeError> {
         let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
         let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
-        let Distill { effort, descent, .. } = distill;
+        let (Distill { effort, .. }, descent) = (distill, self.descent);
         Ok(format!(
             "{seed} {effort:?} {descent:?} {} {} {texts:?} {:?}",
             self.batch,
@@ -334,6 +336,8 @@ fn weights_of(model: &Model) -> Result<Vec<AttentionWeights>, RuntimeError> {
 /// What a distillation does unless it is told otherwise: rules that were measured (docs/quality.md).
 #[derive(Debug)]
 struct Usual {
+    /// Muon's products cost as much as a window on a CPU: they pay where a step reads several.
+    descent: Descent,
     /// Windows of a step: many small steps beat few large ones.
     batch: usize,
     /// The highest rate: the better the start, the lower.
@@ -344,22 +348,27 @@ struct Usual {
 }
 
 impl Usual {
-    fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>) -> Self {
+    /// For windows of so many tokens.
+    fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>, length: usize) -> Self {
         let refitted = shared.done().refit == Some(Refit::Full);
         // A CPU reads few tokens in any time that people wait.
         let many = match effort {
             Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
             Effort::Time(_) => model.device() != Device::Cpu,
         };
+        let (muon, adam) = (Descent::Muon, Descent::AdamW);
+        let few = FEW_TOKENS.div_ceil(length);
         match (many, refitted) {
-            (true, true) => Self { batch: 4, rate: 7e-4, pull: 3.0 },
-            (true, false) => Self { batch: 4, rate: 1e-3, pull: 3.0 },
-            (false, true) => Self { batch: 2, rate: 2.5e-4, pull: 0.0 },
-            (false, false) => Self { batch: 2, rate: 1e-3, pull: 0.0 },
+            (true, true) => Self { descent: muon, batch: 4, rate: 7e-4, pull: 3.0 },
+            (true, false) => Self { descent: muon, batch: 4, rate: 1e-3, pull: 3.0 },
+            (false, true) => Self { descent: adam, batch: few, rate: 4e-4, pull: 0.0 },
+            (false, false) => Self { descent: adam, batch: few, rate: 5e-4, pull: 0.0 },
         }
     }
 }
 
+/// Tokens of a step where there are few in all.
+const FEW_TOKENS: usize = 512;
 /// Tokens from which on there are many.
 const MANY_TOKENS: u64 = 1_000_000;
 

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -24,6 +24,9 @@ pub struct Choice {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Choices {
     items: Vec<Choice>,
+    /// Where each of them stands.
+    lines: Vec<usize>,
+    path: PathBuf,
 }
 
 /// Share of items answered rightly.
@@ -46,7 +49,7 @@ impl Choices {
     /// object, has fewer than two choices, an empty query or choice, or no gold among its choices.
     pub fn read(path: &Path) -> Result<Self, RuntimeError> {
         let text = read_text(path)?;
-        let mut items = Vec::new();
+        let (mut items, mut lines) = (Vec::new(), Vec::new());
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let broken = |rule: String| RuntimeError::Choice { path: path.to_path_buf(), line: i + 1, rule };
             let item: Choice = serde_json::from_str(line).map_err(|e| broken(e.to_string()))?;
@@ -61,12 +64,13 @@ impl Choices {
                 return Err(broken(format!("gold is {gold}, but the {n} choices count from 0")));
             }
             items.push(item);
+            lines.push(i + 1);
         }
         if items.is_empty() {
             let (path, line) = (path.to_path_buf(), 1);
             return Err(RuntimeError::Choice { path, line, rule: "there are no items".to_string() });
         }
-        Ok(Self { items })
+        Ok(Self { items, lines, path: path.to_path_buf() })
     }
 
     /// The items.
@@ -74,22 +78,28 @@ impl Choices {
         &self.items
     }
 
-    /// Answers every item with the choice of the highest log-likelihood per character (the `acc_norm` of
-    /// EleutherAI's evaluation harness), the first of equals. Where query and choice are longer than the model's
+    /// Answers every item with the choice of the highest log-likelihood per character, the space before it not counted (the
+    /// `acc_norm` of EleutherAI's evaluation harness), the first of equals. Query and choice are tokenised as one text; the
+    /// tokens of a choice are those that the query alone does not begin with. Where both are longer than the model's
     /// positions, the beginning is dropped. Progress is stage `"choices"`.
     ///
     /// # Errors
-    /// What the tokenizer reports; [`RuntimeError::NotFinite`]; [`Error::Cancelled`](crate::error::Error::Cancelled).
+    /// What the tokenizer reports; [`RuntimeError::Choice`] naming the line of an item with a choice of which no token can be scored; [`RuntimeError::NotFinite`]; [`Error::Cancelled`](crate::error::Error::Cancelled).
     pub fn score(&self, model: &Model, words: &Vocabulary, run: Run<'_>) -> Result<Accuracy, RuntimeError> {
         let total = self.items.len() as u64;
         let mut right = 0;
         for (i, item) in self.items.iter().enumerate() {
             run.step("choices", i as u64, total)?;
-            let query = words.encode(&item.query)?;
+            let query = words.encode_open(&item.query)?;
             let mut best = (f64::NEG_INFINITY, 0);
             for (choice, text) in item.choices.iter().enumerate() {
-                let score = log_likelihood(model, words, &query, &item.query, text)?;
-                let score = score / text.chars().count() as f64;
+                let score = log_likelihood(model, words, &query, &item.query, text)?.ok_or_else(|| {
+                    let rule =
+                        format!("no token of the choice {text:?} can be scored: none stands before it");
+                    RuntimeError::Choice { path: self.path.clone(), line: self.lines[i], rule }
+                })?;
+                let length = text.strip_prefix(' ').unwrap_or(text).chars().count();
+                let score = score / length.max(1) as f64;
                 if score > best.0 {
                     best = (score, choice);
                 }
@@ -104,18 +114,19 @@ impl Choices {
     }
 }
 
-/// `ln p(choice | query)`: query and choice are tokenised as one text, the choice is what follows as many tokens
-/// as the query has alone.
+/// `ln p(choice | query)`; `None` where the choice has no token that follows another.
 fn log_likelihood(
     model: &Model,
     words: &Vocabulary,
     query: &[u32],
     query_text: &str,
     choice: &str,
-) -> Result<f64, RuntimeError> {
-    let mut tokens = words.encode(&format!("{query_text}{choice}"))?;
-    // A choice may merge into the last token of the query: at least one token is always the choice's.
-    let start = query.len().min(tokens.len().saturating_sub(1)).max(1);
+) -> Result<Option<f64>, RuntimeError> {
+    let mut tokens = words.encode_open(&format!("{query_text}{choice}"))?;
+    let start = query.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+    if start == 0 || start == tokens.len() {
+        return Ok(None);
+    }
     let dropped = tokens.len().saturating_sub(model.positions());
     tokens.drain(..dropped);
     let start = start.saturating_sub(dropped).max(1);
@@ -127,5 +138,5 @@ fn log_likelihood(
     if !sum.is_finite() {
         return Err(RuntimeError::NotFinite { what: "the likelihood of a choice".to_string() });
     }
-    Ok(sum)
+    Ok(Some(sum))
 }

@@ -131,15 +131,33 @@ fn refuse(config: &Config, tensors: &dyn TensorIndex) -> Result<(), FileError> {
             "convert the model before it is quantised",
         ));
     }
+    for key in ["per_layer_config", "num_key_value_heads_per_layer", "block_configs"] {
+        if config.get(key).is_some() {
+            let what = format!("a description of layers one by one (`{key}`)");
+            return Err(config.unsupported(what, "models that one set of numbers describes are"));
+        }
+    }
     if let Some(factor) = rope(config, "partial_rotary_factor").filter(|f| f.as_f64() != Some(1.0)) {
         let what = format!("a partial rotation (`partial_rotary_factor` {factor})");
         return Err(config.unsupported(what, "all dimensions of a head must turn"));
     }
-    match tensors.names().find(|name| name.contains(".q_norm.") || name.contains(".k_norm.")) {
+    if let Some(name) = tensors.names().find(|name| name.contains(".q_norm.") || name.contains(".k_norm.")) {
+        let what = format!("normalised queries or keys (tensor {name})");
+        return Err(config.unsupported(what, "merging keys is not exact under their norm"));
+    }
+    // Whatever else belongs to heads would be left as it is while they move.
+    let known = |rest: &str| {
+        let (module, kind) = rest.rsplit_once('.').unwrap_or((rest, ""));
+        let projection = ["q_proj", "k_proj", "v_proj", "o_proj"].contains(&module);
+        (projection && ["weight", "bias"].contains(&kind)) || rest == "rotary_emb.inv_freq"
+    };
+    let other =
+        tensors.names().find(|name| name.split_once(".self_attn.").is_some_and(|(_, rest)| !known(rest)));
+    match other {
         None => Ok(()),
         Some(name) => {
-            let what = format!("normalised queries or keys (tensor {name})");
-            Err(config.unsupported(what, "merging keys is not exact under their norm"))
+            let hint = "its heads cannot be moved; merge adapters and dequantise before";
+            Err(config.unsupported(format!("an attention with the tensor {name}"), hint))
         }
     }
 }

@@ -32,6 +32,8 @@ pub struct Report {
     pub saves_memory: bool,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
+    /// Files of the source that are not copied: weights in other forms, what describes these, and weights of adapters.
+    pub left_out: Vec<PathBuf>,
     /// Hidden directories of runs with the same output that were killed: found and removed.
     pub removed: Vec<PathBuf>,
 }
@@ -108,7 +110,7 @@ pub fn convert(
 ) -> Result<Report, FileError> {
     let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let mut extras = copy::list(source.path())?;
+    let (mut extras, left) = copy::list(source.path())?;
     let shards = source.files().files.iter().map(|shard| &shard.path);
     shards.chain(extras.iter().map(|e| &e.from)).try_for_each(|file| destination.spare(file))?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
@@ -119,6 +121,7 @@ pub fn convert(
     let shards = outputs(source, &job, target.name(), copied, &output)?;
     let small = small_files(source, shared, target, &output, &shards, &extras)?;
     let mut report = report(source, kv_bytes(source, &output), &shards, &extras, &small);
+    report.left_out = left;
     destination.check_space(report.bytes)?;
     job.start()?;
     if options.dry_run {
@@ -338,6 +341,7 @@ fn report(
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))
             .collect(),
+        left_out: Vec::new(),
         removed: Vec::new(),
     }
 }

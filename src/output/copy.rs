@@ -18,15 +18,23 @@ const WEIGHTS: &[&str] = &[
     "ckpt",
     "gguf",
     "h5",
+    "mlmodel",
+    "mlpackage",
     "msgpack",
+    "npy",
+    "npz",
     "onnx",
     "onnx_data",
     "ot",
+    "pickle",
+    "pkl",
     "pt",
     "pth",
     "safetensors",
     "tflite",
 ];
+/// What describes weights in other forms, or an adapter whose weights are not copied.
+const DESCRIPTIONS: &[&str] = &["params.json", "adapter_config.json", "quantize_config.json"];
 /// Directories of other weights, or of the tool that fetched the model.
 const SKIPPED: &[&str] = &["original", ".git", ".cache"];
 /// A model directory has some dozens; a link to the root of a disk has millions.
@@ -41,13 +49,20 @@ pub(super) struct Extra {
     pub(super) bytes: u64,
 }
 
-/// The files to copy from a model directory and those below it, sorted; links are followed, those to a
-/// directory above end.
-pub(super) fn list(root: &Path) -> Result<Vec<Extra>, FileError> {
-    let mut extras = Vec::new();
+/// The files to copy from a model directory and those below it, and what is left behind, both sorted; links are followed, those
+/// to a directory above end. The files that are written anew are neither.
+pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+    let (mut extras, mut left) = (Vec::new(), Vec::new());
     let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);
+    let mut take = |entry: &walkdir::DirEntry| {
+        let taken = taken(entry.depth(), entry.path());
+        if !taken && !is_written(entry.path()) {
+            left.push(entry.path().strip_prefix(root).unwrap_or(entry.path()).to_path_buf());
+        }
+        taken
+    };
     let entries = WalkDir::new(root).follow_links(true).into_iter();
-    for entry in entries.filter_entry(|entry| taken(entry.depth(), entry.path())) {
+    for entry in entries.filter_entry(&mut take) {
         let entry = match entry {
             Ok(entry) => entry,
             Err(error) => {
@@ -70,7 +85,14 @@ pub(super) fn list(root: &Path) -> Result<Vec<Extra>, FileError> {
         extras.push(Extra { from, to, bytes });
     }
     extras.sort_by(|a, b| a.to.cmp(&b.to));
-    Ok(extras)
+    left.sort();
+    Ok((extras, left))
+}
+
+/// Whether it is one of the files that a conversion writes anew, or of the tool that fetched the model.
+fn is_written(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    [CONFIG, INDEX, PROVENANCE, ".git", ".cache"].contains(&&*name) || name.ends_with(".safetensors")
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {
@@ -78,6 +100,7 @@ fn is_skipped(path: &Path, at_root: bool) -> bool {
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     WEIGHTS.contains(&&*extension)
         || SKIPPED.contains(&&*name)
+        || DESCRIPTIONS.contains(&&*name)
         || name.starts_with("consolidated")
         || name.ends_with(".bin.index.json")
         || (at_root && [CONFIG, INDEX, PROVENANCE].contains(&&*name))

@@ -206,6 +206,9 @@ pub struct PlanBudget {
     pub kv_heads: usize,
 }
 
+/// How far numbers that follow from one another may be apart.
+const ROUNDING: f64 = 1e-9;
+
 /// The plan of one layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -289,6 +292,11 @@ impl Plan {
                 layer.error.is_finite() && layer.error >= 0.0,
                 format!("layer {i} has the error {}", layer.error),
             )?;
+            let bound = layer.lower_bound.unwrap_or(0.0);
+            says(
+                (0.0..=layer.error * (1.0 + ROUNDING) + f64::MIN_POSITIVE).contains(&bound),
+                format!("layer {i} has the error {}, but a lower bound of {bound}", layer.error),
+            )?;
         }
         for calibration in [&self.method.calibration, &self.pooling.calibration].into_iter().flatten() {
             let found = shown(calibration);
@@ -310,7 +318,18 @@ impl Plan {
         says(
             self.budget.kv_heads == kv_heads,
             format!("its budget says {} KV heads, its groups are {kv_heads}", self.budget.kv_heads),
-        )
+        )?;
+        let PlanBudget { asked, reached, .. } = self.budget;
+        says(asked > 0.0 && asked <= 1.0, format!("its budget asks for {asked} of the KV cache"))?;
+        let whole: usize = self.source.layers.iter().map(|layer| layer.kv_heads).sum();
+        let share = kv_heads as f64 / whole as f64;
+        says(
+            (reached - share).abs() <= ROUNDING,
+            format!(
+                "its budget says that {reached} of the KV cache is reached, its groups are {share} of it"
+            ),
+        )?;
+        says(reached <= asked + ROUNDING, format!("it needs {reached} of the KV cache, {asked} was allowed"))
     }
 
     /// The groups of every layer.

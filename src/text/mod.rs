@@ -6,7 +6,7 @@ mod roles;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -67,10 +67,29 @@ impl Vocabulary {
     /// # Errors
     /// [`RuntimeError::Tokenizer`]; [`RuntimeError::TokenOutOfRange`] when the model has no embedding for one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, RuntimeError> {
+        self.encoded(text, |encoding| encoding.get_ids().len())
+    }
+
+    /// The tokens of a text that goes on: as [`Vocabulary::encode`], without the special ones that the tokenizer puts after it.
+    ///
+    /// # Errors
+    /// As [`Vocabulary::encode`].
+    pub fn encode_open(&self, text: &str) -> Result<Vec<u32>, RuntimeError> {
+        let added = |encoding: &Encoding| {
+            encoding.get_special_tokens_mask().iter().rev().take_while(|&&added| added == 1).count()
+        };
+        // A text of none has no end.
+        self.encoded(text, |encoding| match encoding.get_ids().len() - added(encoding) {
+            0 => encoding.get_ids().len(),
+            own => own,
+        })
+    }
+
+    fn encoded(&self, text: &str, count: impl Fn(&Encoding) -> usize) -> Result<Vec<u32>, RuntimeError> {
         let encoding = self.tokenizer.encode_fast(text, true);
         let encoding =
             encoding.map_err(|source| RuntimeError::Tokenizer { path: self.path.clone(), source })?;
-        let ids = encoding.get_ids().to_vec();
+        let ids = encoding.get_ids()[..count(&encoding)].to_vec();
         within(&ids, self.size, "tokenizer.json belongs to another model")?;
         Ok(ids)
     }

@@ -262,3 +262,37 @@ pub fn not_written(
     assert_eq!(snapshot(root.path()), before);
     dry
 }
+
+/// A copy of the model in the tree, that may be lost.
+pub fn copied() -> (TempDir, PathBuf) {
+    let root = tempfile::tempdir().unwrap();
+    let model = root.path().join("model");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(novels()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    (root, model)
+}
+
+/// The configuration of a model, changed.
+pub fn configured(model: &Path, change: impl FnOnce(&mut Value)) {
+    let file = model.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    change(&mut config);
+    fs::write(file, config.to_string()).unwrap();
+}
+
+/// The weights of a model, with further tensors (BF16) made of those that there are.
+pub fn with_tensors(model: &Path, more: &[(String, Vec<usize>, Vec<f32>)]) {
+    let mut tensors = stored(&model.join("model.safetensors"));
+    for (name, shape, numbers) in more {
+        let bytes = encode(Dtype::BF16, numbers);
+        tensors.insert(name.clone(), (Dtype::BF16, shape.clone(), bytes));
+    }
+    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+        (name.clone(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    fs::write(model.join("model.safetensors"), bytes).unwrap();
+}

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser};
 use qcqa::allocator::{ALLOCATORS, CostScale, LayerSelection};
 use qcqa::budget::{Budget, Limits};
 use qcqa::calibration::Calibration;
@@ -69,16 +69,16 @@ pub(super) struct MethodArgs {
     #[arg(long, value_parser = PossibleValuesParser::new(POOLERS.names()), hide_short_help = true)]
     pub(super) pooler: Option<String>,
     /// The most groups of a layer that shares
-    #[arg(long, value_name = "K", hide_short_help = true)]
+    #[arg(long, value_name = "K", hide_short_help = true, value_parser = from_one())]
     pub(super) max_groups: Option<usize>,
     /// The most heads of a group
-    #[arg(long, value_name = "HEADS", hide_short_help = true)]
+    #[arg(long, value_name = "HEADS", hide_short_help = true, value_parser = from_one())]
     pub(super) max_group_size: Option<usize>,
     /// Individuals of nsga2
-    #[arg(long, value_name = "N", default_value_t = 100, hide_short_help = true)]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
     pub(super) population: usize,
     /// Generations of nsga2
-    #[arg(long, value_name = "N", default_value_t = 100, hide_short_help = true)]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
     pub(super) generations: usize,
 }
 
@@ -126,6 +126,11 @@ impl Writing {
         check_apart(out, inputs.iter().map(PathBuf::as_path))?;
         Ok(write_whole(out, &[], self.options().dry_run(true))?)
     }
+}
+
+/// A whole number from 1 on.
+fn from_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 /// A budget as the command line takes it.

@@ -146,11 +146,22 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
         file_bytes(report.bytes),
         report.files.len(),
         written.out.display(),
-    );
+    ) + &left_out(&report.left_out);
     let json = json!({
         "out": written.out, "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
-        "bytes": report.bytes, "files": report.files, "removed": report.removed,
+        "bytes": report.bytes, "files": report.files, "left_out": report.left_out, "removed": report.removed,
         "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
     });
     (text, json)
+}
+
+/// What of the source was not copied, in a line.
+fn left_out(files: &[PathBuf]) -> String {
+    match files {
+        [] => String::new(),
+        files => {
+            let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+            format!("not copied, as it is of the source's weights: {}\n", names.join(", "))
+        }
+    }
 }

@@ -85,7 +85,10 @@ enum Command {
 type Done = Result<Output, CliError>;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return report::misused(&error),
+    };
     let watch = match Watch::new() {
         Ok(watch) => watch,
         Err(error) => return report::failed(cli.json, &error.to_string(), 1),

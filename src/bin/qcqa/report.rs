@@ -54,6 +54,16 @@ pub(super) fn failed(json: bool, message: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
+/// Says what is wrong with the arguments, or what was asked of them: help and version are no failures.
+pub(super) fn misused(error: &clap::Error) -> ExitCode {
+    // Nowhere is left to report to when this fails.
+    let _ = error.print();
+    if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
+        let _ = writeln!(stdout(), "{:#}", json!({ "error": error.to_string().trim_end() }));
+    }
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
 /// A table with its first column to the left and numbers to the right, that pastes into Markdown.
 pub(super) fn table<const N: usize>(
     header: [&str; N],
