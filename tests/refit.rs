@@ -50,13 +50,12 @@ fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
     (0..shared.plan().layers.len()).map(|i| shared.layer(i).unwrap().1).collect()
 }
 
-/// The attention output (T, D) of a layer by its definition, f64, for inputs (T, d) at these positions.
+/// The attention output (T, D) of a layer by its definition, f64, for inputs (T, d).
 fn attention(
     checkpoint: &Checkpoint,
     heads: &Heads,
     shared: Option<(&Pooled, &Partition)>,
     x: &Array2<f64>,
-    stands: &[usize],
 ) -> Array2<f64> {
     let theta = checkpoint.config().get("rope_theta").and_then(|v| v.as_f64()).unwrap();
     let (h, len) = (heads.key().head_dim(), x.nrows());
@@ -67,7 +66,7 @@ fn attention(
     };
     let turned = |mut y: Array2<f64>| {
         for (t, f) in (0..len).flat_map(|t| (0..h / 2).map(move |f| (t, f))) {
-            let angle = stands[t] as f64 * theta.powf(-2.0 * f as f64 / h as f64);
+            let angle = t as f64 * theta.powf(-2.0 * f as f64 / h as f64);
             let (a, b) = (y[[t, f]], y[[t, f + h / 2]]);
             y[[t, f]] = a * angle.cos() - b * angle.sin();
             y[[t, f + h / 2]] = b * angle.cos() + a * angle.sin();
@@ -108,15 +107,12 @@ fn the_errors_are_those_of_the_attention_output() {
     let found = refitted(&calibration, &model, &groups, LOW_RANK, &text, Refit::Full);
     let [source, merged] = [None, Some(&found.shared)].map(|shared| Slow { checkpoint: &checkpoint, shared });
     let (mut errors, mut energies) = ([0.0; 2], [0.0; 2]);
-    for (n, window) in text.tokens().chunks(text.length()).enumerate() {
-        // One in eight has its second half at the end of the model's 32 positions.
-        let stands: Vec<usize> = if n % 8 == 7 { (0..8).chain(24..32).collect() } else { (0..16).collect() };
-        let run = |slow: &Slow<'_>| slow.run_at(window, &stands);
-        let ((_, original, wanted), (_, met, stream)) = (run(&source), run(&merged));
+    for window in text.tokens().chunks(text.length()) {
+        let ((_, original, wanted), (_, met, stream)) = (source.run(window), merged.run(window));
         for i in 0..2 {
             let (heads, layer) = found.shared.layer(i).unwrap();
-            let adds = attention(&checkpoint, &heads, Some((&layer, &groups[i])), &met[i], &stands);
-            let after = attention(&checkpoint, &heads, None, &original[i], &stands) + &wanted[i];
+            let adds = attention(&checkpoint, &heads, Some((&layer, &groups[i])), &met[i]);
+            let after = attention(&checkpoint, &heads, None, &original[i]) + &wanted[i];
             let target = &after - &stream[i];
             let energy = |rows: &Array2<f64>| rows.mapv(|v| v * v).sum_axis(ndarray::Axis(1));
             // Every token by one over the squared length of the source's stream.

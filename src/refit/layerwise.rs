@@ -29,7 +29,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Res
     let mut order = Order::new(texts.count(), run);
     for step in 0..steps {
         let gradients = texts.map(&model, i, &order.batch(step, batch), |text| {
-            model.attention_backward(i, &text.input, text.pass, |output| {
+            model.attention_backward(i, &text.input, &texts.pass, |output| {
                 (output - &text.target)?.broadcast_mul(&text.weight)
             })
         })?;

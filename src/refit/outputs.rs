@@ -21,7 +21,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
     let (output, bias) = (weights.matrices[3].clone(), weights.biases[3].clone());
     let all: Vec<usize> = (0..texts.count()).collect();
     let parts = texts.map(model, i, &all, |text| {
-        let (mut reads, _) = model.attention_reads(i, &text.input, text.pass)?;
+        let (mut reads, _) = model.attention_reads(i, &text.input, &texts.pass)?;
         if bias.is_some() {
             reads = Tensor::cat(&[&reads, &text.weight.ones_like()?], 1)?;
         }

@@ -10,35 +10,24 @@ use crate::text::{RuntimeError, Windows};
 /// Bytes of streams in f32 from which on they are held in bf16.
 const WIDE: usize = 1 << 30;
 
-/// Of every so many windows the last are read as if their second half stood further on: heads learn what they look at from afar
-/// for the price of short windows (Zhu et al. 2023, arXiv 2309.10400).
-const WINDOWS_APART: usize = 8;
-/// Where the second half of each of these ends, in lengths of a window, as far as the model has positions.
-const REACHES: [usize; 3] = [2, 3, 4];
-
 /// The windows of a text before one layer: the streams of both models.
 #[derive(Debug)]
 pub(super) struct Texts {
-    /// Where tokens stand.
-    passes: Vec<Pass>,
+    pub(super) pass: Pass,
     held: DType,
-    /// Those that stand alike are one after the other.
     windows: Vec<Window>,
 }
 
 /// One window, (T, d) each; once a layer is entered, `source` is the stream after its attention.
 #[derive(Debug)]
 struct Window {
-    /// Where its tokens stand.
-    pass: usize,
     source: Tensor,
     merged: Tensor,
 }
 
 /// A text as a layer's attention meets it: what it reads and should add, (N, d), and what each token counts, (N, 1).
 #[derive(Debug)]
-pub(super) struct Text<'a> {
-    pub(super) pass: &'a Pass,
+pub(super) struct Text {
     pub(super) input: Tensor,
     pub(super) target: Tensor,
     pub(super) weight: Tensor,
@@ -49,16 +38,13 @@ impl Texts {
     pub(super) fn new(model: &Model, windows: &Windows) -> Result<Self, RuntimeError> {
         let bytes = 2 * windows.tokens().len() * model.width() * DType::F32.size_in_bytes();
         let held = if bytes > WIDE { DType::BF16 } else { DType::F32 };
-        let passes = passes(model, windows.length())?;
-        let window = |(n, tokens): (usize, &[u32])| {
+        let pass = model.pass(windows.length(), 0)?;
+        let window = |tokens: &[u32]| {
             let stream = model.embed(tokens)?.to_dtype(held)?;
-            let apart = (n % WINDOWS_APART + passes.len()).saturating_sub(WINDOWS_APART);
-            Ok(Window { pass: apart, source: stream.clone(), merged: stream })
+            Ok(Window { source: stream.clone(), merged: stream })
         };
-        let windows = windows.batches(1).enumerate().map(window);
-        let mut windows = windows.collect::<Result<Vec<_>, RuntimeError>>()?;
-        windows.sort_by_key(|window| window.pass);
-        Ok(Self { passes, held, windows })
+        let windows = windows.batches(1).map(window).collect::<Result<_, RuntimeError>>()?;
+        Ok(Self { pass, held, windows })
     }
 
     /// Windows.
@@ -96,41 +82,33 @@ impl Texts {
         })
     }
 
-    /// Changes all windows, those that stand alike some at a time.
+    /// Changes all windows, some at a time.
     fn each(
         &mut self,
         model: &Model,
         change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync,
     ) -> Result<(), RuntimeError> {
-        let (passes, held) = (&self.passes, self.held);
-        let abreast = model.abreast(passes[0].positions().len());
-        let alike: Vec<_> = self.windows.chunk_by_mut(|a, b| a.pass == b.pass).collect();
-        let some = alike.into_par_iter().flat_map(|alike| alike.par_chunks_mut(abreast));
-        some.try_for_each(|windows| change(windows, &passes[windows[0].pass], held))
+        let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
+        self.windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held))
     }
 
-    /// What is made of the windows with these numbers as layer `i`, which was entered, meets them: some at a time, those that
-    /// stand alike one after the other.
+    /// What is made of each of the windows with these numbers as layer `i`, which was entered, meets them; some at a time, in
+    /// their order.
     pub(super) fn map<T: Send>(
         &self,
         model: &Model,
         i: usize,
         windows: &[usize],
-        make: impl Fn(&Text<'_>) -> Result<T, RuntimeError> + Sync,
+        make: impl Fn(&Text) -> Result<T, RuntimeError> + Sync,
     ) -> Result<Vec<T>, RuntimeError> {
-        let text = |chosen: &[&Window]| {
+        let text = |chosen: &[usize]| {
+            let chosen: Vec<&Window> = chosen.iter().map(|&n| &self.windows[n]).collect();
             let cat = |of: fn(&Window) -> &Tensor| joined(chosen.iter().copied(), of);
             let (after, stream) = (cat(|w| &w.source)?, cat(|w| &w.merged)?);
             let weight = after.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
-            let (pass, input) = (&self.passes[chosen[0].pass], model.attention_input(i, &stream)?);
-            make(&Text { pass, input, target: (after - stream)?, weight })
+            make(&Text { input: model.attention_input(i, &stream)?, target: (after - stream)?, weight })
         };
-        let mut chosen: Vec<&Window> = windows.iter().map(|&n| &self.windows[n]).collect();
-        chosen.sort_by_key(|window| window.pass);
-        let abreast = model.abreast(self.passes[0].positions().len());
-        let alike: Vec<_> =
-            chosen.chunk_by(|a, b| a.pass == b.pass).flat_map(|w| w.chunks(abreast)).collect();
-        alike.into_par_iter().map(text).collect()
+        windows.par_chunks(model.abreast(self.pass.positions().len())).map(text).collect()
     }
 
     /// The error of the attention output of layer `i`, as a share of the energy of what it should be, by the weights of the
@@ -138,7 +116,7 @@ impl Texts {
     pub(super) fn error(&self, model: &Model, i: usize) -> Result<f64, RuntimeError> {
         let all: Vec<usize> = (0..self.count()).collect();
         let parts = self.map(model, i, &all, |text| {
-            let off = (model.attend(i, &text.input, text.pass)? - &text.target)?;
+            let off = (model.attend(i, &text.input, &self.pass)? - &text.target)?;
             let energy = |t: &Tensor| -> Result<f64, RuntimeError> {
                 let tokens = t.sqr()?.broadcast_mul(&text.weight)?.sum(D::Minus1)?.to_vec1::<f32>()?;
                 Ok(tokens.into_iter().map(f64::from).sum())
@@ -148,15 +126,6 @@ impl Texts {
         let [off, whole] = parts.into_iter().fold([0.0; 2], |[a, b], [off, whole]| [a + off, b + whole]);
         Ok(if whole > 0.0 { off / whole } else { 0.0 })
     }
-}
-
-/// Where the tokens of a window may stand: one after the other, and with the second half further on as far as the model has
-/// positions.
-fn passes(model: &Model, length: usize) -> Result<Vec<Pass>, RuntimeError> {
-    let (half, near) = (length / 2, model.pass(length, 0)?);
-    let reaches = REACHES.into_iter().map(|reach| reach * length).filter(|&end| end <= model.positions());
-    let apart = reaches.map(|end| model.pass_at((0..half).chain(end - (length - half)..end).collect()));
-    [Ok(near)].into_iter().chain(apart).collect()
 }
 
 /// A tensor of some windows, one after the other, in f32.

@@ -311,16 +311,12 @@ impl Model {
 
     /// What the layers share when they read `len` tokens of each row after `start` others.
     pub(crate) fn pass(&self, len: usize, start: usize) -> Result<Pass, RuntimeError> {
-        self.pass_at((start..start.saturating_add(len)).collect())
-    }
-
-    /// What the layers share when they read tokens of each row that stand at these positions, ascending.
-    pub(crate) fn pass_at(&self, positions: Vec<usize>) -> Result<Pass, RuntimeError> {
         let expected = self.positions;
-        match positions.last() {
-            Some(&last) if last < expected => {}
-            last => return Err(RuntimeError::Positions { expected, found: last.map_or(0, |last| last + 1) }),
+        match start.checked_add(len) {
+            Some(end) if len > 0 && end <= expected => {}
+            end => return Err(RuntimeError::Positions { expected, found: end.unwrap_or(usize::MAX) }),
         }
+        let positions: Vec<usize> = (start..start + len).collect();
         let mut ropes: Vec<Rope> = Vec::with_capacity(self.n_layers());
         for (i, spec) in self.specs.iter().enumerate() {
             let alike = self.specs[..i].iter().position(|other| other.rotary == spec.rotary);

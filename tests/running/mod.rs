@@ -149,15 +149,6 @@ impl Slow<'_> {
 
     /// Logits (T, V), each layer's attention input (T, d), and the residual stream (T, d) that it is the norm of.
     pub fn run(&self, tokens: &[u32]) -> (Array2<f64>, Vec<Array2<f64>>, Vec<Array2<f64>>) {
-        self.run_at(tokens, &(0..tokens.len()).collect::<Vec<_>>())
-    }
-
-    /// As [`Slow::run`], where the tokens stand at these positions.
-    pub fn run_at(
-        &self,
-        tokens: &[u32],
-        stands: &[usize],
-    ) -> (Array2<f64>, Vec<Array2<f64>>, Vec<Array2<f64>>) {
         let (config, model) = (self.checkpoint.config(), self.checkpoint.architecture());
         let (theta, len) = (config.get("rope_theta").and_then(|v| v.as_f64()).unwrap(), tokens.len());
         let embedding = self.tensor("model.embed_tokens.weight");
@@ -181,7 +172,7 @@ impl Slow<'_> {
             let turn = |mut y: Array2<f64>| {
                 for t in 0..if spec.rotary.is_some() { len } else { 0 } {
                     for f in 0..h / 2 {
-                        let angle = stands[t] as f64 * theta.powf(-2.0 * f as f64 / h as f64);
+                        let angle = t as f64 * theta.powf(-2.0 * f as f64 / h as f64);
                         let (a, b) = (y[[t, f]], y[[t, f + h / 2]]);
                         y[[t, f]] = a * angle.cos() - b * angle.sin();
                         y[[t, f + h / 2]] = b * angle.cos() + a * angle.sin();
