@@ -7,7 +7,8 @@ use crate::run::Run;
 use crate::runtime::{AttentionWeights, Model};
 use crate::text::RuntimeError;
 
-/// Windows of a step, half of that where a text has few, and the highest rate.
+/// Windows of a step, and the highest rate; below so many windows in all half as many make a step, and heads are made orthogonal
+/// one by one: what a CPU can pay.
 const BATCH: usize = 4;
 const FEW_WINDOWS: usize = 256;
 const RATE: f64 = 5e-3;
@@ -17,13 +18,14 @@ const WARM_UP: u64 = 5;
 const STEPS: usize = 512;
 const EPOCHS: usize = 5;
 
-/// The model with queries, keys, values and outputs of layer `i` where [`Descent::MuonByHead`] leads them: down the gradient of
+/// The model with queries, keys, values and outputs of layer `i` where [`Descent::Muon`] leads them: down the gradient of
 /// `Σ_t w_t ‖y_t − target_t‖²` over the attention outputs y_t.
 pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Result<Model, RuntimeError> {
     let mut model = model.clone();
     let mut weights = model.attention_weights(i)?;
-    let mut memory = Descent::MuonByHead.memory(&weights)?;
-    let batch = if texts.count() < FEW_WINDOWS { BATCH / 2 } else { BATCH };
+    let few = texts.count() < FEW_WINDOWS;
+    let (descent, batch) = if few { (Descent::MuonByHead, BATCH / 2) } else { (Descent::Muon, BATCH) };
+    let mut memory = descent.memory(&weights)?;
     let epochs = (STEPS * batch / texts.count().max(1)).clamp(1, EPOCHS);
     let steps = (epochs * texts.count()).div_ceil(batch) as u64;
     let mut order = Order::new(texts.count(), run);
@@ -35,7 +37,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Res
         })?;
         if let Some(gradients) = AttentionWeights::sum(gradients)? {
             let rate = RATE * share(step, Some(steps), WARM_UP, Fall::Line);
-            weights = Descent::MuonByHead.step(&weights, &gradients, &mut memory, step, rate)?;
+            weights = descent.step(&weights, &gradients, &mut memory, step, rate)?;
             model.set_attention_weights(i, &weights)?;
         }
     }
