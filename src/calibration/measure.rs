@@ -24,7 +24,7 @@ impl Moments {
     /// Measures them on a text; products and sums in f64. Progress is stage `"calibrate"`.
     ///
     /// # Errors
-    /// [`Error::Moment`] for a layer that nothing enters; as [`evaluate`](crate::evaluation::evaluate()).
+    /// [`Error::Moment`](crate::Error::Moment) for a layer that nothing enters; as [`evaluate`](crate::evaluation::evaluate()).
     pub fn measure(model: &Model, windows: &Windows, run: Run<'_>) -> Result<Self, RuntimeError> {
         let (layers, size, length) = (model.n_layers(), model.width() + 1, windows.length());
         let (pass, together) = (model.pass(length, 0)?, model.together(length));
