@@ -31,8 +31,7 @@ impl Moments {
         let (mut done, total) = (0, (windows.count().div_ceil(together) * layers) as u64);
         let mut sums = vec![Mat::zeros(size, size); layers];
         for tokens in windows.batches(together) {
-            let texts = tokens.par_chunks(model.abreast(length) * length).map(|tokens| model.embed(tokens));
-            let mut texts = texts.collect::<Result<Vec<_>, _>>()?;
+            let mut texts = model.embed_rows(tokens, length)?;
             for (i, sum) in sums.iter_mut().enumerate() {
                 run.step("calibrate", done, total)?;
                 let inputs = texts.par_iter().map(|x| model.attention_input(i, x));

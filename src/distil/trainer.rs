@@ -73,7 +73,8 @@ impl<'a> Trainer<'a> {
         sums: &mut [Option<AttentionWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let theirs = source.through(0, embedded(source, texts)?, pass)?;
+        let tokens = texts.concat();
+        let theirs = source.rows(&tokens, tokens.len() / pass.positions().len())?;
         let forward = |(theirs, inputs): (Tensor, Vec<Tensor>)| {
             let theirs = source.last(&theirs)?;
             let last = &inputs[model.n_layers()];
@@ -117,11 +118,10 @@ impl<'a> Trainer<'a> {
 
     /// The mean KL(source ‖ model) over the tokens predicted of some windows, all but the last of each.
     pub(super) fn divergence(&self, windows: &Windows) -> Result<f64, RuntimeError> {
-        let (length, pass) = (windows.length(), self.model.pass(windows.length(), 0)?);
+        let length = windows.length();
         let (mut sum, mut tokens) = (0.0, 0);
         for texts in windows.batches(self.model.together(length)) {
-            let texts: Vec<&[u32]> = texts.chunks(self.model.abreast(length) * length).collect();
-            let last = |model: &Model| model.through(0, embedded(model, &texts)?, &pass);
+            let last = |model: &Model| model.rows(texts, texts.len() / length);
             let of = |(theirs, own): (Tensor, Tensor)| {
                 let own = self.model.last(&own)?;
                 self.model.divergences(&self.source.last(&theirs)?, &own)
@@ -135,9 +135,4 @@ impl<'a> Trainer<'a> {
         }
         Ok(sum / tokens.max(1) as f64)
     }
-}
-
-/// Some texts as the first layer reads them.
-fn embedded(model: &Model, texts: &[&[u32]]) -> Result<Vec<Tensor>, RuntimeError> {
-    texts.par_iter().map(|tokens| model.embed(tokens)).collect()
 }

@@ -186,8 +186,12 @@ impl Model {
     pub(crate) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Tensor>, RuntimeError> {
         let len = tokens.len().checked_div(rows).unwrap_or(0);
         let pass = self.pass(len, 0)?;
-        let parts = tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens));
-        self.through(0, parts.collect::<Result<_, _>>()?, &pass)
+        self.through(0, self.embed_rows(tokens, len)?, &pass)
+    }
+
+    /// Rows of `len` tokens before the first layer, in the parts of [`Model::rows`].
+    pub(crate) fn embed_rows(&self, tokens: &[u32], len: usize) -> Result<Vec<Tensor>, RuntimeError> {
+        tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens)).collect()
     }
 
     /// What the last layer gives for each of some rows of equal length, (T, d), by way of a cache that takes `chunk` tokens at a
