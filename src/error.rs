@@ -190,6 +190,14 @@ pub enum Error {
         "the layer carries no queries and outputs, which low-rank sharing turns; give them, or pool by the mean"
     )]
     NoQueries,
+    /// A model whose own form always has as many KV heads as query heads.
+    #[error(
+        "models of the type {model:?} have no grouped form of their own; write one of another target (expanded)"
+    )]
+    NoGroupedForm {
+        /// The model's type.
+        model: String,
+    },
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
     #[error(
         "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"

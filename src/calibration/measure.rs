@@ -31,7 +31,7 @@ impl Moments {
         let (mut done, total) = (0, (windows.count().div_ceil(together) * layers) as u64);
         let mut sums = vec![Mat::zeros(size, size); layers];
         for tokens in windows.batches(together) {
-            let mut texts = model.embed_rows(tokens, length)?;
+            let mut texts = model.embed_rows(tokens, &pass)?;
             for (i, sum) in sums.iter_mut().enumerate() {
                 run.step("calibrate", done, total)?;
                 let inputs = texts.par_iter().map(|x| model.attention_input(i, x));

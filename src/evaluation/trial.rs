@@ -103,7 +103,7 @@ impl<'a> Reading<'a> {
     pub(super) fn new(model: &Model, windows: &'a Windows) -> Result<Self, RuntimeError> {
         let pass = model.pass(windows.length(), 0)?;
         let parts = windows.batches(model.abreast(windows.length()));
-        let inputs = parts.map(|tokens| model.embed(tokens)).collect::<Result<_, _>>()?;
+        let inputs = parts.map(|tokens| model.embed(tokens, &pass)).collect::<Result<_, _>>()?;
         Ok(Self { windows, pass, layer: 0, inputs })
     }
 

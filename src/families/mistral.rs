@@ -1,9 +1,10 @@
-use super::llama::{self, Biases, Defaults};
+use super::decoder::{Decoder, LayerKinds};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
-use crate::model::{Architecture, Mask};
+use crate::model::{Activation, Architecture};
 
-/// Mistral: as Llama, but 8 KV heads unless config.json says otherwise, and a window of 4096 tokens unless it is null.
+/// Mistral, Nemo, Small: as Llama, but 8 KV heads unless config.json says otherwise, and a window of 4096 tokens unless it is
+/// null.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mistral;
 
@@ -14,11 +15,17 @@ impl Family for Mistral {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         const KEY: &str = "sliding_window";
-        let mask = match config.raw().get(KEY) {
-            Some(value) if value.is_null() => Mask::Causal,
-            _ => Mask::Sliding { window: config.count(KEY)?.unwrap_or(4096) },
+        let window = match config.raw().get(KEY) {
+            Some(value) if value.is_null() => None,
+            _ => Some(config.count(KEY)?.unwrap_or(4096)),
         };
-        let biases = Biases { queries_keys_values: false, outputs: false, mlp: false };
-        llama::describe(config, tensors, Defaults { kv_heads: Some(8), positions: 131_072, biases }, Ok(mask))
+        let layers = config.required("num_hidden_layers")?;
+        let kinds = LayerKinds {
+            windows: vec![window; layers.min(tensors.names().count())],
+            ..LayerKinds::default()
+        };
+        let decoder = Decoder { kv_heads: Some(8), layers: kinds, ..Decoder::llama(config, tensors) };
+        let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
+        decoder.with_rope(|rope| rope.positions = 131_072).architecture()
     }
 }

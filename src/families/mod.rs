@@ -1,21 +1,79 @@
 //! Families of models: the one place that knows model types, keys of config.json and names of tensors. A new family is a
 //! file here and its line in [`FAMILIES`].
 
+mod checks;
+mod cohere;
+mod decoder;
+mod exaone4;
+mod gemma;
+mod glm;
+mod gpt2;
+mod gpt_neox;
+mod granite;
+mod kinds;
 mod llama;
 mod mistral;
-mod qwen2;
+mod nemotron;
+mod olmo;
+mod opt;
+mod phi;
+mod qwen;
+mod rope;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Family};
 use crate::files::FileError;
 
+pub use cohere::{Cohere, Cohere2};
+pub use exaone4::Exaone4;
+pub use gemma::{Gemma, Gemma2, Gemma3};
+pub use glm::{Glm, Glm4};
+pub use gpt_neox::GptNeoX;
+pub use gpt2::{Gpt2, GptJ};
+pub use granite::Granite;
 pub use llama::Llama;
 pub use mistral::Mistral;
-pub use qwen2::Qwen2;
+pub use nemotron::Nemotron;
+pub use olmo::{Olmo2, Olmo3};
+pub use opt::Opt;
+pub use phi::{Phi, Phi3};
+pub use qwen::{Qwen2, Qwen3};
+pub use smollm3::SmolLm3;
+pub use stablelm::StableLm;
+pub use starcoder2::Starcoder2;
 
 /// The families of this crate.
-pub static FAMILIES: &[&dyn Family] = &[&Llama, &Mistral, &Qwen2];
+pub static FAMILIES: &[&dyn Family] = &[
+    &Llama,
+    &Mistral,
+    &Qwen2,
+    &Qwen3,
+    &Olmo2,
+    &Olmo3,
+    &SmolLm3,
+    &Phi,
+    &Phi3,
+    &Gemma,
+    &Gemma2,
+    &Gemma3,
+    &Granite,
+    &StableLm,
+    &GptNeoX,
+    &Starcoder2,
+    &Nemotron,
+    &Cohere,
+    &Cohere2,
+    &Glm,
+    &Glm4,
+    &Exaone4,
+    &Opt,
+    &Gpt2,
+    &GptJ,
+];
 
 impl Checkpoint {
     /// Opens a directory with config.json and model.safetensors, or shards and their index, of one of [`FAMILIES`].

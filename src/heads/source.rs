@@ -90,10 +90,7 @@ impl InMemory {
         let spec = |heads: &Heads| {
             let (n, h) = (heads.n_heads(), heads.key().head_dim());
             let spec = AttentionSpec::new(n * heads.queries_per_head(), n, h);
-            AttentionSpec {
-                rotary: Some(Rotary { rotation: heads.rotation(), frequencies: Vec::new() }),
-                ..spec
-            }
+            AttentionSpec { rotary: Some(Rotary::new(heads.rotation(), Vec::new())), ..spec }
         };
         let architecture = Architecture::new("raw", hidden, layers.iter().map(spec).collect());
         let layers = layers.into_iter().enumerate().map(|(i, heads)| heads.with_layer(i)).collect();

@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 
-use super::{Rotary, Rotation};
+use super::{HeadNorm, Rotary, Rotation};
 
 /// The attention of one layer: how many heads, where they lie, and how a score comes about.
 ///
@@ -22,6 +22,10 @@ pub struct AttentionSpec {
     pub mask: Mask,
     /// What products of queries and keys are multiplied by before the softmax.
     pub scale: f64,
+    /// c, where scores are then bounded to `c tanh(x / c)` (Gemma 2, arXiv 2408.00118).
+    pub cap: Option<f64>,
+    /// The norms of queries and of keys, between projection and rotation; their biases come before.
+    pub norms: [Option<HeadNorm>; 2],
 }
 
 /// Which keys a query at position t may look at.
@@ -163,7 +167,17 @@ impl AttentionSpec {
     /// Heads without positions, that look at all tokens before them, with scores divided by √h.
     pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         let scale = (head_dim as f64).sqrt().recip();
-        Self { query_heads, kv_heads, head_dim, stored: None, rotary: None, mask: Mask::Causal, scale }
+        Self {
+            query_heads,
+            kv_heads,
+            head_dim,
+            stored: None,
+            rotary: None,
+            mask: Mask::Causal,
+            scale,
+            cap: None,
+            norms: [None, None],
+        }
     }
 
     /// Says where the heads lie.
@@ -179,6 +193,21 @@ impl AttentionSpec {
     /// Says which keys a query may look at.
     pub fn with_mask(self, mask: Mask) -> Self {
         Self { mask, ..self }
+    }
+
+    /// Says what scores are multiplied by.
+    pub fn with_scale(self, scale: f64) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// Says what scores are bounded to.
+    pub fn with_cap(self, cap: Option<f64>) -> Self {
+        Self { cap, ..self }
+    }
+
+    /// Adds the norms of queries and of keys.
+    pub fn with_norms(self, query: HeadNorm, key: HeadNorm) -> Self {
+        Self { norms: [Some(query), Some(key)], ..self }
     }
 
     /// Query heads of each KV head, r.

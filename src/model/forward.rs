@@ -1,3 +1,5 @@
+use super::{Mlp, Norm};
+
 /// A forward pass besides attention: the tensors that it reads, by name, and what it does with them.
 ///
 /// Tokens are embedded, go through the blocks, are normed, and meet the output embedding.
@@ -10,12 +12,41 @@ pub struct Forward {
     pub positions: usize,
     /// The input embedding, (vocabulary, d).
     pub embedding: String,
+    /// What embedded tokens are multiplied by.
+    pub embedding_scale: f64,
+    /// Learned positions, added to embedded tokens.
+    pub learned: Option<Learned>,
+    /// The norm of what was embedded, where there is one.
+    pub embedding_norm: Option<Norm>,
     /// What each layer does besides attention.
     pub blocks: Vec<Block>,
-    /// The norm after the last layer.
-    pub norm: Norm,
+    /// The norm after the last layer, where there is one.
+    pub norm: Option<Norm>,
     /// The output embedding, (vocabulary, d); that of the input where the two are tied.
     pub head: String,
+    /// Its bias, (vocabulary), where there is one.
+    pub head_bias: Option<String>,
+    /// What logits are multiplied by.
+    pub logit_scale: f64,
+    /// c, where logits are then bounded to `c tanh(x / c)`.
+    pub logit_cap: Option<f64>,
+}
+
+/// Learned positions: that of token t is row `t + first` of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Learned {
+    /// Name of the tensor, (first + positions, d).
+    pub tensor: String,
+    /// The row of the first position.
+    pub first: usize,
+}
+
+impl Learned {
+    /// The positions of this tensor, from this row on.
+    pub fn new(tensor: impl Into<String>, first: usize) -> Self {
+        Self { tensor: tensor.into(), first }
+    }
 }
 
 impl Forward {
@@ -25,94 +56,109 @@ impl Forward {
         positions: usize,
         embedding: impl Into<String>,
         blocks: Vec<Block>,
-        norm: Norm,
+        norm: Option<Norm>,
         head: impl Into<String>,
     ) -> Self {
-        Self { vocabulary, positions, embedding: embedding.into(), blocks, norm, head: head.into() }
+        Self {
+            vocabulary,
+            positions,
+            embedding: embedding.into(),
+            embedding_scale: 1.0,
+            learned: None,
+            embedding_norm: None,
+            blocks,
+            norm,
+            head: head.into(),
+            head_bias: None,
+            logit_scale: 1.0,
+            logit_cap: None,
+        }
     }
 
     /// Names of all tensors that it reads besides those of the heads.
     pub fn tensors(&self) -> impl Iterator<Item = &str> {
-        let outer = [self.embedding.as_str(), self.norm.weight.as_str(), self.head.as_str()];
-        outer.into_iter().chain(self.blocks.iter().flat_map(Block::tensors))
+        let outer = [Some(&self.embedding), Some(&self.head), self.head_bias.as_ref()];
+        let outer = outer.into_iter().flatten().map(String::as_str);
+        let norms = self.embedding_norm.iter().chain(&self.norm).flat_map(Norm::tensors);
+        let learned = self.learned.iter().map(|learned| learned.tensor.as_str());
+        outer.chain(learned).chain(norms).chain(self.blocks.iter().flat_map(Block::tensors))
     }
 }
 
-/// A layer around its attention: `x + attention(norm(x))`, then `y + mlp(norm(y))`.
+/// A layer around its attention.
+///
+/// One after the other: `y = x + r·after(attention(before(x)))`, then `y + r·after'(mlp(before'(y)))`; in parallel:
+/// `x + attention(before(x)) + mlp(before'(x))`. A norm that is not there leaves things as they are.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Block {
     /// What the attention reads x through.
-    pub attention_norm: Norm,
-    /// What the MLP reads y through.
-    pub mlp_norm: Norm,
+    pub attention_norm: Option<Norm>,
+    /// What the attention's output goes through before it is added.
+    pub attention_output_norm: Option<Norm>,
+    /// What the MLP reads through.
+    pub mlp_norm: Option<Norm>,
+    /// What the MLP's output goes through before it is added.
+    pub mlp_output_norm: Option<Norm>,
     /// The MLP.
     pub mlp: Mlp,
+    /// Whether the MLP reads what the attention reads, instead of what it gives.
+    pub parallel: bool,
+    /// r, what is added is multiplied by.
+    pub residual: f64,
 }
 
 impl Block {
-    /// A layer with its two norms and its MLP.
+    /// A layer with a norm before its attention and one before its MLP.
     pub fn new(attention_norm: Norm, mlp_norm: Norm, mlp: Mlp) -> Self {
-        Self { attention_norm, mlp_norm, mlp }
+        Self::bare(mlp).with_norms(Some(attention_norm), Some(mlp_norm))
+    }
+
+    /// A layer without norms.
+    pub fn bare(mlp: Mlp) -> Self {
+        Self {
+            attention_norm: None,
+            attention_output_norm: None,
+            mlp_norm: None,
+            mlp_output_norm: None,
+            mlp,
+            parallel: false,
+            residual: 1.0,
+        }
+    }
+
+    /// Replaces the norms that attention and MLP read through.
+    pub fn with_norms(self, attention_norm: Option<Norm>, mlp_norm: Option<Norm>) -> Self {
+        Self { attention_norm, mlp_norm, ..self }
+    }
+
+    /// Replaces the norms of what attention and MLP give.
+    pub fn with_output_norms(
+        self,
+        attention_output_norm: Option<Norm>,
+        mlp_output_norm: Option<Norm>,
+    ) -> Self {
+        Self { attention_output_norm, mlp_output_norm, ..self }
+    }
+
+    /// Says that attention and MLP read the same.
+    pub fn in_parallel(self) -> Self {
+        Self { parallel: true, ..self }
+    }
+
+    /// Says what is added is multiplied by.
+    pub fn with_residual(self, residual: f64) -> Self {
+        Self { residual, ..self }
+    }
+
+    /// All norms that there are.
+    pub fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let [a, b] = [&self.attention_norm, &self.attention_output_norm];
+        let [c, d] = [&self.mlp_norm, &self.mlp_output_norm];
+        [a, b, c, d].into_iter().flatten()
     }
 
     fn tensors(&self) -> impl Iterator<Item = &str> {
-        let Mlp { gate, up, down } = &self.mlp;
-        let norms = [&self.attention_norm, &self.mlp_norm].map(|norm| norm.weight.as_str());
-        let linears = [gate, up, down].into_iter();
-        linears.flat_map(|l| [Some(l.weight.as_str()), l.bias.as_deref()]).flatten().chain(norms)
-    }
-}
-
-/// A root mean square norm, `w ⊙ x / √(mean x² + ε)` (Zhang & Sennrich 2019, arXiv 1910.07467).
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Norm {
-    /// Name of w, (d).
-    pub weight: String,
-    /// ε.
-    pub epsilon: f64,
-}
-
-impl Norm {
-    /// The norm with this weight and ε.
-    pub fn new(weight: impl Into<String>, epsilon: f64) -> Self {
-        Self { weight: weight.into(), epsilon }
-    }
-}
-
-/// A gated MLP, `down(silu(gate(x)) ⊙ up(x))` (Shazeer 2020, arXiv 2002.05202).
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Mlp {
-    /// (m, d).
-    pub gate: Linear,
-    /// (m, d).
-    pub up: Linear,
-    /// (d, m).
-    pub down: Linear,
-}
-
-impl Mlp {
-    /// The MLP of these three projections.
-    pub fn new(gate: Linear, up: Linear, down: Linear) -> Self {
-        Self { gate, up, down }
-    }
-}
-
-/// A projection by its tensors' names: weight (out, in), bias (out).
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Linear {
-    /// Name of the weight.
-    pub weight: String,
-    /// Name of the bias, where there is one.
-    pub bias: Option<String>,
-}
-
-impl Linear {
-    /// The projection of this weight and bias.
-    pub fn new(weight: impl Into<String>, bias: Option<String>) -> Self {
-        Self { weight: weight.into(), bias }
+        self.mlp.tensors().chain(self.norms().flat_map(Norm::tensors))
     }
 }

@@ -6,12 +6,16 @@
 mod attention;
 mod forward;
 mod identity;
+mod mlp;
+mod norm;
 mod rotation;
 
 pub use attention::{AttentionSpec, Axis, Mask, Part, Stored, StoredHeads};
-pub use forward::{Block, Forward, Linear, Mlp, Norm};
+pub use forward::{Block, Forward, Learned};
 pub use identity::{LayerShape, ModelId};
-pub use rotation::{Rotary, Rotation};
+pub use mlp::{Activation, Linear, Mlp};
+pub use norm::{HeadNorm, Norm, NormKind, NormOver};
+pub use rotation::{Rotary, Rotation, Stretch};
 
 use std::fmt::{self, Display};
 
@@ -35,6 +39,9 @@ pub struct Architecture {
     pub hidden: usize,
     /// The attention of every layer.
     pub layers: Vec<AttentionSpec>,
+    /// Where config.json holds the number of KV heads, as a JSON pointer; `None` for models that always have as many as query
+    /// heads, and so no grouped form of their own.
+    pub kv_heads_at: Option<String>,
     /// Whether the output embedding is the input embedding.
     pub tied_embeddings: bool,
     /// All that a forward pass takes besides attention, or why this crate cannot run the model.
@@ -52,6 +59,7 @@ impl Architecture {
             model_type: model_type.into(),
             hidden,
             layers,
+            kv_heads_at: Some("/num_key_value_heads".to_string()),
             tied_embeddings: false,
             forward: Err(unknown),
             notes: Vec::new(),

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::runtime::{Model, Pass};
+use crate::runtime::{Joint, Model, Pass};
 use crate::text::{RuntimeError, Windows};
 
 /// Bytes of streams in f32 from which on they are held in bf16.
@@ -18,11 +18,13 @@ pub(super) struct Texts {
     windows: Vec<Window>,
 }
 
-/// One window, (T, d) each; once a layer is entered, `source` is the stream after its attention.
+/// One window, (T, d) each. Once a layer is entered, `source` is the stream after its attention where nothing else needs the
+/// one before; else what its attention gives is in `attended`.
 #[derive(Debug)]
 struct Window {
     source: Tensor,
     merged: Tensor,
+    attended: Option<Tensor>,
 }
 
 /// A text as a layer's attention meets it: what it reads and should add, (N, d), and what each token counts, (N, 1).
@@ -40,8 +42,8 @@ impl Texts {
         let held = if bytes > WIDE { DType::BF16 } else { DType::F32 };
         let pass = model.pass(windows.length(), 0)?;
         let window = |tokens: &[u32]| {
-            let stream = model.embed(tokens)?.to_dtype(held)?;
-            Ok(Window { source: stream.clone(), merged: stream })
+            let stream = model.embed(tokens, &pass)?.to_dtype(held)?;
+            Ok(Window { source: stream.clone(), merged: stream, attended: None })
         };
         let windows = windows.batches(1).map(window).collect::<Result<_, RuntimeError>>()?;
         Ok(Self { pass, held, windows })
@@ -52,12 +54,18 @@ impl Texts {
         self.windows.len()
     }
 
-    /// Lets the source's stream go on to after the attention of layer `i`.
+    /// Lets the source go through the attention of layer `i`.
     pub(super) fn enter(&mut self, model: &Model, i: usize) -> Result<(), RuntimeError> {
+        let joint = model.joint(i)?;
         self.each(model, |window, pass, held| {
-            let source = joined(window.iter(), |w| &w.source)?;
-            let after = (&source + model.attend(i, &model.attention_input(i, &source)?, pass)?)?;
-            part(window, held, &after, |w| &mut w.source)
+            let source = joined(window.iter().map(|w| &w.source))?;
+            let attended = model.attend(i, &model.attention_input(i, &source)?, pass)?;
+            match joint {
+                Joint::Added(share) => {
+                    part(window, held, &(source + (attended * share)?)?, |w, own| w.source = own)
+                }
+                _ => part(window, held, &attended, |w, own| w.attended = Some(own)),
+            }
         })
     }
 
@@ -70,15 +78,17 @@ impl Texts {
         entered: bool,
     ) -> Result<(), RuntimeError> {
         self.each(model, |window, pass, held| {
-            let source = joined(window.iter(), |w| &w.source)?;
+            let source = joined(window.iter().map(|w| &w.source))?;
             if !entered {
                 let after = model.layer(i, &source, pass)?;
-                part(window, held, &after, |w| &mut w.source)?;
-                return part(window, held, &after, |w| &mut w.merged);
+                return part(window, held, &after, |w, own| (w.source, w.merged) = (own.clone(), own));
             }
-            let stream = merged.layer(i, &joined(window.iter(), |w| &w.merged)?, pass)?;
-            part(window, held, &stream, |w| &mut w.merged)?;
-            part(window, held, &model.feed_forward(i, &source)?, |w| &mut w.source)
+            let stream = merged.layer(i, &joined(window.iter().map(|w| &w.merged))?, pass)?;
+            part(window, held, &stream, |w, own| w.merged = own)?;
+            let attended = window.iter().map(|w| w.attended.as_ref()).collect::<Option<Vec<_>>>();
+            let attended = attended.map(|attended| joined(attended.into_iter())).transpose()?;
+            let after = model.finish(i, &source, attended.as_ref())?;
+            part(window, held, &after, |w, own| (w.source, w.attended) = (own, None))
         })
     }
 
@@ -101,12 +111,27 @@ impl Texts {
         windows: &[usize],
         make: impl Fn(&Text) -> Result<T, RuntimeError> + Sync,
     ) -> Result<Vec<T>, RuntimeError> {
+        let joint = model.joint(i)?;
         let text = |chosen: &[usize]| {
             let chosen: Vec<&Window> = chosen.iter().map(|&n| &self.windows[n]).collect();
-            let cat = |of: fn(&Window) -> &Tensor| joined(chosen.iter().copied(), of);
-            let (after, stream) = (cat(|w| &w.source)?, cat(|w| &w.merged)?);
-            let weight = after.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
-            make(&Text { input: model.attention_input(i, &stream)?, target: (after - stream)?, weight })
+            let (source, stream) =
+                (joined(chosen.iter().map(|w| &w.source))?, joined(chosen.iter().map(|w| &w.merged))?);
+            let attended = chosen.iter().filter_map(|w| w.attended.as_ref());
+            // What should come into the stream, and what decides how much an error there matters.
+            let (target, size) = match joint {
+                Joint::Added(share) => (((&source - &stream)? / share)?, source),
+                Joint::Parallel(share) => {
+                    let after = (source + (joined(attended)? * share)?)?;
+                    (((&after - &stream)? / share)?, after)
+                }
+                // Its length goes in the norm: what layers below lost cannot be made up for here.
+                Joint::Normed => {
+                    let attended = joined(attended)?;
+                    (attended.clone(), attended)
+                }
+            };
+            let weight = size.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
+            make(&Text { input: model.attention_input(i, &stream)?, target, weight })
         };
         windows.par_chunks(model.abreast(self.pass.positions().len())).map(text).collect()
     }
@@ -128,13 +153,9 @@ impl Texts {
     }
 }
 
-/// A tensor of some windows, one after the other, in f32.
-fn joined<'w>(
-    windows: impl Iterator<Item = &'w Window>,
-    of: fn(&Window) -> &Tensor,
-) -> Result<Tensor, RuntimeError> {
-    let tensors: Vec<&Tensor> = windows.map(of).collect();
-    Ok(Tensor::cat(&tensors, 0)?.to_dtype(DType::F32)?)
+/// Tensors of some windows, one after the other, in f32.
+fn joined<'w>(tensors: impl Iterator<Item = &'w Tensor>) -> Result<Tensor, RuntimeError> {
+    Ok(Tensor::cat(&tensors.collect::<Vec<_>>(), 0)?.to_dtype(DType::F32)?)
 }
 
 /// Gives each of some windows its part.
@@ -142,12 +163,12 @@ fn part(
     windows: &mut [Window],
     held: DType,
     all: &Tensor,
-    of: impl Fn(&mut Window) -> &mut Tensor,
+    give: impl Fn(&mut Window, Tensor),
 ) -> Result<(), RuntimeError> {
     let (n, held_tensor) = (windows.len(), all.to_dtype(held)?);
     let len = held_tensor.dim(0)? / n;
     for (k, window) in windows.iter_mut().enumerate() {
-        *of(window) = held_tensor.narrow(0, k * len, len)?;
+        give(window, held_tensor.narrow(0, k * len, len)?);
     }
     Ok(())
 }

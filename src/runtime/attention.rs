@@ -5,7 +5,9 @@ use candle_core::{Device, Tensor};
 use ndarray::Array3;
 
 use super::cache::LayerCache;
-use super::ops::{CausalSoftmax, visible};
+use super::layer::{linear, times};
+use super::norms::{HeadNormed, HeadNorms};
+use super::ops::{CausalSoftmax, capped, visible};
 use super::rope::Rope;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
@@ -23,7 +25,7 @@ struct Block {
 /// The attention of one layer.
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
-    /// Query heads (times the scale of the scores), then key heads, then value heads: ((n_q + 2k)·h, d).
+    /// Query heads (times `scale`), then key heads, then value heads: ((n_q + 2k)·h, d).
     pub(super) qkv: Tensor,
     pub(super) bias: Option<Tensor>,
     /// (d, n_q·h).
@@ -35,8 +37,13 @@ pub(super) struct Attention {
     pub(super) head_dim: usize,
     /// Positions that a query may look back at, its own included.
     reach: usize,
-    /// What products of queries and keys are multiplied by: the queries have it in them.
+    /// What products of queries and keys are multiplied by, where the rows of the queries have it in them; else 1.
     pub(super) scale: f64,
+    /// The same, where it has to wait for the norm of the queries; else 1.
+    scale_after: f64,
+    /// What scores are bounded to.
+    pub(super) cap: Option<f64>,
+    pub(super) norms: HeadNorms,
     /// The query heads of the source in the order in which they lie here, and the groups.
     pub(super) query_order: Vec<usize>,
     pub(super) kv_order: Vec<usize>,
@@ -71,6 +78,7 @@ impl Attention {
         heads: &Heads,
         shared: Option<(&Pooled, &Partition)>,
         spec: &AttentionSpec,
+        norms: HeadNorms,
         device: &Device,
     ) -> Result<Self> {
         let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
@@ -91,6 +99,9 @@ impl Attention {
             .flat_map(|head| head * queries..(head + 1) * queries)
             .collect();
         let kv_order: Vec<usize> = groups.iter().map(|&(group, _)| group).collect();
+        let members: Vec<&[usize]> = groups.iter().map(|(_, members)| &members[..]).collect();
+        let norms = norms.ordered(&query_order, &members, heads.key().head_dim()).map_err(Error::plugin)?;
+        let (scale, scale_after) = if norms.query.is_some() { (1.0, spec.scale) } else { (spec.scale, 1.0) };
 
         let pooled = shared.map(|(pooled, _)| pooled);
         let query = pooled.and_then(|p| p.query.as_ref()).or(heads.query()).ok_or(Error::NoQueries)?;
@@ -100,7 +111,7 @@ impl Attention {
         };
         let (key, value) = pooled.map_or((heads.key(), heads.value()), |p| (&p.key, &p.value));
         let (head_dim, inputs) = (key.head_dim(), key.inputs());
-        let parts = [(query, &query_order, spec.scale), (key, &kv_order, 1.0), (value, &kv_order, 1.0)];
+        let parts = [(query, &query_order, scale), (key, &kv_order, 1.0), (value, &kv_order, 1.0)];
         let rows = |bias: bool| -> Vec<f32> {
             parts.iter().flat_map(|&(p, order, scale)| scaled_rows(p, bias, order, scale)).collect()
         };
@@ -126,7 +137,10 @@ impl Attention {
             kv_heads: kv_order.len(),
             head_dim,
             reach: spec.mask.reach(),
-            scale: spec.scale,
+            scale,
+            scale_after,
+            cap: spec.cap,
+            norms,
             biased: [
                 query.bias().is_some(),
                 key.bias().is_some(),
@@ -159,24 +173,73 @@ impl Attention {
         let softmax = self.softmax(pass, seen);
         let outputs = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            place.probabilities(&query, &keys, &softmax)?.matmul(&values)
+            softmax.of(self.scores(&query, &keys)?)?.matmul(&values)
         });
         self.write(&self.side_by_side(outputs, pass)?)
     }
 
     /// Inputs (B·T, d) → queries (B, n_q, T, h), keys and values (B, k, T, h), turned by their positions.
     pub(super) fn project(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> candle_core::Result<[Tensor; 3]> {
+        self.turned(&self.projected(x)?, pass, rope)
+    }
+
+    /// Inputs (N, d) → queries, keys and values side by side, (N, (n_q + 2k)·h).
+    pub(super) fn projected(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        linear(x, &self.qkv, &self.bias)
+    }
+
+    /// What was projected, normed and turned by positions.
+    pub(super) fn turned(
+        &self,
+        projected: &Tensor,
+        pass: &Pass,
+        rope: &Rope,
+    ) -> candle_core::Result<[Tensor; 3]> {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
         let len = pass.positions.len();
-        let batch = x.dim(0)? / len;
-        let mut all = x.matmul(&self.qkv.t()?)?;
-        if let Some(bias) = &self.bias {
-            all = all.broadcast_add(bias)?;
-        }
-        let all = all.reshape((batch, len, n_q + 2 * k, h))?.transpose(1, 2)?;
+        let batch = projected.dim(0)? / len;
+        let all = self.normed(projected)?.reshape((batch, len, n_q + 2 * k, h))?.transpose(1, 2)?;
         let turned = rope.apply(&all.narrow(1, 0, n_q + k)?.contiguous()?)?;
         let keys = turned.narrow(1, n_q, k)?.contiguous()?;
         Ok([turned.narrow(1, 0, n_q)?, keys, all.narrow(1, n_q + k, k)?.contiguous()?])
+    }
+
+    /// Queries, keys and values side by side, (N, (n_q + 2k)·h), the former two through their norms.
+    fn normed(&self, all: &Tensor) -> candle_core::Result<Tensor> {
+        if self.norms.is_empty() {
+            return Ok(all.clone());
+        }
+        let [query, key, value] = self.parts(all)?;
+        let query = self.norms.query.as_ref().map_or_else(|| Ok(query.clone()), |norm| norm.of(&query))?;
+        let key = self.norms.key.as_ref().map_or_else(|| Ok(key.clone()), |norm| norm.of(&key))?;
+        Tensor::cat(&[times(query, self.scale_after)?, key, value], 1)
+    }
+
+    /// What passes back through these norms, from what was projected and the gradient of what they made of it.
+    pub(super) fn normed_backward(&self, all: &Tensor, gradient: &Tensor) -> candle_core::Result<Tensor> {
+        if self.norms.is_empty() {
+            return Ok(gradient.clone());
+        }
+        let ([query, key, _], [of_query, of_key, of_value]) = (self.parts(all)?, self.parts(gradient)?);
+        let of_query = times(of_query, self.scale_after)?;
+        let back = |norm: &Option<HeadNormed>, x: &Tensor, of: Tensor| match norm {
+            Some(norm) => norm.backward(x, &of),
+            None => Ok(of),
+        };
+        let of_query = back(&self.norms.query, &query, of_query)?;
+        Tensor::cat(&[of_query, back(&self.norms.key, &key, of_key)?, of_value], 1)
+    }
+
+    /// Queries, keys and values of what lies side by side, (N, ·).
+    fn parts(&self, all: &Tensor) -> candle_core::Result<[Tensor; 3]> {
+        let (n_q, k) = (self.query_heads * self.head_dim, self.kv_heads * self.head_dim);
+        Ok([all.narrow(1, 0, n_q)?, all.narrow(1, n_q, k)?, all.narrow(1, n_q + k, k)?])
+    }
+
+    /// How well queries (B, groups, r·T, h) match keys (B, groups, S, h), (B, groups, r·T, S).
+    pub(super) fn scores(&self, query: &Tensor, keys: &Tensor) -> candle_core::Result<Tensor> {
+        let scores = query.matmul(&keys.t()?)?;
+        self.cap.map_or(Ok(scores.clone()), |cap| capped(&scores, cap))
     }
 
     /// The softmax of new tokens over those at the positions `seen`.
@@ -249,17 +312,6 @@ impl Place {
         let (batch, _, len, h) = heads.dims4()?;
         let own = heads.narrow(1, self.first_query, groups * queries)?.contiguous()?;
         own.reshape((batch, groups, queries * len, h))
-    }
-
-    /// How much each query looks at each key, (B, groups, r·T, S).
-    pub(super) fn probabilities(
-        &self,
-        query: &Tensor,
-        keys: &Tensor,
-        softmax: &CausalSoftmax,
-    ) -> candle_core::Result<Tensor> {
-        let scores = query.matmul(&keys.t()?)?;
-        softmax.of(scores)
     }
 }
 

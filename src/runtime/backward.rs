@@ -6,10 +6,14 @@
 use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, Pass, joined};
-use super::layer::{Layer, Normed, linear};
-use super::ops::{rms_norm_backward, softmax_backward, swiglu_backward};
+use super::layer::{FeedForward, Layer, Normed, normed, normed_backward, times};
+use super::ops::{
+    activated_backward, capped_backward, gated_backward, layer_norm_backward, rms_norm_backward,
+    softmax_backward,
+};
 use super::rope::Rope;
 use super::weights::AttentionWeights;
+use crate::model::NormKind;
 
 /// What a layer passes back.
 #[derive(Debug)]
@@ -27,7 +31,19 @@ pub(crate) struct Backward {
 impl Normed {
     /// What passes back through the norm.
     pub(super) fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-        rms_norm_backward(x, &self.weight, self.epsilon, gradient)
+        match self.kind {
+            NormKind::Rms => rms_norm_backward(x, &self.weight, self.epsilon, gradient),
+            NormKind::Layer => layer_norm_backward(x, &self.weight, self.epsilon, gradient),
+        }
+    }
+}
+
+impl FeedForward {
+    /// From what it read, (N, d), and the gradient of what it gave to that of what it read.
+    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let (wide, of_hidden) = (self.widened(x)?, gradient.matmul(&self.down)?);
+        let back = if self.has_gate { gated_backward } else { activated_backward };
+        back(self.activation, &wide, &of_hidden)?.matmul(&self.up)
     }
 }
 
@@ -43,62 +59,105 @@ impl Layer {
     ) -> Result<Backward> {
         let input = self.attention_input(x)?;
         let (kept, output) = self.attention.kept(&input, pass, pass.rope(i))?;
-        let y = (x + &output)?;
-        let gates = linear(&self.mlp_norm.of(&y)?, &self.gate_up, &self.gate_up_bias)?;
-        let of_gates = swiglu_backward(&gates, &gradient.matmul(&self.down)?)?;
-        let attention = (gradient + self.mlp_norm.backward(&y, &of_gates.matmul(&self.gate_up)?)?)?;
+        let y = self.joined(x, &output)?;
+        let read = if self.parallel { x } else { &y };
+        let of_read = self.feed_forward_backward(read, gradient)?;
+        // What the stream behind the attention, and the one before it, are given.
+        let (of_y, of_x) = match self.parallel {
+            true => (gradient.clone(), (gradient + of_read)?),
+            false => {
+                let of_y = (gradient + of_read)?;
+                (of_y.clone(), of_y)
+            }
+        };
+        let of_added = times(of_y, self.residual)?;
+        let attention = normed_backward(&self.attention_output_norm, &output, &of_added)?;
         let of_all = self.attention.backward(&kept, &attention, pass.rope(i))?;
         let weights = weights.then(|| self.attention.weights_backward(&input, &kept, &of_all, &attention));
         let of_input = of_all.matmul(&self.attention.qkv)?;
-        let input = (&attention + self.attention_norm.backward(x, &of_input)?)?;
+        let input = (of_x + normed_backward(&self.attention_norm, x, &of_input)?)?;
         let weights = weights.transpose()?;
         Ok(Backward { input, attention, output, weights })
+    }
+
+    /// What passes back through the MLP and its norms, (N, d), from the gradient of the stream that it is added to.
+    fn feed_forward_backward(&self, read: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let input = normed(&self.mlp_norm, read)?;
+        let of_added = times(gradient.clone(), self.residual)?;
+        let of_made = match &self.mlp_output_norm {
+            None => of_added,
+            Some(norm) => norm.backward(&self.mlp.forward(&input)?, &of_added)?,
+        };
+        normed_backward(&self.mlp_norm, read, &self.mlp.backward(&input, &of_made)?)
     }
 }
 
 /// What attention computes on the way, for the way back.
 pub(super) struct Kept {
-    /// Of every block: queries (B, groups, r·T, h), keys and values (B, groups, T, h), probabilities (B, groups, r·T, T).
-    blocks: Vec<[Tensor; 4]>,
+    /// Queries, keys and values before norms and rotation, (N, (n_q + 2k)·h).
+    projected: Tensor,
+    blocks: Vec<KeptBlock>,
     /// What query heads read, (N, n_q·h).
     pub(super) heads: Tensor,
+}
+
+/// Of groups with equally many query heads.
+struct KeptBlock {
+    /// (B, groups, r·T, h).
+    query: Tensor,
+    /// (B, groups, T, h).
+    keys: Tensor,
+    /// (B, groups, T, h).
+    values: Tensor,
+    /// (B, groups, r·T, T).
+    probabilities: Tensor,
+    /// Scores where they are bounded, as the probabilities.
+    scores: Option<Tensor>,
 }
 
 impl Attention {
     /// What it computes of x (N, d), and its output (N, d).
     pub(super) fn kept(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> Result<(Kept, Tensor)> {
-        let [query, keys, values] = self.project(x, pass, rope)?;
+        let projected = self.projected(x)?;
+        let [query, keys, values] = self.turned(&projected, pass, rope)?;
         let softmax = self.softmax(pass, pass.positions());
         let blocks = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            let probabilities = place.probabilities(&query, &keys, &softmax)?;
-            Ok([query, keys, values, probabilities])
+            let scores = self.scores(&query, &keys)?;
+            // The softmax overwrites what it reads.
+            let kept = self.cap.map(|_| scores.copy()).transpose()?;
+            Ok(KeptBlock { probabilities: softmax.of(scores)?, query, keys, values, scores: kept })
         });
-        let blocks: Vec<[Tensor; 4]> = blocks.collect::<Result<_>>()?;
-        let read = blocks.iter().map(|[_, _, values, probabilities]| probabilities.matmul(values));
+        let blocks: Vec<KeptBlock> = blocks.collect::<Result<_>>()?;
+        let read = blocks.iter().map(|block| block.probabilities.matmul(&block.values));
         let heads = self.side_by_side(read, pass)?;
         let output = self.write(&heads)?;
-        Ok((Kept { blocks, heads }, output))
+        Ok((Kept { projected, blocks, heads }, output))
     }
 
-    /// From the gradient (N, d) of its output to that of queries, keys and values before they turn, (N, (n_q + 2k)·h).
+    /// From the gradient (N, d) of its output to that of queries, keys and values as projected, (N, (n_q + 2k)·h).
     pub(super) fn backward(&self, kept: &Kept, gradient: &Tensor, rope: &Rope) -> Result<Tensor> {
         let h = self.head_dim;
-        let (batch, _, _, len) = kept.blocks[0][3].dims4()?;
+        let (batch, _, _, len) = kept.blocks[0].probabilities.dims4()?;
         let of_heads = gradient.matmul(&self.output)?;
         let of_heads = of_heads.reshape((batch, len, self.query_heads, h))?.transpose(1, 2)?;
         let (mut of_query, mut of_keys, mut of_values) = (Vec::new(), Vec::new(), Vec::new());
-        for (place, [query, keys, values, probabilities]) in self.places().zip(&kept.blocks) {
+        for (place, block) in self.places().zip(&kept.blocks) {
+            let KeptBlock { query, keys, values, probabilities, scores } = block;
             let of_read = place.queries(&of_heads)?;
             of_values.push(probabilities.t()?.matmul(&of_read)?);
-            let of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
+            let mut of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
+            if let (Some(cap), Some(scores)) = (self.cap, scores) {
+                of_scores = capped_backward(scores, cap, &of_scores)?;
+            }
             of_query.push(of_scores.matmul(keys)?.reshape((batch, (), len, h))?);
             of_keys.push(of_scores.t()?.matmul(query)?);
         }
         of_query.extend(of_keys);
         let turned = rope.apply_back(&joined(&of_query)?.contiguous()?)?;
         let of_all = joined(&[&[turned][..], &of_values].concat())?.transpose(1, 2)?.contiguous()?;
-        of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))
+        let of_all = of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))?;
+        self.normed_backward(&kept.projected, &of_all)
     }
 
     /// Sums over tokens of what every weight is given times what it is worth.

@@ -4,6 +4,8 @@ use candle_core::{D, Device, Result as Candle, Storage, Tensor};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
 use rayon::prelude::*;
 
+use super::layer::{linear, normed, normed_backward, times};
+use super::ops::{capped, capped_backward};
 use super::{Model, RuntimeError};
 
 /// Numbers of logits held at once, of each of two models.
@@ -14,19 +16,34 @@ const DEVICE_BLOCK_LOGITS: usize = 1 << 27;
 impl Model {
     /// What the output embedding reads of what the last layer gives, (N, d) → (N, d).
     pub(crate) fn last(&self, x: &Tensor) -> Candle<Tensor> {
-        self.norm.of(x)
+        normed(&self.ends.norm, x)
     }
 
     /// What passes back through [`Model::last`], (N, d).
     pub(crate) fn last_backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        self.norm.backward(x, gradient)
+        normed_backward(&self.ends.norm, x, gradient)
+    }
+
+    /// Logits (N, vocabulary) of what the output embedding reads, (N, d).
+    pub(super) fn predicted(&self, x: &Tensor, head: &Tensor) -> Candle<Tensor> {
+        let logits = times(linear(x, head, &self.ends.head_bias)?, self.ends.logit_scale)?;
+        self.ends.logit_cap.map_or(Ok(logits.clone()), |cap| capped(&logits, cap))
+    }
+
+    /// From logits and their gradient, (N, vocabulary), to that of what the output embedding read, (N, d).
+    fn predicted_backward(&self, made: &Tensor, gradient: Tensor, head: &Tensor) -> Candle<Tensor> {
+        let gradient = match self.ends.logit_cap {
+            Some(cap) => capped_backward(made, cap, &gradient)?,
+            None => gradient,
+        };
+        times(gradient, self.ends.logit_scale)?.matmul(head)
     }
 
     /// KL(source ‖ this) of every token, from what the output embeddings of both read, (N, d). The two models share their
     /// output embedding.
     pub(crate) fn divergences(&self, source: &Tensor, own: &Tensor) -> Result<Vec<f64>, RuntimeError> {
         let mut divergences = Vec::new();
-        self.compared(source, own, |found, _| {
+        self.compared(source, own, |found, _, _| {
             divergences.extend(found);
             Ok(())
         })?;
@@ -40,26 +57,27 @@ impl Model {
         own: &Tensor,
     ) -> Result<(Vec<f64>, Tensor), RuntimeError> {
         let (mut divergences, mut gradients, head) = (Vec::new(), Vec::new(), self.output_embedding()?);
-        self.compared(source, own, |found, back| {
+        self.compared(source, own, |found, logits, back| {
             divergences.extend(found);
-            gradients.push(back.matmul(&head)?);
+            gradients.push(self.predicted_backward(logits, back, &head)?);
             Ok(())
         })?;
         Ok((divergences, Tensor::cat(&gradients, 0)?))
     }
 
-    /// Block by block the divergence of every token and its gradient with respect to this model's logits.
+    /// Block by block the divergence of every token, this model's logits, and the gradient with respect to them.
     fn compared(
         &self,
         source: &Tensor,
         own: &Tensor,
-        mut take: impl FnMut(Vec<f64>, Tensor) -> Candle<()>,
+        mut take: impl FnMut(Vec<f64>, &Tensor, Tensor) -> Candle<()>,
     ) -> Result<(), RuntimeError> {
         let head = self.output_embedding()?;
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = |x: &Tensor| x.narrow(0, first, n)?.matmul(&head.t()?);
-            let (found, back) = divergence(&logits(source)?, &logits(own)?)?;
-            take(found, back)?;
+            let logits = |x: &Tensor| self.predicted(&x.narrow(0, first, n)?, &head);
+            let (source, own) = (logits(source)?, logits(own)?);
+            let (found, back) = divergence(&source, &own)?;
+            take(found, &own, back)?;
         }
         Ok(())
     }
@@ -69,7 +87,7 @@ impl Model {
     pub(crate) fn drawn_gradient(&self, own: &Tensor, draw: &[f32]) -> Result<Tensor, RuntimeError> {
         let (mut gradients, head) = (Vec::new(), self.output_embedding()?);
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = own.narrow(0, first, n)?.matmul(&head.t()?)?;
+            let logits = self.predicted(&own.narrow(0, first, n)?, &head)?;
             let probabilities: Vec<f32> = softmax_last_dim(&logits)?.flatten_all()?.to_vec1()?;
             let vocabulary = self.vocabulary();
             let mut back = probabilities;
@@ -78,7 +96,8 @@ impl Model {
                 row.iter_mut().for_each(|p| *p = -*p);
                 row[drawn] += 1.0;
             });
-            gradients.push(Tensor::from_vec(back, (n, vocabulary), own.device())?.matmul(&head)?);
+            let back = Tensor::from_vec(back, (n, vocabulary), own.device())?;
+            gradients.push(self.predicted_backward(&logits, back, &head)?);
         }
         Ok(Tensor::cat(&gradients, 0)?)
     }

@@ -31,13 +31,16 @@ mod attention;
 mod backward;
 mod cache;
 mod device;
+mod ends;
 mod head;
 mod layer;
 mod model;
+mod norms;
 mod ops;
 mod rope;
 mod shared;
 mod shelf;
+mod sizes;
 mod weights;
 
 pub use crate::text::RuntimeError;
@@ -45,4 +48,5 @@ pub use cache::KvCache;
 pub use model::Model;
 
 pub(crate) use attention::Pass;
+pub(crate) use model::Joint;
 pub(crate) use weights::AttentionWeights;

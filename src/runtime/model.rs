@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use super::attention::{Attention, Pass};
 use super::cache::{KvCache, LayerCache};
 use super::device;
-use super::layer::{Layer, Normed, Weights};
+use super::ends::Ends;
+use super::layer::{Layer, Weights};
 use super::rope::Rope;
 use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
@@ -19,20 +20,8 @@ use crate::text::{RuntimeError, forward_of, within};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
 const LONGEST_WINDOW: usize = 512;
-/// Tokens computed at once, and numbers of logits held at once.
-const BATCH_TOKENS: usize = 4096;
-const BATCH_LOGITS: usize = 1 << 25;
-/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 2 GB.
-const GPU_BATCH_TOKENS: usize = 1 << 14;
-const GPU_BATCH_LOGITS: usize = 1 << 29;
-/// Tokens that go through a layer together where it has to be read for them.
-const STORED_TOKENS: usize = 1 << 14;
 /// Bytes of weights in f32 from which on a model is not held.
 const HELD_WEIGHTS: u64 = 1 << 30;
-/// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
-const HELD_WINDOWS: usize = 4;
-const GPU_HELD_WINDOWS: usize = 24;
-
 /// A model that can be run: f32, on the CPU or a GPU.
 ///
 /// Cloning shares the weights.
@@ -56,10 +45,10 @@ pub struct Model {
     vocabulary: usize,
     pub(super) specs: Arc<[AttentionSpec]>,
     /// Shared with all models made of this one.
-    shelf: Arc<Shelf>,
+    pub(super) shelf: Arc<Shelf>,
     /// In place of what is on the shelf.
     pub(super) attention: Vec<Option<Attention>>,
-    pub(super) norm: Normed,
+    pub(super) ends: Arc<Ends>,
 }
 
 impl Model {
@@ -117,7 +106,7 @@ impl Model {
             shelf: Arc::new(shelf(checkpoint, &device)?),
             attention: vec![None; expected],
             specs: architecture.layers.clone().into(),
-            norm: Normed::load(&Weights::of(checkpoint, &device), &forward.norm)?,
+            ends: Arc::new(Ends::load(&Weights::of(checkpoint, &device), forward)?),
             vocabulary: forward.vocabulary,
             id: checkpoint.id()?,
             positions: forward.positions,
@@ -186,12 +175,13 @@ impl Model {
     pub(crate) fn rows(&self, tokens: &[u32], rows: usize) -> Result<Vec<Tensor>, RuntimeError> {
         let len = tokens.len().checked_div(rows).unwrap_or(0);
         let pass = self.pass(len, 0)?;
-        self.through(0, self.embed_rows(tokens, len)?, &pass)
+        self.through(0, self.embed_rows(tokens, &pass)?, &pass)
     }
 
-    /// Rows of `len` tokens before the first layer, in the parts of [`Model::rows`].
-    pub(crate) fn embed_rows(&self, tokens: &[u32], len: usize) -> Result<Vec<Tensor>, RuntimeError> {
-        tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens)).collect()
+    /// Rows of tokens before the first layer, in the parts of [`Model::rows`].
+    pub(crate) fn embed_rows(&self, tokens: &[u32], pass: &Pass) -> Result<Vec<Tensor>, RuntimeError> {
+        let len = pass.positions.len();
+        tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens, pass)).collect()
     }
 
     /// What the last layer gives for each of some rows of equal length, (T, d), by way of a cache that takes `chunk` tokens at a
@@ -249,7 +239,7 @@ impl Model {
         let len = tokens.len().checked_div(batch).unwrap_or(0);
         let pass = self.pass(len, cache.tokens)?;
         cache.layers.resize(self.n_layers(), LayerCache::default());
-        let mut x = self.embed(tokens)?;
+        let mut x = self.embed(tokens, &pass)?;
         for (i, past) in cache.layers.iter_mut().enumerate() {
             x = self.whole(i)?.forward(i, &x, &pass, Some(past))?;
         }
@@ -263,7 +253,7 @@ impl Model {
         texts: &[&[u32]],
         pass: &Pass,
     ) -> Result<Vec<Vec<Tensor>>, RuntimeError> {
-        let first = texts.par_iter().map(|tokens| Ok(vec![self.embed(tokens)?]));
+        let first = texts.par_iter().map(|tokens| Ok(vec![self.embed(tokens, pass)?]));
         let mut inputs = first.collect::<Result<Vec<_>, RuntimeError>>()?;
         for i in 0..self.n_layers() {
             inputs.par_iter_mut().try_for_each(|inputs| {
@@ -285,34 +275,6 @@ impl Model {
         self.id.hidden
     }
 
-    /// Windows whose inputs of all layers are held at once.
-    pub(crate) fn held_windows(&self) -> usize {
-        if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
-    }
-
-    /// Rows of `len` tokens that go from layer to layer together.
-    pub(crate) fn together(&self, len: usize) -> usize {
-        match *self.shelf {
-            Shelf::Held { .. } => self.batch(len),
-            Shelf::Stored { .. } => (STORED_TOKENS / len).max(1),
-        }
-    }
-
-    /// Rows of `len` tokens whose logits are held at once: as many as keep the device busy and the memory small.
-    pub(crate) fn batch(&self, len: usize) -> usize {
-        let (tokens, logits) = match self.device() {
-            Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
-            Device::Cuda => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
-        };
-        (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
-    }
-
-    /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows
-    /// share out over the threads. On a GPU all that are held are.
-    pub(crate) fn abreast(&self, len: usize) -> usize {
-        if self.device.is_cpu() { 1 } else { self.batch(len) }
-    }
-
     /// What the layers share when they read `len` tokens of each row after `start` others.
     pub(crate) fn pass(&self, len: usize, start: usize) -> Result<Pass, RuntimeError> {
         let expected = self.positions;
@@ -332,10 +294,10 @@ impl Model {
         Ok(Pass { positions, ropes })
     }
 
-    /// Tokens (N) → (N, d).
-    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Tensor, RuntimeError> {
+    /// Tokens (B·T) → what enters the first layer, (B·T, d).
+    pub(crate) fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, RuntimeError> {
         within(tokens, self.vocabulary(), "the tokens belong to another model")?;
-        self.shelf.embed(tokens)
+        self.ends.enter(self.shelf.embed(tokens)?, &pass.positions)
     }
 
     /// The attention of layer `i`.
@@ -362,9 +324,29 @@ impl Model {
         Ok(self.attention(i)?.forward(input, pass, pass.rope(i), None)?)
     }
 
-    /// Layer `i` after its attention was added, (N, d) → (N, d).
-    pub(crate) fn feed_forward(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.shelf.layer(i)?.feed_forward(x)?)
+    /// How what the attention of layer `i` gives comes into the stream.
+    pub(crate) fn joint(&self, i: usize) -> Result<Joint, RuntimeError> {
+        let layer = self.shelf.layer(i)?;
+        Ok(match (layer.parallel, &layer.attention_output_norm) {
+            (_, Some(_)) => Joint::Normed,
+            (true, None) => Joint::Parallel(layer.residual),
+            (false, None) => Joint::Added(layer.residual),
+        })
+    }
+
+    /// What layer `i` gives, from its input and what its attention made of it, or of a stream to which this was added already,
+    /// (N, d) each.
+    pub(crate) fn finish(
+        &self,
+        i: usize,
+        stream: &Tensor,
+        attended: Option<&Tensor>,
+    ) -> Result<Tensor, RuntimeError> {
+        let layer = self.shelf.layer(i)?;
+        Ok(match attended {
+            Some(attended) => layer.finish(stream, attended)?,
+            None => layer.added(stream, stream)?,
+        })
     }
 
     /// Layer `i`, (N, d) → (N, d).
@@ -379,8 +361,19 @@ impl Model {
 
     /// What the last layer gives, (N, d) → logits (N, vocabulary).
     pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.norm.of(x)?.matmul(&self.output_embedding()?.t()?)?)
+        Ok(self.predicted(&self.last(x)?, &self.output_embedding()?)?)
     }
+}
+
+/// How what an attention gives comes into the stream.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Joint {
+    /// Times this, and the MLP reads the sum.
+    Added(f64),
+    /// Times this, and the MLP does not read it.
+    Parallel(f64),
+    /// Through a norm.
+    Normed,
 }
 
 /// The numbers of a tensor, in order.

@@ -13,22 +13,24 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    /// The angles of these positions, position · frequency, multiplied in f32 as transformers does.
+    /// The angles of these positions, ascending, position · frequency, multiplied in f32 as transformers does.
     pub(super) fn new(
         rotary: Option<&Rotary>,
         positions: &[usize],
         device: &Device,
     ) -> candle_core::Result<Self> {
-        let Some(Rotary { rotation, frequencies, .. }) = rotary.filter(|r| r.rotation.dims() > 0) else {
+        let Some(rotary) = rotary.filter(|r| r.rotation.dims() > 0) else {
             return Ok(Self { rotation: Rotation::None, tables: None });
         };
+        let (rotation, factor) = (rotary.rotation, rotary.factor);
+        let frequencies = rotary.frequencies_of(positions.last().map_or(0, |last| last + 1));
         let angle = |&position: &usize| frequencies.iter().map(move |&f| f64::from(position as f32 * f));
         let angles: Vec<f64> = positions.iter().flat_map(angle).collect();
         let table = |turn: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|&a| turn(a) as f32).collect();
+            let values: Vec<f32> = angles.iter().map(|&a| (turn(a) * factor) as f32).collect();
             Tensor::from_vec(values, (positions.len(), rotation.dims() / 2), device)
         };
-        Ok(Self { rotation: *rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
+        Ok(Self { rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
     }
 
     /// Turns heads (B, n, T, h), contiguous.

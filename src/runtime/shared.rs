@@ -38,7 +38,9 @@ impl Model {
         let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, i)?;
-        model.attention[i] = Some(Attention::new(heads, Some((&pooled, partition)), spec, &self.device)?);
+        let norms = self.shelf.layer(i)?.attention.norms;
+        let shared = Some((&pooled, partition));
+        model.attention[i] = Some(Attention::new(heads, shared, spec, norms, &self.device)?);
         Ok(model)
     }
 }

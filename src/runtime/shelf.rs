@@ -49,7 +49,9 @@ impl Shelf {
     /// The weights of a checkpoint, which are all there.
     pub(super) fn stored(checkpoint: &Checkpoint, place: &Place) -> Result<Self, RuntimeError> {
         let (forward, weights) = (forward_of(checkpoint)?, Weights::of(checkpoint, place));
-        forward.blocks.iter().try_for_each(|block| Layer::check(&weights, block))?;
+        for (i, block) in forward.blocks.iter().enumerate() {
+            Layer::check(&weights, block, i)?;
+        }
         for name in [&forward.embedding, &forward.head] {
             checkpoint.check_tensor(name, &[forward.vocabulary, weights.width])?;
         }

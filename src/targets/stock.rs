@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
 use crate::budget::Limits;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Architecture;
 use crate::output::{OutputModel, Slot, Target};
 use crate::partition::SearchSpace;
@@ -22,6 +22,10 @@ impl Target for Stock {
     }
 
     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+        let place = model
+            .kv_heads_at
+            .as_deref()
+            .ok_or_else(|| Error::NoGroupedForm { model: model.model_type.clone() })?;
         let mut output = OutputModel::from_slots(model, config.clone(), |layer| {
             let (groups, r) = (&plan.layers[layer].groups, model.layers[layer].queries_per_head());
             let heads = groups.groups().into_iter().flatten();
@@ -29,7 +33,13 @@ impl Target for Stock {
             ((0..groups.n_groups()).map(Slot::Head).collect(), queries.map(Slot::Head).collect())
         })?;
         if let Some(&kv_heads) = output.kv_heads.first() {
-            output.config.insert("num_key_value_heads".to_string(), kv_heads.into());
+            let (objects, key) = place.rsplit_once('/').unwrap_or_default();
+            let config = objects.split('/').skip(1).try_fold(&mut output.config, |object, key| {
+                object.get_mut(key).and_then(Value::as_object_mut)
+            });
+            if let Some(config) = config {
+                config.insert(key.to_string(), kv_heads.into());
+            }
         }
         Ok(output)
     }

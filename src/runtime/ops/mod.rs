@@ -1,10 +1,22 @@
 //! Steps of a layer in one pass over their numbers, shared out by rayon. Candle's own elementwise products wait for one
 //! another on a pool of their own, which costs more than it gives where windows already run side by side.
 
+mod activation;
 mod causal_softmax;
 mod gradients;
-mod swiglu;
 
+use candle_core::{CpuStorage, Layout, Result};
+
+pub(super) use activation::{activated, activated_backward, gated, gated_backward};
 pub(crate) use causal_softmax::{CausalSoftmax, visible};
-pub(super) use gradients::{rms_norm_backward, softmax_backward, swiglu_backward};
-pub(super) use swiglu::SwiGlu;
+pub(super) use gradients::{
+    capped, capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward,
+};
+
+/// The numbers of a contiguous f32 tensor on the CPU.
+fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(numbers), Some((from, to))) => Ok(&numbers[from..to]),
+        _ => candle_core::bail!("numbers must be contiguous and f32"),
+    }
+}

@@ -1,0 +1,447 @@
+//! What most families have in common: a stack of alike layers of which config.json gives the numbers. A family says in which it
+//! differs from Llama.
+
+use std::collections::BTreeSet;
+
+use super::checks::heads_and_norms;
+use super::rope::{self, RopeRule};
+use crate::checkpoint::{Config, TensorIndex};
+use crate::files::FileError;
+use crate::model::{
+    Activation, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask, Mlp,
+    Norm, NormKind, NormOver, Stored, StoredHeads, Unsupported,
+};
+use crate::partition::Partition;
+
+/// A family's model. Made by [`Decoder::llama`], changed where the family differs, and turned into an [`Architecture`].
+pub(super) struct Decoder<'a> {
+    pub(super) config: &'a Config,
+    pub(super) tensors: &'a dyn TensorIndex,
+    pub(super) names: Names,
+    pub(super) keys: Keys,
+    /// KV heads where config.json says nothing; `None`: as many as query heads.
+    pub(super) kv_heads: Option<usize>,
+    /// Where config.json has their number, as a JSON pointer; `None`: nowhere.
+    pub(super) kv_heads_at: Option<&'static str>,
+    /// Width of a head where config.json says nothing; `None`: of the model over query heads.
+    pub(super) head_dim: Option<usize>,
+    pub(super) biases: Biases,
+    /// `None` for models whose heads do not turn.
+    pub(super) rope: Option<RopeRule>,
+    pub(super) layers: LayerKinds,
+    pub(super) head_norms: Option<NormOver>,
+    pub(super) norms: NormRule,
+    pub(super) activation: Activation,
+    /// Besides `1/√h`.
+    pub(super) scale: Option<f64>,
+    pub(super) cap: Option<f64>,
+    pub(super) parallel: bool,
+    pub(super) residual: f64,
+    pub(super) embedding_scale: f64,
+    pub(super) learned: Option<Learned>,
+    pub(super) logit_scale: f64,
+    pub(super) logit_cap: Option<f64>,
+    /// Whether embeddings are tied where config.json says nothing.
+    pub(super) tied: bool,
+    /// What keeps the model from being run.
+    pub(super) unsupported: Option<Unsupported>,
+}
+
+/// Keys of config.json.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Keys {
+    pub(super) layers: &'static str,
+    pub(super) hidden: &'static str,
+    pub(super) query_heads: &'static str,
+    pub(super) positions: &'static str,
+}
+
+impl Keys {
+    const USUAL: Self = Self {
+        layers: "num_hidden_layers",
+        hidden: "hidden_size",
+        query_heads: "num_attention_heads",
+        positions: "max_position_embeddings",
+    };
+    /// Those of GPT-2 and what followed it.
+    pub(super) const SHORT: Self =
+        Self { layers: "n_layer", hidden: "n_embd", query_heads: "n_head", positions: "n_positions" };
+}
+
+/// Names of tensors, without `.weight`; those of a layer without its prefix.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    /// Of the stack: `model.layers`.
+    pub(super) layers: String,
+    pub(super) attention: &'static str,
+    pub(super) heads: HeadNames,
+    pub(super) output: &'static str,
+    /// Conv1D: every matrix of a layer is stored as (in, out).
+    pub(super) transposed: bool,
+    pub(super) attention_norm: Option<&'static str>,
+    pub(super) attention_output_norm: Option<&'static str>,
+    pub(super) mlp_norm: Option<&'static str>,
+    pub(super) mlp_output_norm: Option<&'static str>,
+    pub(super) mlp: MlpNames,
+    pub(super) head_norms: [&'static str; 2],
+    pub(super) embedding: String,
+    pub(super) norm: Option<String>,
+    pub(super) head: String,
+}
+
+/// Where queries, keys and values are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum HeadNames {
+    /// In three tensors.
+    Split([&'static str; 3]),
+    /// In one, all queries, then all keys, then all values.
+    Joined(&'static str),
+    /// In one, query, key and value of each head side by side.
+    ByHead(&'static str),
+}
+
+/// Where an MLP is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum MlpNames {
+    /// Gate, up, down.
+    Gated([&'static str; 3]),
+    /// Gate over up in one tensor, and down.
+    Joined([&'static str; 2]),
+    /// Up and down, without a gate.
+    Plain([&'static str; 2]),
+}
+
+/// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Biases {
+    pub(super) queries_keys_values: bool,
+    pub(super) outputs: bool,
+    pub(super) mlp: bool,
+    pub(super) head: bool,
+}
+
+/// How norms are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NormRule {
+    pub(super) kind: NormKind,
+    /// Key of ε and its value where that is missing.
+    pub(super) epsilon: (&'static str, f64),
+    /// What is added to stored weights.
+    pub(super) offset: f64,
+}
+
+/// What layers differ in.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LayerKinds {
+    /// The window of each layer; empty: none has one.
+    pub(super) windows: Vec<Option<usize>>,
+    /// Whether each layer turns; empty: all do.
+    pub(super) turned: Vec<bool>,
+    /// The kind of each layer for rotary positions; empty: all are of one.
+    pub(super) ropes: Vec<&'static str>,
+}
+
+impl<'a> Decoder<'a> {
+    /// Llama with its tensors' names.
+    pub(super) fn llama(config: &'a Config, tensors: &'a dyn TensorIndex) -> Self {
+        Self {
+            config,
+            tensors,
+            names: Names::llama("model."),
+            keys: Keys::USUAL,
+            kv_heads: None,
+            kv_heads_at: Some("/num_key_value_heads"),
+            head_dim: None,
+            biases: Biases::default(),
+            rope: Some(RopeRule {
+                theta: 10_000.0,
+                partial: 1.0,
+                partial_key: None,
+                pairs: rope::half_split,
+                positions: 2048,
+                of_kind: None,
+            }),
+            layers: LayerKinds::default(),
+            head_norms: None,
+            norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-6), offset: 0.0 },
+            activation: Activation::Silu,
+            scale: None,
+            cap: None,
+            parallel: false,
+            residual: 1.0,
+            embedding_scale: 1.0,
+            learned: None,
+            logit_scale: 1.0,
+            logit_cap: None,
+            tied: false,
+            unsupported: None,
+        }
+    }
+
+    /// Reads the activation of the MLPs, of the first of these keys that there is.
+    pub(super) fn acting(mut self, keys: &[&str], otherwise: Activation) -> Self {
+        let found = keys.iter().find_map(|&key| Some((key, self.config.get(key)?)));
+        let Some((key, named)) = found else { return Self { activation: otherwise, ..self } };
+        let activation = match named.as_str().unwrap_or("?") {
+            "silu" | "swish" => Some(Activation::Silu),
+            "gelu" => Some(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Some(Activation::GeluTanh),
+            "relu" => Some(Activation::Relu),
+            "relu2" => Some(Activation::ReluSquared),
+            _ => None,
+        };
+        match activation {
+            Some(activation) => self.activation = activation,
+            None => {
+                let what = format!("the activation {named} (`{key}`)");
+                let hint = "silu, gelu, gelu_new, gelu_pytorch_tanh, relu and relu2 are";
+                self.unsupported = Some(Unsupported::new(what, hint));
+            }
+        }
+        self
+    }
+
+    /// Replaces what is said of rotary positions.
+    pub(super) fn with_rope(mut self, change: impl FnOnce(&mut RopeRule)) -> Self {
+        if let Some(rule) = &mut self.rope {
+            change(rule);
+        }
+        self
+    }
+
+    /// The model, or why it cannot be dealt with.
+    pub(super) fn architecture(self) -> Result<Architecture, FileError> {
+        let (config, tensors) = (self.config, self.tensors);
+        let (n_layers, hidden) = (config.required(self.keys.layers)?, config.required(self.keys.hidden)?);
+        let (query_heads, kv_heads) = self.heads()?;
+        let head_dim = self.width_of_heads(hidden, query_heads)?;
+        let mut notes: Vec<String> = rope::contradicted(config, "rope_theta").into_iter().collect();
+        let mut unsupported = self.unsupported.clone();
+        let mut layers = Vec::new();
+        for layer in 0..n_layers {
+            // Ends with the first missing layer, which the reader will name, however many config.json claims.
+            let stored = self.stored(layer, [query_heads, kv_heads, head_dim])?;
+            let present = tensors.shape(&stored.key.tensor).is_some();
+            let mut spec = AttentionSpec::new(query_heads, kv_heads, head_dim).with_cap(self.cap);
+            if let Some(scale) = self.scale {
+                spec = spec.with_scale(scale);
+            }
+            if let Some(window) = self.layers.windows.get(layer).copied().flatten() {
+                spec = spec.with_mask(Mask::Sliding { window });
+            }
+            if let Some(rule) = self.rope.filter(|_| self.layers.turned.get(layer) != Some(&false)) {
+                let kind = self.layers.ropes.get(layer).copied();
+                let (rotary, refused) = rope::rotary(config, head_dim, kind, rule)?;
+                unsupported = unsupported.or(refused);
+                spec = spec.with_rotary(rotary);
+            }
+            if let Some(over) = self.head_norms {
+                let [query, key] = self.names.head_norms.map(|name| {
+                    let name = self.of_layer(layer, &format!("{}.{name}", self.names.attention));
+                    self.norm(&name).map(|norm| HeadNorm::new(norm, over))
+                });
+                spec = spec.with_norms(query?, key?);
+            }
+            layers.push(spec.with_stored(stored));
+            if !present {
+                break;
+            }
+        }
+        self.refuse(&layers)?;
+        let tied = self.tied_embeddings(&mut notes)?;
+        if let Some(bias) = tensors.names().find(|name| self.strays(name)) {
+            notes.push(format!(
+                "{bias} is stored, but by config.json the model has no such biases: they are not used"
+            ));
+        }
+        let model = Architecture {
+            tied_embeddings: tied,
+            notes,
+            kv_heads_at: self.kv_heads_at.map(str::to_string),
+            ..Architecture::new(config.model_type()?, hidden, layers)
+        };
+        let forward = match unsupported {
+            None => self.forward(&model)?,
+            Some(unsupported) => Err(unsupported),
+        };
+        Ok(model.with_forward(forward))
+    }
+
+    fn of_layer(&self, layer: usize, name: &str) -> String {
+        format!("{}.{layer}.{name}", self.names.layers)
+    }
+
+    /// Where the heads of a layer lie; biases only where the layer is there.
+    fn stored(&self, layer: usize, [queries, kv, h]: [usize; 3]) -> Result<StoredHeads, FileError> {
+        let bias = |name: &str, wanted: bool| match wanted {
+            true => self.uniform(layer, &format!("{}.{name}.bias", self.names.attention)),
+            false => Ok(None),
+        };
+        let (own, outer) = (Axis::Rows, Axis::Columns);
+        let (rows, columns) = if self.names.transposed { (outer, own) } else { (own, outer) };
+        let weight = |name: &str| self.of_layer(layer, &format!("{}.{name}.weight", self.names.attention));
+        let biased = self.biases.queries_keys_values;
+        let [query, key, value] = match self.names.heads {
+            HeadNames::Split(names) => {
+                let [q, k, v] = names.map(|name| {
+                    let heads = if name == names[0] { queries } else { kv };
+                    let stored = Stored::split(weight(name), rows, heads, h);
+                    Ok::<_, FileError>(stored.with_bias(bias(name, biased)?))
+                });
+                [q?, k?, v?]
+            }
+            HeadNames::Joined(name) | HeadNames::ByHead(name) => {
+                let bias = bias(name, biased)?;
+                let by_head = matches!(self.names.heads, HeadNames::ByHead(_));
+                let extent = (queries + 2 * kv) * h;
+                let firsts = if by_head { [0, 1, 2] } else { [0, queries, queries + kv] };
+                let stride = if by_head { 3 * h } else { h };
+                firsts.map(|first| {
+                    let stored = Stored::split(weight(name), rows, queries, h);
+                    stored.among(first * h, stride, extent).with_bias(bias.clone())
+                })
+            }
+        };
+        let output = Stored::split(weight(self.names.output), columns, queries, h);
+        let output = output.with_bias(bias(self.names.output, self.biases.outputs)?);
+        Ok(StoredHeads::new(query, key, value, output))
+    }
+
+    /// The name of a layer's bias, where layers have one: all of them, or none.
+    fn uniform(&self, layer: usize, name: &str) -> Result<Option<String>, FileError> {
+        let [first, own] = [0, layer].map(|i| self.of_layer(i, name));
+        let weight = own.strip_suffix("bias").map(|stem| format!("{stem}weight"));
+        if weight.is_none_or(|weight| self.tensors.shape(&weight).is_none()) {
+            return Ok(None);
+        }
+        let found = self.tensors.existing(own.clone());
+        if found.is_some() != self.tensors.shape(&first).is_some() {
+            let path = self.config.path().parent().unwrap_or(self.config.path()).to_path_buf();
+            return Err(FileError::UnevenBias { path, tensor: own });
+        }
+        Ok(found)
+    }
+
+    /// The norm of this name; its bias where that is stored.
+    fn norm(&self, name: &str) -> Result<Norm, FileError> {
+        let (key, otherwise) = self.norms.epsilon;
+        let epsilon = match self.config.get(key) {
+            None => otherwise,
+            Some(value) => match value.as_f64().filter(|&e| e > 0.0 && e < 1.0) {
+                Some(epsilon) => epsilon,
+                None => return Err(self.config.wrong(key, "between 0 and 1", value)),
+            },
+        };
+        let bias = self.tensors.existing(format!("{name}.bias"));
+        // As the norm computes: in f32.
+        let norm = Norm::new(format!("{name}.weight"), f64::from(epsilon as f32)).with_kind(self.norms.kind);
+        Ok(norm.with_offset(self.norms.offset).with_bias(bias.filter(|_| self.norms.kind == NormKind::Layer)))
+    }
+
+    fn tied_embeddings(&self, notes: &mut Vec<String>) -> Result<bool, FileError> {
+        let (head, embedding) = (&self.names.head, &self.names.embedding);
+        let tied = match self.config.get("tie_word_embeddings") {
+            None => self.tied,
+            Some(_) => self.config.flag("tie_word_embeddings")?,
+        };
+        if tied && self.tensors.shape(head).is_some() && !self.tensors.equal(head, embedding) {
+            notes
+                .push(format!("`tie_word_embeddings` is true, but {head} is stored and another: it is used"));
+            return Ok(false);
+        }
+        Ok(tied)
+    }
+
+    /// What the rest of the model does, or why it cannot be run.
+    fn forward(&self, model: &Architecture) -> Result<Result<Forward, Unsupported>, FileError> {
+        let (config, tensors, names) = (self.config, self.tensors, &self.names);
+        let mut blocks = Vec::with_capacity(model.n_layers());
+        for layer in 0..model.n_layers() {
+            let linear = |name: &str| {
+                let bias = tensors.existing(self.of_layer(layer, &format!("{name}.bias")));
+                let weight = self.of_layer(layer, &format!("{name}.weight"));
+                let linear = Linear::new(weight, bias.filter(|_| self.biases.mlp));
+                if names.transposed { linear.transposed() } else { linear }
+            };
+            let mlp = match names.mlp {
+                MlpNames::Gated([gate, up, down]) => Mlp::new(linear(gate), linear(up), linear(down)),
+                MlpNames::Joined([both, down]) => {
+                    Mlp::new(linear(both).part(0, 2), linear(both).part(1, 2), linear(down))
+                }
+                MlpNames::Plain([up, down]) => Mlp::plain(linear(up), linear(down), self.activation),
+            };
+            let norm =
+                |name: Option<&str>| name.map(|name| self.norm(&self.of_layer(layer, name))).transpose();
+            let block = Block::bare(mlp.with_activation(self.activation)).with_residual(self.residual);
+            let block = block.with_norms(norm(names.attention_norm)?, norm(names.mlp_norm)?);
+            let block =
+                block.with_output_norms(norm(names.attention_output_norm)?, norm(names.mlp_output_norm)?);
+            blocks.push(if self.parallel { block.in_parallel() } else { block });
+        }
+        let rows = tensors.shape(&names.embedding).and_then(|shape| shape.first().copied());
+        let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
+        let otherwise = self.rope.map_or(2048, |rule| rule.positions);
+        let positions = config.count(self.keys.positions)?.unwrap_or(otherwise);
+        let norm = names.norm.as_ref().map(|name| self.norm(name)).transpose()?;
+        let head = if model.tied_embeddings { &names.embedding } else { &names.head };
+        let mut forward = Forward::new(vocabulary, positions, &names.embedding, blocks, norm, head);
+        forward.embedding_scale = self.embedding_scale;
+        forward.learned = self.learned.clone();
+        (forward.logit_scale, forward.logit_cap) = (self.logit_scale, self.logit_cap);
+        if self.biases.head {
+            let bias = names.head.strip_suffix("weight").map(|stem| format!("{stem}bias"));
+            forward.head_bias = bias.and_then(|bias| tensors.existing(bias));
+        }
+        // A tied output embedding may be stored twice.
+        let read: BTreeSet<&str> = forward.tensors().chain(heads_and_norms(model)).collect();
+        let left = tensors.names().find(|name| {
+            let known = read.contains(name) || self.harmless(name) || *name == names.head;
+            !known && self.owns(name)
+        });
+        if let Some(name) = left {
+            let what = if name.contains("norm") { "the norm" } else { "the tensor" };
+            let hint = "the forward pass of this family has no place for it";
+            return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
+        }
+        Ok(Ok(forward))
+    }
+
+    fn heads(&self) -> Result<(usize, usize), FileError> {
+        const KEY: &str = "num_key_value_heads";
+        let config = self.config;
+        let query_heads = config.required(self.keys.query_heads)?;
+        // As transformers has it: an absent key takes the family's default, an explicit null the query heads.
+        let kv_heads = match (self.kv_heads_at, config.raw().get(KEY)) {
+            (None, _) => query_heads,
+            (Some(_), None) => self.kv_heads.unwrap_or(query_heads),
+            (Some(_), Some(_)) => config.count(KEY)?.unwrap_or(query_heads),
+        };
+        if query_heads % kv_heads != 0 {
+            let expected = format!("a divisor of the {query_heads} query heads (`num_attention_heads`)");
+            return Err(config.wrong(KEY, expected, kv_heads));
+        }
+        if kv_heads > Partition::MAX_HEADS {
+            return Err(config.wrong(KEY, format!("at most {}", Partition::MAX_HEADS), kv_heads));
+        }
+        Ok((query_heads, kv_heads))
+    }
+
+    fn width_of_heads(&self, hidden: usize, query_heads: usize) -> Result<usize, FileError> {
+        let config = self.config;
+        let head_dim = match config.count("head_dim")?.or(self.head_dim) {
+            Some(head_dim) => head_dim,
+            None if hidden % query_heads == 0 => hidden / query_heads,
+            None => {
+                let expected =
+                    format!("a multiple of the {query_heads} query heads where `head_dim` is not given");
+                return Err(config.wrong("hidden_size", expected, hidden));
+            }
+        };
+        let fits = head_dim % 2 == 0 && query_heads.checked_mul(head_dim).is_some();
+        if fits {
+            Ok(head_dim)
+        } else {
+            Err(config.wrong("head_dim", "an even number of dimensions", head_dim))
+        }
+    }
+}

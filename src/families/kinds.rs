@@ -1,0 +1,58 @@
+//! Layers that differ from one another.
+
+use serde_json::Value;
+
+use super::decoder::LayerKinds;
+use crate::checkpoint::{Config, TensorIndex};
+use crate::files::FileError;
+
+/// Layers of which some look back only so far: those that `layer_types` says, else those of which `otherwise` is true.
+pub(super) fn windows(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    window: Option<usize>,
+    otherwise: impl Fn(usize) -> bool,
+) -> Result<LayerKinds, FileError> {
+    let sliding = sliding(config, tensors, otherwise)?;
+    let windows = sliding.into_iter().map(|slides| window.filter(|_| slides)).collect();
+    Ok(LayerKinds { windows, ..LayerKinds::default() })
+}
+
+/// Whether each layer slides.
+pub(super) fn sliding(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    otherwise: impl Fn(usize) -> bool,
+) -> Result<Vec<bool>, FileError> {
+    const KEY: &str = "layer_types";
+    // However many layers config.json claims, no more than there are tensors.
+    let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
+    let Some(types) = config.get(KEY) else { return Ok((0..layers).map(otherwise).collect()) };
+    let kind = |kind: &Value| match kind.as_str() {
+        Some("full_attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        Some(other) => {
+            let what = format!("layers of the type {other:?} (`{KEY}`)");
+            Err(config.unsupported(what, "full_attention and sliding_attention are"))
+        }
+        None => Err(config.wrong(KEY, "a list of names", types)),
+    };
+    let kinds = types.as_array().filter(|list| list.len() >= layers);
+    let kinds = kinds.ok_or_else(|| config.wrong(KEY, format!("a list of {layers} names"), types))?;
+    kinds[..layers].iter().map(kind).collect()
+}
+
+impl LayerKinds {
+    /// Says that sliding layers and others turn by frequencies of their own.
+    pub(super) fn ropes_by_kind(
+        &mut self,
+        config: &Config,
+        tensors: &dyn TensorIndex,
+        otherwise: impl Fn(usize) -> bool,
+    ) -> Result<(), FileError> {
+        let sliding = sliding(config, tensors, otherwise)?;
+        let kind = |slides| if slides { "sliding_attention" } else { "full_attention" };
+        self.ropes = sliding.into_iter().map(kind).collect();
+        Ok(())
+    }
+}

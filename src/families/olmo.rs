@@ -1,0 +1,60 @@
+use super::decoder::{Biases, Decoder, Names, NormRule};
+use super::kinds::windows;
+use crate::checkpoint::{Config, Family, TensorIndex};
+use crate::files::FileError;
+use crate::model::{Activation, Architecture, NormKind, NormOver};
+
+/// OLMo 2: norms behind attention and MLP instead of before them, and over all queries and all keys of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Olmo2;
+
+impl Family for Olmo2 {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["olmo2"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        olmo(config, tensors)?.architecture()
+    }
+}
+
+/// OLMo 3: as OLMo 2, but three of four layers look back 4096 tokens only, and turn by frequencies of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Olmo3;
+
+impl Family for Olmo3 {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["olmo3"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        let window = match config.raw().get("sliding_window") {
+            Some(value) if value.is_null() => None,
+            _ => Some(config.count("sliding_window")?.unwrap_or(4096)),
+        };
+        let mut layers = windows(config, tensors, window, |layer| (layer + 1) % 4 != 0)?;
+        layers.ropes_by_kind(config, tensors, |layer| (layer + 1) % 4 != 0)?;
+        let decoder = Decoder { layers, ..olmo(config, tensors)? };
+        let theta = 500_000.0;
+        let sliding = Some(("sliding_attention", theta));
+        decoder.with_rope(|rope| (rope.theta, rope.of_kind) = (theta, sliding)).architecture()
+    }
+}
+
+fn olmo<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Result<Decoder<'a>, FileError> {
+    let biased = config.flag("attention_bias")?;
+    let decoder = Decoder {
+        names: Names {
+            attention_norm: None,
+            attention_output_norm: Some("post_attention_layernorm"),
+            mlp_norm: None,
+            mlp_output_norm: Some("post_feedforward_layernorm"),
+            ..Names::llama("model.")
+        },
+        biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
+        head_norms: Some(NormOver::Width),
+        norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },
+        ..Decoder::llama(config, tensors)
+    };
+    Ok(decoder.acting(&["hidden_act"], Activation::Silu))
+}

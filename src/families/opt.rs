@@ -1,0 +1,54 @@
+use super::decoder::{Biases, Decoder, MlpNames, Names, NormRule};
+use crate::checkpoint::{Config, Family, TensorIndex};
+use crate::files::FileError;
+use crate::model::{Activation, Architecture, Learned, NormKind, Unsupported};
+
+/// OPT: learned positions, layer norms, biases, ReLU; always as many KV heads as query heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opt;
+
+impl Family for Opt {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["opt"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        let hidden = config.required("hidden_size")?;
+        let biased = config.get("enable_bias").is_none() || config.flag("enable_bias")?;
+        let before = config.get("do_layer_norm_before").is_none() || config.flag("do_layer_norm_before")?;
+        let projected = config.count("word_embed_proj_dim")?.is_some_and(|width| width != hidden);
+        let refused = match (before, projected) {
+            (false, _) => Some("norms behind the sum (`do_layer_norm_before` false)"),
+            (_, true) => Some("embeddings of another width (`word_embed_proj_dim`)"),
+            _ => None,
+        };
+        // Files of the model without its head have no prefix.
+        let root = if tensors.shape("decoder.embed_tokens.weight").is_some() {
+            "decoder."
+        } else {
+            "model.decoder."
+        };
+        let decoder = Decoder {
+            names: Names {
+                output: "out_proj",
+                attention_norm: Some("self_attn_layer_norm"),
+                mlp_norm: Some("final_layer_norm"),
+                mlp: MlpNames::Plain(["fc1", "fc2"]),
+                norm: Some(format!("{root}final_layer_norm")),
+                ..Names::llama(root)
+            },
+            kv_heads_at: None,
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, head: false },
+            rope: None,
+            norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
+            learned: Some(Learned::new(format!("{root}embed_positions.weight"), 2)),
+            tied: true,
+            ..Decoder::llama(config, tensors)
+        };
+        let mut decoder = decoder.acting(&["activation_function"], Activation::Relu);
+        if let Some(what) = refused {
+            decoder.unsupported = Some(Unsupported::new(what, "OPT of 125M and from 1.3B on is"));
+        }
+        decoder.architecture()
+    }
+}

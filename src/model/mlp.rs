@@ -1,0 +1,83 @@
+/// What an MLP puts its hidden numbers through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Activation {
+    /// `x / (1 + e^−x)`.
+    Silu,
+    /// `x Φ(x)` with the normal distribution's Φ (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+    Gelu,
+    /// Its approximation by a hyperbolic tangent.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// `max(x, 0)²` (So et al. 2021, arXiv 2109.08668).
+    ReluSquared,
+}
+
+/// An MLP: `down(a(up(x)))`, or with a gate `down(a(gate(x)) ⊙ up(x))` (Shazeer 2020, arXiv 2002.05202), a the activation.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Mlp {
+    /// (m, d); `None` without a gate.
+    pub gate: Option<Linear>,
+    /// (m, d).
+    pub up: Linear,
+    /// (d, m).
+    pub down: Linear,
+    /// a.
+    pub activation: Activation,
+}
+
+impl Mlp {
+    /// The gated MLP of these three projections, with [`Activation::Silu`].
+    pub fn new(gate: Linear, up: Linear, down: Linear) -> Self {
+        Self { gate: Some(gate), up, down, activation: Activation::Silu }
+    }
+
+    /// An MLP without a gate.
+    pub fn plain(up: Linear, down: Linear, activation: Activation) -> Self {
+        Self { gate: None, up, down, activation }
+    }
+
+    /// Replaces the activation.
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
+    }
+
+    /// Names of its tensors; one that holds two projections comes twice.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        let linears = self.gate.iter().chain([&self.up, &self.down]);
+        linears.flat_map(|l| [Some(l.weight.as_str()), l.bias.as_deref()]).flatten()
+    }
+}
+
+/// A projection by its tensors' names: weight (out, in), bias (out).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Linear {
+    /// Name of the weight.
+    pub weight: String,
+    /// Name of the bias, where there is one.
+    pub bias: Option<String>,
+    /// Which of equally many parts of a fused tensor it is, along its outputs: (number, of how many).
+    pub part: (usize, usize),
+    /// Whether the tensor is stored the other way round, (in, out), as GPT-2 does.
+    pub transposed: bool,
+}
+
+impl Linear {
+    /// The projection of this weight and bias.
+    pub fn new(weight: impl Into<String>, bias: Option<String>) -> Self {
+        Self { weight: weight.into(), bias, part: (0, 1), transposed: false }
+    }
+
+    /// Says that it is part number `number` of `of` in its tensors.
+    pub fn part(self, number: usize, of: usize) -> Self {
+        Self { part: (number, of), ..self }
+    }
+
+    /// Says that its weight is stored as (in, out).
+    pub fn transposed(self) -> Self {
+        Self { transposed: true, ..self }
+    }
+}

@@ -1,0 +1,105 @@
+//! Norms between projection and rotation.
+
+use candle_core::{Result as Candle, Tensor};
+
+use super::RuntimeError;
+use super::layer::{Normed, Weights};
+use crate::files::FileError;
+use crate::model::{AttentionSpec, HeadNorm, Norm, NormOver, Part};
+
+/// The norms of queries and of keys, where there are any.
+#[derive(Debug, Clone, Default)]
+pub(super) struct HeadNorms {
+    pub(super) query: Option<HeadNormed>,
+    pub(super) key: Option<HeadNormed>,
+}
+
+/// A norm of heads and its weights: (h), or (heads·h) in the order of the heads.
+#[derive(Debug, Clone)]
+pub(super) struct HeadNormed {
+    norm: Normed,
+    over: NormOver,
+}
+
+impl HeadNorms {
+    /// Of a layer, in the order of the source's heads.
+    pub(super) fn load(weights: &Weights<'_>, spec: &AttentionSpec) -> Result<Self, RuntimeError> {
+        let [query, key] = sized(spec).map(|(norm, size)| {
+            let load = |HeadNorm { norm, over, .. }: &HeadNorm| {
+                Ok::<_, RuntimeError>(HeadNormed { norm: Normed::load(weights, norm, size)?, over: *over })
+            };
+            norm.map(load).transpose()
+        });
+        Ok(Self { query: query?, key: key? })
+    }
+
+    /// Whether what [`HeadNorms::load`] reads is there and of its shape.
+    pub(super) fn check(weights: &Weights<'_>, spec: &AttentionSpec) -> Result<(), FileError> {
+        sized(spec).into_iter().try_for_each(|(norm, size)| {
+            let mut names = norm.iter().flat_map(|norm| Norm::tensors(&norm.norm));
+            names.try_for_each(|name| weights.checkpoint.check_tensor(name, &[size]))
+        })
+    }
+
+    /// For these query heads of the source, and for keys that each stand for some of its heads.
+    pub(super) fn ordered(self, queries: &[usize], groups: &[&[usize]], h: usize) -> Candle<Self> {
+        let queries: Vec<&[usize]> = queries.chunks(1).collect();
+        let order = |normed: Option<HeadNormed>, groups: &[&[usize]]| {
+            normed.map(|normed| normed.ordered(groups, h)).transpose()
+        };
+        Ok(Self { query: order(self.query, &queries)?, key: order(self.key, groups)? })
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.query.is_none() && self.key.is_none()
+    }
+}
+
+/// The norms of queries and keys, and the size of their weights.
+fn sized(spec: &AttentionSpec) -> [(Option<&HeadNorm>, usize); 2] {
+    let [query, key] = &spec.norms;
+    [(query, Part::Query), (key, Part::Key)].map(|(norm, part)| {
+        let heads = match norm {
+            Some(HeadNorm { over: NormOver::Width, .. }) => spec.heads(part),
+            _ => 1,
+        };
+        (norm.as_ref(), heads * spec.head_dim)
+    })
+}
+
+impl HeadNormed {
+    /// Weights of groups of heads: where each head has its own, the mean of its members'.
+    fn ordered(self, groups: &[&[usize]], h: usize) -> Candle<Self> {
+        if self.over == NormOver::Head {
+            return Ok(self);
+        }
+        let mean = |weights: &Tensor| {
+            let numbers: Vec<f32> = weights.to_vec1()?;
+            let of = |members: &[usize], r: usize| {
+                members.iter().map(|head| numbers[head * h + r]).sum::<f32>() / members.len() as f32
+            };
+            let means: Vec<f32> = groups.iter().flat_map(|g| (0..h).map(move |r| of(g, r))).collect();
+            Tensor::from_vec(means, groups.len() * h, weights.device())
+        };
+        let (weight, bias) = (mean(&self.norm.weight)?, mean(&self.norm.bias)?);
+        Ok(Self { norm: Normed { weight, bias, ..self.norm }, over: self.over })
+    }
+
+    /// Heads (N, n·h) → (N, n·h).
+    pub(super) fn of(&self, heads: &Tensor) -> Candle<Tensor> {
+        let rows = self.rows(heads)?;
+        self.norm.of(&rows)?.reshape(heads.shape())
+    }
+
+    /// What passes back, (N, n·h).
+    pub(super) fn backward(&self, heads: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+        let (rows, gradient) = (self.rows(heads)?, self.rows(gradient)?);
+        self.norm.backward(&rows, &gradient)?.reshape(heads.shape())
+    }
+
+    /// What the norm is taken over, in rows.
+    fn rows(&self, heads: &Tensor) -> Candle<Tensor> {
+        heads.contiguous()?.reshape(((), self.norm.weight.elem_count()))
+    }
+}

@@ -1,0 +1,272 @@
+//! What an MLP puts its hidden numbers through, and what passes back.
+
+use candle_core::cpu::erf::erf_f32;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_nn::ops::{sigmoid, swiglu};
+use rayon::prelude::*;
+
+use super::numbers;
+use crate::model::Activation;
+
+/// √(2/π), and the coefficient of the cube, of [`Activation::GeluTanh`].
+const TANH: [f32; 2] = [0.797_884_6, 0.044_715];
+
+/// Of x (N, m): a(x).
+pub(in crate::runtime) fn activated(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { x.contiguous()?.apply_op1_no_bwd(&Plain(activation)) } else { of(activation, x) }
+}
+
+/// Rows of m gates, then m values, x (N, 2m) → a(gate) ⊙ value, (N, m).
+pub(in crate::runtime) fn gated(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        return x.apply_op1_no_bwd(&Gated(activation));
+    }
+    if activation == Activation::Silu {
+        return swiglu(x);
+    }
+    let (gate, value) = halves(x)?;
+    of(activation, &gate)? * value
+}
+
+/// Of a(x): x and the gradient (N, m) → (N, m).
+pub(in crate::runtime) fn activated_backward(
+    activation: Activation,
+    x: &Tensor,
+    gradient: &Tensor,
+) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        return x.apply_op2_no_bwd(gradient, &PlainBackward(activation));
+    }
+    gradient * slope(activation, x)?
+}
+
+/// Of a(gate) ⊙ value: x (N, 2m) and the gradient (N, m) → (N, 2m).
+pub(in crate::runtime) fn gated_backward(
+    activation: Activation,
+    x: &Tensor,
+    gradient: &Tensor,
+) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        return x.apply_op2_no_bwd(gradient, &GatedBackward(activation));
+    }
+    let (gate, value) = halves(x)?;
+    let of_gate = ((gradient * value)? * slope(activation, &gate)?)?;
+    Tensor::cat(&[of_gate, (gradient * of(activation, &gate)?)?], D::Minus1)
+}
+
+fn halves(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let m = x.dim(1)? / 2;
+    Ok((x.narrow(1, 0, m)?, x.narrow(1, m, m)?))
+}
+
+/// a(x), of candle's operations.
+fn of(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+        Activation::Relu => x.relu(),
+        Activation::ReluSquared => x.relu()?.sqr(),
+    }
+}
+
+/// a'(x), of candle's operations.
+fn slope(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => {
+            let share = sigmoid(x)?;
+            &share + ((x * &share)? * (1.0 - &share)?)?
+        }
+        Activation::Gelu => {
+            let below = ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? * 0.5)?;
+            let density = ((x.sqr()? * -0.5)?.exp()? * DENSITY)?;
+            (below + 0.5)? + (x * density)?
+        }
+        Activation::GeluTanh => {
+            let [a, b] = TANH.map(f64::from);
+            let t = ((x + (x.powf(3.0)? * b)?)? * a)?.tanh()?;
+            let inner = ((x.sqr()? * (3.0 * a * b))? + a)?;
+            let bend = ((1.0 - t.sqr()?)? * inner)?;
+            ((t + 1.0)? + (x * bend)?)? * 0.5
+        }
+        Activation::Relu => x.gt(0.0)?.to_dtype(x.dtype()),
+        Activation::ReluSquared => x.relu()? * 2.0,
+    }
+}
+
+/// 1/√(2π).
+const DENSITY: f64 = 0.398_942_280_401_432_7;
+
+/// a(x) and a'(x).
+#[inline(always)]
+fn both(activation: Activation, x: f32) -> (f32, f32) {
+    match activation {
+        Activation::Silu => {
+            let share = 1.0 / (1.0 + (-x).exp());
+            let silu = x * share;
+            (silu, share + silu * (1.0 - share))
+        }
+        Activation::Gelu => {
+            let below = 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2));
+            (x * below, below + x * DENSITY as f32 * (-0.5 * x * x).exp())
+        }
+        Activation::GeluTanh => {
+            let [a, b] = TANH;
+            let t = (a * (x + b * x * x * x)).tanh();
+            let bend = (1.0 - t * t) * a * (1.0 + 3.0 * b * x * x);
+            (0.5 * x * (1.0 + t), 0.5 * (1.0 + t + x * bend))
+        }
+        Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+        Activation::ReluSquared => (x.max(0.0) * x.max(0.0), 2.0 * x.max(0.0)),
+    }
+}
+
+struct Plain(Activation);
+
+impl CustomOp1 for Plain {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, mut made) = (numbers(storage, layout)?, vec![0.0; layout.shape().elem_count()]);
+        let rows = made.par_chunks_mut(ROW).zip(x.par_chunks(ROW));
+        rows.for_each(|(made, x)| made.iter_mut().zip(x).for_each(|(made, &x)| *made = both(self.0, x).0));
+        Ok((CpuStorage::F32(made), layout.shape().clone()))
+    }
+}
+
+/// Numbers that a thread takes at a time.
+const ROW: usize = 4096;
+
+struct Gated(Activation);
+
+impl CustomOp1 for Gated {
+    fn name(&self) -> &'static str {
+        "gated"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, (n, width)) = (numbers(storage, layout)?, layout.shape().dims2()?);
+        let m = width / 2;
+        let mut made = vec![0.0; n * m];
+        made.par_chunks_exact_mut(m).zip(x.par_chunks_exact(width)).for_each(|(made, x)| {
+            let (gates, values) = x.split_at(m);
+            for ((made, &gate), &value) in made.iter_mut().zip(gates).zip(values) {
+                *made = both(self.0, gate).0 * value;
+            }
+        });
+        Ok((CpuStorage::F32(made), (n, m).into()))
+    }
+}
+
+struct PlainBackward(Activation);
+
+impl CustomOp2 for PlainBackward {
+    fn name(&self) -> &'static str {
+        "activation-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        of: &Layout,
+        gradient: &CpuStorage,
+        at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, gradient) = (numbers(x, of)?, numbers(gradient, at)?);
+        let back = x.par_iter().zip(gradient).map(|(&x, gradient)| both(self.0, x).1 * gradient);
+        Ok((CpuStorage::F32(back.collect()), of.shape().clone()))
+    }
+}
+
+struct GatedBackward(Activation);
+
+impl CustomOp2 for GatedBackward {
+    fn name(&self) -> &'static str {
+        "gated-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        of: &Layout,
+        gradient: &CpuStorage,
+        at: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, gradient, (n, width)) = (numbers(x, of)?, numbers(gradient, at)?, of.shape().dims2()?);
+        let m = width / 2;
+        let mut back = vec![0.0; n * width];
+        let rows = x.par_chunks_exact(width).zip(gradient.par_chunks_exact(m));
+        back.par_chunks_exact_mut(width).zip(rows).for_each(|(back, (x, gradient))| {
+            let ((gates, values), (of_gate, of_value)) = (x.split_at(m), back.split_at_mut(m));
+            for i in 0..m {
+                let (value, slope) = both(self.0, gates[i]);
+                of_gate[i] = gradient[i] * values[i] * slope;
+                of_value[i] = gradient[i] * value;
+            }
+        });
+        Ok((CpuStorage::F32(back), (n, width).into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ALL: [Activation; 5] =
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ReluSquared];
+
+    fn apart(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
+    }
+
+    fn tensor(n: usize, width: usize, seed: usize) -> Tensor {
+        let number = |i: usize| ((i * 7919 + seed * 31) % 2001) as f32 / 250.0 - 4.001;
+        Tensor::from_vec((0..n * width).map(number).collect(), (n, width), &Device::Cpu).unwrap()
+    }
+
+    proptest! {
+        /// What other devices compute is what the CPU computes.
+        #[test]
+        fn both_ways_agree(n in 1usize..6, m in 1usize..40, seed in 0usize..1000, which in 0usize..5) {
+            let (a, x, gradient) = (ALL[which], tensor(n, 2 * m, seed), tensor(n, m, seed + 1));
+            let (gate, value) = halves(&x).unwrap();
+            let general = (of(a, &gate).unwrap() * &value).unwrap();
+            prop_assert!(apart(&gated(a, &x).unwrap(), &general) < 1e-4);
+            prop_assert!(apart(&activated(a, &x).unwrap(), &of(a, &x).unwrap()) < 1e-5);
+            let back = (&gradient * slope(a, &value.contiguous().unwrap()).unwrap()).unwrap();
+            let fast = activated_backward(a, &value.contiguous().unwrap(), &gradient).unwrap();
+            prop_assert!(apart(&fast, &back) < 1e-4);
+        }
+
+        /// Slopes are those of the values, by differences in f64.
+        #[test]
+        fn slopes_are_differences(x in -6.0f32..6.0, which in 0usize..5) {
+            let a = ALL[which];
+            prop_assume!(x.abs() > 0.01);
+            let h = 1e-2f32;
+            let difference = (f64::from(both(a, x + h).0) - f64::from(both(a, x - h).0)) / f64::from((x + h) - (x - h));
+            prop_assert!((difference - f64::from(both(a, x).1)).abs() < 2e-3, "{a:?} at {x}");
+        }
+    }
+
+    /// Values from their definitions in f64; the Φ of 1 is a tabulated one.
+    #[test]
+    fn values_are_the_definitions() {
+        let close =
+            |a: Activation, x: f32, y: f64| assert!((f64::from(both(a, x).0) - y).abs() < 1e-6, "{a:?}");
+        close(Activation::Silu, 1.0, 1.0 / (1.0 + (-1.0f64).exp()));
+        close(Activation::Gelu, 1.0, 0.841_344_746_068_542_9);
+        close(
+            Activation::GeluTanh,
+            1.0,
+            0.5 * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * 1.044_715).tanh()),
+        );
+        close(Activation::Relu, -1.0, 0.0);
+        close(Activation::ReluSquared, 3.0, 9.0);
+    }
+}

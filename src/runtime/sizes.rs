@@ -1,0 +1,47 @@
+//! How much of a text is computed at once.
+
+use super::Model;
+use super::shelf::Shelf;
+use crate::run::Device;
+
+/// Tokens computed at once, and numbers of logits held at once.
+const BATCH_TOKENS: usize = 4096;
+const BATCH_LOGITS: usize = 1 << 25;
+/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 2 GB.
+const GPU_BATCH_TOKENS: usize = 1 << 14;
+const GPU_BATCH_LOGITS: usize = 1 << 29;
+/// Tokens that go through a layer together where it has to be read for them.
+const STORED_TOKENS: usize = 1 << 14;
+/// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
+const HELD_WINDOWS: usize = 4;
+const GPU_HELD_WINDOWS: usize = 24;
+
+impl Model {
+    /// Windows whose inputs of all layers are held at once.
+    pub(crate) fn held_windows(&self) -> usize {
+        if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
+    }
+
+    /// Rows of `len` tokens that go from layer to layer together.
+    pub(crate) fn together(&self, len: usize) -> usize {
+        match *self.shelf {
+            Shelf::Held { .. } => self.batch(len),
+            Shelf::Stored { .. } => (STORED_TOKENS / len).max(1),
+        }
+    }
+
+    /// Rows of `len` tokens whose logits are held at once: as many as keep the device busy and the memory small.
+    pub(crate) fn batch(&self, len: usize) -> usize {
+        let (tokens, logits) = match self.device() {
+            Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
+            Device::Cuda => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
+        };
+        (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
+    }
+
+    /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows
+    /// share out over the threads. On a GPU all that are held are.
+    pub(crate) fn abreast(&self, len: usize) -> usize {
+        if self.device.is_cpu() { 1 } else { self.batch(len) }
+    }
+}
