@@ -9,7 +9,7 @@ use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
     Activation, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask, Mlp,
-    Norm, NormKind, NormOver, Stored, StoredHeads, Unsupported,
+    Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
 };
 use crate::partition::Partition;
 
@@ -382,6 +382,7 @@ impl<'a> Decoder<'a> {
         let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
         let otherwise = self.rope.map_or(2048, |rule| rule.positions);
         let positions = config.count(self.keys.positions)?.unwrap_or(otherwise);
+        let positions = stretched(positions, model);
         let norm = names.norm.as_ref().map(|name| self.norm(name)).transpose()?;
         let head = if model.tied_embeddings { &names.embedding } else { &names.head };
         let mut forward = Forward::new(vocabulary, positions, &names.embedding, blocks, norm, head);
@@ -444,4 +445,13 @@ impl<'a> Decoder<'a> {
             Err(config.wrong("head_dim", "an even number of dimensions", head_dim))
         }
     }
+}
+
+/// How many positions a model has whose frequencies grow with the text.
+fn stretched(positions: usize, model: &Architecture) -> usize {
+    let of = |spec: &AttentionSpec| match spec.rotary.as_ref().map(|rotary| &rotary.stretch) {
+        Some(Stretch::Dynamic { factor, .. }) => (positions as f64 * factor) as usize,
+        _ => positions,
+    };
+    model.layers.iter().map(of).max().unwrap_or(positions)
 }

@@ -1,0 +1,146 @@
+"""Small random models of every family, as stock transformers makes them."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Heads whose numbers hide no transposition: 6 query heads on 2 KV heads, unless a family says otherwise.
+SMALL = dict(
+    vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)
+GPT2 = dict(n_embd=48, n_layer=3, n_head=6, n_positions=64, n_inner=64)
+
+
+def llama3(factor=4.0):
+    return dict(rope_type="llama3", rope_theta=1e4, factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=16)
+
+
+def yarn(**more):
+    return dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16, **more)
+
+
+def longrope(pairs):
+    return dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32,
+                short_factor=[1.0 + 0.1 * i for i in range(pairs)], long_factor=[2.0 + 0.5 * i for i in range(pairs)])
+
+
+def alternating(n=3, every=2):
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)]
+
+
+def rope(theta=1e4, **more):
+    return dict(rope_type="default", rope_theta=theta, **more)
+
+
+# name -> (model_type, what differs from SMALL)
+MODELS = {
+    "llama": ("llama", dict()),
+    "llama, MHA, biases, tied": ("llama", dict(num_key_value_heads=6, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama 3 (llama3)": ("llama", dict(rope_parameters=llama3(), tie_word_embeddings=True)),
+    "llama, linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
+    "llama, dynamic": ("llama", dict(max_position_embeddings=32, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
+    "llama, yarn": ("llama", dict(rope_parameters=yarn())),
+    "llama, yarn, not truncated": ("llama", dict(rope_parameters=yarn(truncate=False, mscale=0.7, mscale_all_dim=0.4, beta_fast=8.0, beta_slow=2.0))),
+    "mistral, window": ("mistral", dict(sliding_window=16, head_dim=12)),
+    "qwen2": ("qwen2", dict()),
+    "qwen2, yarn": ("qwen2", dict(rope_parameters=yarn(attention_factor=1.3))),
+    "qwen2, windows": ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
+    "qwen3": ("qwen3", dict(head_dim=16)),
+    "qwen3, biases, windows": ("qwen3", dict(head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=16, max_window_layers=2)),
+    "olmo2": ("olmo2", dict(num_key_value_heads=6)),
+    "olmo2, grouped": ("olmo2", dict()),
+    "olmo3, yarn by kind": ("olmo3", dict(sliding_window=16, layer_types=alternating(), rope_parameters=dict(
+        sliding_attention=rope(5e3), full_attention=yarn()))),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2, tie_word_embeddings=True)),
+    "phi3": ("phi3", dict(num_key_value_heads=6)),
+    "phi3, longrope, partial, window": ("phi3", dict(sliding_window=48, hidden_size=96, rope_parameters=dict(longrope(4), partial_rotary_factor=0.5),
+                                                      original_max_position_embeddings=32)),
+    "phi": ("phi", dict(num_key_value_heads=6)),
+    "phi, normed": ("phi", dict(num_key_value_heads=2, qk_layernorm=True)),
+    "gemma": ("gemma", dict(head_dim=16, tie_word_embeddings=True)),
+    "gemma2": ("gemma2", dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=24, attn_logit_softcapping=3.0,
+                              final_logit_softcapping=5.0, tie_word_embeddings=True)),
+    "gemma3": ("gemma3_text", dict(head_dim=16, sliding_window=16, query_pre_attn_scalar=24, layer_types=alternating(),
+                                   rope_parameters=dict(sliding_attention=rope(1e3), full_attention=dict(
+                                       rope_type="linear", rope_theta=1e5, factor=8.0)), tie_word_embeddings=True)),
+    "granite": ("granite", dict(attention_multiplier=0.2, residual_multiplier=0.4, embedding_multiplier=6.0, logits_scaling=3.0)),
+    "stablelm": ("stablelm", dict(hidden_size=96, use_qkv_bias=True, rope_parameters=rope(partial_rotary_factor=0.25))),
+    "stablelm, parallel": ("stablelm", dict(hidden_size=96, num_key_value_heads=6, use_parallel_residual=True,
+                                             rope_parameters=rope(partial_rotary_factor=0.25))),
+    "gpt_neox": ("gpt_neox", dict(rope_parameters=rope(partial_rotary_factor=0.5))),
+    "gpt_neox, in sequence": ("gpt_neox", dict(use_parallel_residual=False, hidden_act="gelu_new", rope_parameters=rope(partial_rotary_factor=1.0))),
+    "starcoder2": ("starcoder2", dict(sliding_window=16, tie_word_embeddings=True)),
+    "nemotron": ("nemotron", dict(attention_bias=True, rope_parameters=rope(partial_rotary_factor=0.5))),
+    "cohere": ("cohere", dict(logit_scale=0.4, tie_word_embeddings=True)),
+    "cohere2": ("cohere2", dict(logit_scale=0.4, sliding_window=16, layer_types=alternating(), tie_word_embeddings=True)),
+    "glm": ("glm", dict(head_dim=8, rope_parameters=rope(partial_rotary_factor=0.5))),
+    "glm4": ("glm4", dict(head_dim=16, rope_parameters=rope(partial_rotary_factor=0.5))),
+    "exaone4": ("exaone4", dict(sliding_window=16, sliding_window_pattern=2, layer_types=alternating())),
+    "exaone4, no window": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
+    "opt": ("opt", dict(ffn_dim=64, word_embed_proj_dim=48, tie_word_embeddings=True)),
+    "gpt2": ("gpt2", dict(GPT2, tie_word_embeddings=True)),
+    "gptj": ("gptj", dict(GPT2, rotary_dim=4)),
+}
+
+
+def config_of(name):
+    model_type, differs = MODELS[name]
+    settings = {**SMALL, **differs}
+    if model_type in ("gpt2", "gptj"):
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+                    "num_key_value_heads", "intermediate_size"):
+            settings.pop(key)
+    if model_type in ("gpt_neox", "opt"):
+        settings.pop("num_key_value_heads")
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def make(name, seed=0):
+    """A model whose every tensor matters: norms of 0.5 to 2, biases that are not 0, heads that look at one another."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(name), attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.dim() == 1:
+                norm = "norm" in key or "ln_" in key
+                if norm and key.endswith("weight"):
+                    value.uniform_(0.5, 2.0)
+                    if model.config.model_type in ("gemma", "gemma2", "gemma3_text", "nemotron"):
+                        value -= 1
+                else:
+                    value.normal_(0, 0.2)
+            elif "embed" in key or "wte" in key or "wpe" in key:
+                value.normal_(0, 0.5)
+            else:
+                value.normal_(0, 1.2 / value.shape[-1] ** 0.5)
+    return model
+
+
+def share_heads(model):
+    """Makes KV heads of a model equal two by two, so that half of them lose nothing."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads
+
+    def pair(rows):
+        by_head = rows.view(-1, width, *rows.shape[1:])
+        by_head[1::2] = by_head[0::2]
+
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if any(part in key for part in ("k_proj", "v_proj", "k_norm")) and value.shape[0] == heads * width:
+                pair(value)
+            if "qkv_proj" in key:
+                for first in (queries, queries + heads):
+                    pair(value[first * width : (first + heads) * width])
+            if "query_key_value" in key:
+                by_head = value.view(queries, 3, width, *value.shape[1:])
+                by_head[1::2, 1:] = by_head[0::2, 1:]
+            if "c_attn" in key:
+                turned = value.t() if value.dim() == 2 else value
+                for first in (queries, 2 * queries):
+                    pair(turned[first * width : (first + queries) * width])
+    return model
