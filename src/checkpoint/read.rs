@@ -236,7 +236,10 @@ impl Checkpoint {
         let (attention, stored) = (self.attention(layer)?, self.stored(layer)?);
         let read = |part| self.projection(attention, stored.part(part), part);
         let heads = Heads::new(read(Part::Key)?, read(Part::Value)?)?;
-        let heads = heads.with_rotation(attention.rotation())?.with_layer(layer);
+        let mut heads = heads.with_rotation(attention.rotation())?.with_layer(layer);
+        if let Some(norm) = &attention.norms[1] {
+            heads = heads.with_key_norm(norm.over);
+        }
         let (n, h, of) = (attention.query_heads, attention.head_dim, &stored.output);
         // (n_q, h, d) → (n_q, d, h).
         let output = heads_of(self.numbers(&of.tensor)?, of, n, h)?.permuted_axes([0, 2, 1]);

@@ -9,7 +9,7 @@ mod source;
 use ndarray::{Array1, Array3, ArrayView1, ArrayView3};
 
 use crate::error::{Error, Result};
-use crate::model::Rotation;
+use crate::model::{NormOver, Rotation};
 use crate::partition::Partition;
 
 pub use moment::Moment;
@@ -43,6 +43,7 @@ pub struct Heads {
     output: Option<Array3<f32>>,
     output_bias: Option<Array1<f32>>,
     rotation: Rotation,
+    key_norm: Option<NormOver>,
     moment: Option<Moment>,
 }
 
@@ -70,6 +71,7 @@ impl Heads {
             output: None,
             output_bias: None,
             rotation: Rotation::None,
+            key_norm: None,
             moment: None,
         })
     }
@@ -125,6 +127,12 @@ impl Heads {
             return Err(Error::Rotation { dims, head_dim });
         }
         Ok(Self { rotation, ..self })
+    }
+
+    /// States that keys and queries go through a norm before they turn: then queries can undo nothing but turns, and those only
+    /// as far as the norm's weights are equal on what turns together.
+    pub fn with_key_norm(self, over: NormOver) -> Self {
+        Self { key_norm: Some(over), ..self }
     }
 
     /// Adds the second moment of the layer's inputs.
@@ -187,6 +195,11 @@ impl Heads {
     /// The rotation of keys and queries.
     pub fn rotation(&self) -> Rotation {
         self.rotation
+    }
+
+    /// What the norm of keys and queries is taken over, where there is one.
+    pub fn key_norm(&self) -> Option<NormOver> {
+        self.key_norm
     }
 
     /// The second moment of the layer's inputs, where it is known.

@@ -48,6 +48,14 @@ impl Stack {
         Ok(Self { block, rows, weighted, roots })
     }
 
+    /// The mean of some heads, times `length`, which all of them read as it is.
+    pub(crate) fn mean(&self, heads: &[usize], length: f64) -> Fit {
+        let mut rows = Mat::zeros(self.block, self.rows.ncols());
+        heads.iter().for_each(|&head| rows += self.of(&self.rows, head));
+        rows *= faer::Scale(length / heads.len() as f64);
+        Fit { rows, maps: vec![Mat::identity(self.block, self.block); heads.len()] }
+    }
+
     fn of<'a>(&self, rows: &'a Mat<f64>, head: usize) -> MatRef<'a, f64> {
         rows.subrows(head * self.block, self.block)
     }

@@ -36,7 +36,10 @@ pub(super) fn check(
         }
         let layer = match &tensor.content {
             Content::Copied(_) => continue,
-            Content::Heads { layer, .. } | Content::OutputBias(layer) | Content::Made { layer, .. } => *layer,
+            Content::Heads { layer, .. }
+            | Content::OutputBias(layer)
+            | Content::HeadNorm { layer, .. }
+            | Content::Made { layer, .. } => *layer,
         };
         let of = laid.get_mut(layer);
         let of = of.ok_or_else(|| invalid(format!("the tensor {} is of layer {layer}", tensor.name)))?;

@@ -204,6 +204,11 @@ fn outputs<'a>(
                 let numbers = Numbers::Made(source.float(bias, entry)?, *layer, Made::OutputBias);
                 (entry.shard, entry.dtype, entry.shape.clone(), numbers)
             }
+            Content::HeadNorm { like: of, layer, part, slots } => {
+                let (entry, h) = (like(of)?, source.architecture().layers[*layer].head_dim);
+                let numbers = Numbers::Norm(source.float(of, entry)?, *layer, of, *part, slots);
+                (entry.shard, entry.dtype, vec![slots.len() * h], numbers)
+            }
             Content::Made { layer, shape, dtype, make } => {
                 let keys = like(&source.stored(*layer)?.key.tensor)?;
                 let stored = match dtype {

@@ -22,7 +22,7 @@ use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::{Error, Result};
 use crate::files::FileError;
 use crate::heads::{Heads, Pooled};
-use crate::model::{Architecture, AttentionSpec, Axis, Part, Stored, StoredHeads};
+use crate::model::{Architecture, AttentionSpec, Axis, NormOver, Part, Stored, StoredHeads};
 use crate::plan::Plan;
 
 pub use conversion::{Report, check_plan, convert};
@@ -143,6 +143,18 @@ pub enum Content {
     },
     /// The bias of a layer's output projection, (d), which a refit may have changed.
     OutputBias(usize),
+    /// Weights of a norm over all queries or all keys of a token, (heads·h): of a group the mean of its members'.
+    #[non_exhaustive]
+    HeadNorm {
+        /// The tensor of the source.
+        like: String,
+        /// The layer of the heads.
+        layer: usize,
+        /// [`Part::Query`] or [`Part::Key`].
+        part: Part,
+        /// The heads in their new order.
+        slots: Vec<Slot>,
+    },
     /// Numbers that are made from the shared heads of a layer.
     #[non_exhaustive]
     Made {
@@ -209,6 +221,11 @@ impl Debug for Content {
                 heads.field("pieces", pieces).finish()
             }
             Self::OutputBias(layer) => f.debug_tuple("OutputBias").field(layer).finish(),
+            Self::HeadNorm { like, layer, part, slots } => {
+                let mut norm = f.debug_struct("HeadNorm");
+                norm.field("like", like).field("layer", layer).field("part", part);
+                norm.field("slots", slots).finish()
+            }
             Self::Made { layer, shape, dtype, .. } => {
                 let mut made = f.debug_struct("Made");
                 made.field("layer", layer).field("shape", shape).field("dtype", dtype).finish_non_exhaustive()
@@ -250,6 +267,16 @@ impl OutputModel {
             let new = Relaid { layer, attention, stored, kv: &kv, query: &query };
             for name in stored.tensors() {
                 output.tensors.push(OutputTensor::new(name, new.tensor(name)?));
+            }
+            for (norm, (part, slots)) in attention.norms.iter().zip([(Part::Query, &query), (Part::Key, &kv)])
+            {
+                let wide = norm.iter().filter(|norm| norm.over == NormOver::Width);
+                for like in wide.flat_map(|norm| norm.norm.tensors()).map(str::to_string) {
+                    let (name, slots) = (like.clone(), slots.clone());
+                    output
+                        .tensors
+                        .push(OutputTensor::new(name, Content::HeadNorm { like, layer, part, slots }));
+                }
             }
             output.kv_heads.push(kv.len());
         }

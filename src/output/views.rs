@@ -10,7 +10,7 @@ use super::{Make, Slot};
 use crate::checkpoint::{Checkpoint, Dtype, Entry, columns_of};
 use crate::error::{Error, Result};
 use crate::files::FileError;
-use crate::heads::{Heads, Pooled, Projection};
+use crate::heads::{HeadSource, Heads, Pooled, Projection};
 use crate::model::{Axis, Part};
 use crate::plan::SharedHeads;
 use crate::run::Run;
@@ -84,6 +84,8 @@ pub(super) struct Tensor<'a> {
 pub(super) enum Numbers<'a> {
     /// From the source, bit for bit.
     Stored(&'a Entry),
+    /// Of this norm of the source, for queries or keys of a layer in these slots, stored as this type.
+    Norm(Dtype, usize, &'a str, Part, &'a [Slot]),
     /// Made from a layer, and stored as this type.
     Made(Dtype, usize, Made<'a>),
 }
@@ -130,6 +132,9 @@ impl Tensor<'_> {
     fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
         let (dtype, layer, made) = match &self.numbers {
             Numbers::Stored(entry) => return Ok(Cow::Borrowed(self.job.source.files().bytes(entry))),
+            &Numbers::Norm(dtype, layer, like, part, slots) => {
+                return Ok(Cow::Owned(self.encode(dtype, self.norm(layer, like, part, slots)?.into_iter())?));
+            }
             Numbers::Made(dtype, layer, made) => (*dtype, *layer, made),
         };
         let bytes = self.job.with_layer(layer, |heads, pooled| {
@@ -154,6 +159,25 @@ impl Tensor<'_> {
             return Err(Error::shape(self.name, &[expected], &[found]).into());
         }
         Ok(Cow::Owned(bytes))
+    }
+
+    /// Weights of a norm over all heads, for those in these slots.
+    fn norm(&self, layer: usize, like: &str, part: Part, slots: &[Slot]) -> Result<Vec<f32>, FileError> {
+        let stored = self.job.source.tensor(like)?;
+        let (heads, groups) =
+            (self.job.source.architecture().layers[layer].heads(part), self.job.shared.groups(layer));
+        let h = stored.len() / heads;
+        let own: Vec<f32> = stored.into_iter().collect();
+        let of = |slot: &Slot| match *slot {
+            Slot::Zero => vec![0.0; h],
+            Slot::Head(head) if part == Part::Query => own[head * h..(head + 1) * h].to_vec(),
+            Slot::Head(group) => {
+                let members: Vec<usize> = (0..heads).filter(|&head| groups.group_of(head) == group).collect();
+                let mean = |r: usize| members.iter().map(|head| own[head * h + r]).sum::<f32>();
+                (0..h).map(|r| mean(r) / members.len() as f32).collect()
+            }
+        };
+        Ok(slots.iter().flat_map(of).collect())
     }
 
     /// Numbers of the shape that was said, all finite.

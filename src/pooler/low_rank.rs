@@ -52,8 +52,7 @@ impl KvPooler for LowRankPooler {
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
         pool_groups(heads, partition, &metric, |members| {
             let value = values.fit(members)?;
-            let rotated = keys.rotated.as_ref().map(|k| k.fit(members)).transpose()?;
-            let unrotated = keys.unrotated.as_ref().map(|k| k.fit(members)).transpose()?;
+            let (rotated, unrotated) = keys.fit(members)?;
             Ok(SharedGroup::new(value, rotated, unrotated))
         })
     }

@@ -55,8 +55,7 @@ impl KvPooler for ProcrustesPooler {
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
         pool_groups(heads, partition, &metric, |members| {
             let value = values.align(members, self.rounds)?;
-            let rotated = keys.rotated.as_ref().map(|k| k.align(members, self.rounds)).transpose()?;
-            let unrotated = keys.unrotated.as_ref().map(|k| k.align(members, self.rounds)).transpose()?;
+            let (rotated, unrotated) = keys.align(members, self.rounds)?;
             Ok(SharedGroup::new(value, rotated, unrotated))
         })
     }

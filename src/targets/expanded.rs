@@ -2,8 +2,9 @@ use serde_json::{Map, Value};
 
 use crate::budget::Limits;
 use crate::error::Result;
-use crate::model::Architecture;
+use crate::model::{Architecture, AttentionSpec, NormOver};
 use crate::output::{OutputModel, Slot, Target};
+use crate::partition::SearchSpace;
 use crate::plan::Plan;
 
 /// The shape of the source, with each group's shared head copied to all its members: loads wherever the source
@@ -16,8 +17,14 @@ impl Target for Expanded {
         "expanded"
     }
 
-    fn limits(&self, _: &Architecture) -> Limits {
-        Limits::default()
+    /// Any plan; of models with a norm over all keys of a token those with equal groups, in which copies do not change it.
+    fn limits(&self, model: &Architecture) -> Limits {
+        let wide =
+            |layer: &AttentionSpec| layer.norms[1].as_ref().is_some_and(|norm| norm.over == NormOver::Width);
+        match model.layers.iter().any(wide) {
+            true => Limits { space: SearchSpace::equal(), ..Limits::default() },
+            false => Limits::default(),
+        }
     }
 
     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
