@@ -230,21 +230,16 @@ fn refusal(model: &models::Model) -> String {
 fn what_is_not_computed_is_refused_by_name() {
     let model = runnable("llama", Dtype::F32, 6, false);
     let with = |key: &str, value| refusal(&model.clone().set(key, value));
-    models::says(&with("hidden_act", json!("gelu")), &["config.json", "gelu", "hidden_act", "silu"]);
-    models::says(
-        &with("rope_scaling", json!({"type": "linear", "factor": 2.0})),
-        &["linear", "rope_scaling"],
-    );
-    let llama3 = json!({"rope_type": "llama3", "rope_theta": 500.0});
-    models::says(&with("rope_parameters", llama3), &["llama3", "rope_parameters"]);
+    models::says(&with("hidden_act", json!("tanh")), &["config.json", "tanh", "hidden_act", "silu"]);
+    models::says(&with("rope_scaling", json!({"type": "linear"})), &["factor", "missing"]);
+    let wild = json!({"rope_type": "wild", "rope_theta": 500.0});
+    models::says(&with("rope_parameters", wild), &["wild", "rope_parameters", "llama3"]);
+    models::says(&with("partial_rotary_factor", json!(0.5)), &["partial rotation", "0.5"]);
     models::says(&with("max_position_embeddings", json!(0)), &["max_position_embeddings", "found 0"]);
     models::says(&with("rms_norm_eps", json!("small")), &["rms_norm_eps", "small"]);
-    let sliding = runnable("qwen2", Dtype::F32, 6, true).set("use_sliding_window", json!(true));
-    models::says(&refusal(&sliding), &["use_sliding_window"]);
-
-    let mut layer_norm = model.clone();
-    layer_norm.config.as_object_mut().unwrap().remove("rms_norm_eps");
-    models::says(&refusal(&layer_norm.set("layer_norm_eps", json!(1e-5))), &["layer norm", "layer_norm_eps"]);
+    let layers = runnable("qwen2", Dtype::F32, 6, true)
+        .set("layer_types", json!(["linear_attention", "full_attention"]));
+    models::says(&refusal(&layers), &["linear_attention", "layer_types"]);
     let mut biased_norm = model.clone();
     let norm = biased_norm.tensor("model.layers.1.input_layernorm.weight").clone();
     biased_norm.tensors.insert("model.layers.1.input_layernorm.bias".into(), norm);

@@ -41,6 +41,12 @@ impl Config {
         self.raw.get(key).filter(|v| !v.is_null())
     }
 
+    /// An object within it as a configuration of its own, where there is one: the text part of a model of several.
+    pub fn inner(&self, key: &str) -> Option<Self> {
+        let raw = self.get(key)?.as_object()?.clone();
+        Some(Self { path: self.path.clone(), raw })
+    }
+
     /// `model_type`.
     ///
     /// # Errors

@@ -1,47 +1,12 @@
 //! What cannot be dealt with, and whose a tensor is.
 
-use super::decoder::{Biases, Decoder, HeadNames, MlpNames, Names};
+use super::decoder::Decoder;
+use super::names::{Biases, MlpNames};
 use crate::files::FileError;
 use crate::model::{Architecture, AttentionSpec, Norm, StoredHeads};
 
 /// Buffers that follow from the configuration, which older checkpoints hold.
 const BUFFERS: [&str; 4] = ["rotary_emb.inv_freq", "bias", "masked_bias", "rotary_emb.cos_cached"];
-
-impl Names {
-    /// Llama's, of a stack with this prefix.
-    pub(super) fn llama(prefix: &str) -> Self {
-        Self {
-            layers: format!("{prefix}layers"),
-            attention: "self_attn",
-            heads: HeadNames::Split(["q_proj", "k_proj", "v_proj"]),
-            output: "o_proj",
-            transposed: false,
-            attention_norm: Some("input_layernorm"),
-            attention_output_norm: None,
-            mlp_norm: Some("post_attention_layernorm"),
-            mlp_output_norm: None,
-            mlp: MlpNames::Gated(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
-            head_norms: ["q_norm", "k_norm"],
-            embedding: format!("{prefix}embed_tokens.weight"),
-            norm: Some(format!("{prefix}norm")),
-            head: "lm_head.weight".to_string(),
-        }
-    }
-
-    /// Modules of queries, keys and values.
-    fn heads(&self) -> Vec<&'static str> {
-        match self.heads {
-            HeadNames::Split(names) => names.to_vec(),
-            HeadNames::Joined(name) | HeadNames::ByHead(name) => vec![name],
-        }
-    }
-
-    /// What a name says of a tensor of an attention: what comes after the module.
-    fn of_attention<'n>(&self, name: &'n str) -> Option<&'n str> {
-        let (_, rest) = name.strip_prefix(&*self.layers)?.strip_prefix('.')?.split_once('.')?;
-        rest.strip_prefix(self.attention)?.strip_prefix('.')
-    }
-}
 
 impl Decoder<'_> {
     /// What cannot be converted.

@@ -1,5 +1,6 @@
-use super::decoder::{Biases, Decoder, Names, NormRule};
+use super::decoder::Decoder;
 use super::kinds::windows;
+use super::names::{Biases, Names, NormRule};
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;

@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 
 use super::checks::heads_and_norms;
+use super::names::{Biases, HeadNames, Keys, LayerKinds, MlpNames, Names, NormRule};
 use super::rope::{self, RopeRule};
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
-    Activation, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask, Mlp,
-    Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
+    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask,
+    Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
 };
 use crate::partition::Partition;
 
@@ -19,6 +20,8 @@ pub(super) struct Decoder<'a> {
     pub(super) tensors: &'a dyn TensorIndex,
     pub(super) names: Names,
     pub(super) keys: Keys,
+    /// Query heads where config.json says nothing.
+    pub(super) query_heads: Option<usize>,
     /// KV heads where config.json says nothing; `None`: as many as query heads.
     pub(super) kv_heads: Option<usize>,
     /// Where config.json has their number, as a JSON pointer; `None`: nowhere.
@@ -39,6 +42,7 @@ pub(super) struct Decoder<'a> {
     pub(super) residual: f64,
     pub(super) embedding_scale: f64,
     pub(super) learned: Option<Learned>,
+    pub(super) alibi: Option<Alibi>,
     pub(super) logit_scale: f64,
     pub(super) logit_cap: Option<f64>,
     /// Whether embeddings are tied where config.json says nothing.
@@ -47,108 +51,15 @@ pub(super) struct Decoder<'a> {
     pub(super) unsupported: Option<Unsupported>,
 }
 
-/// Keys of config.json.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Keys {
-    pub(super) layers: &'static str,
-    pub(super) hidden: &'static str,
-    pub(super) query_heads: &'static str,
-    pub(super) positions: &'static str,
-}
-
-impl Keys {
-    const USUAL: Self = Self {
-        layers: "num_hidden_layers",
-        hidden: "hidden_size",
-        query_heads: "num_attention_heads",
-        positions: "max_position_embeddings",
-    };
-    /// Those of GPT-2 and what followed it.
-    pub(super) const SHORT: Self =
-        Self { layers: "n_layer", hidden: "n_embd", query_heads: "n_head", positions: "n_positions" };
-}
-
-/// Names of tensors, without `.weight`; those of a layer without its prefix.
-#[derive(Debug, Clone)]
-pub(super) struct Names {
-    /// Of the stack: `model.layers`.
-    pub(super) layers: String,
-    pub(super) attention: &'static str,
-    pub(super) heads: HeadNames,
-    pub(super) output: &'static str,
-    /// Conv1D: every matrix of a layer is stored as (in, out).
-    pub(super) transposed: bool,
-    pub(super) attention_norm: Option<&'static str>,
-    pub(super) attention_output_norm: Option<&'static str>,
-    pub(super) mlp_norm: Option<&'static str>,
-    pub(super) mlp_output_norm: Option<&'static str>,
-    pub(super) mlp: MlpNames,
-    pub(super) head_norms: [&'static str; 2],
-    pub(super) embedding: String,
-    pub(super) norm: Option<String>,
-    pub(super) head: String,
-}
-
-/// Where queries, keys and values are.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum HeadNames {
-    /// In three tensors.
-    Split([&'static str; 3]),
-    /// In one, all queries, then all keys, then all values.
-    Joined(&'static str),
-    /// In one, query, key and value of each head side by side.
-    ByHead(&'static str),
-}
-
-/// Where an MLP is.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum MlpNames {
-    /// Gate, up, down.
-    Gated([&'static str; 3]),
-    /// Gate over up in one tensor, and down.
-    Joined([&'static str; 2]),
-    /// Up and down, without a gate.
-    Plain([&'static str; 2]),
-}
-
-/// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Biases {
-    pub(super) queries_keys_values: bool,
-    pub(super) outputs: bool,
-    pub(super) mlp: bool,
-    pub(super) head: bool,
-}
-
-/// How norms are.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct NormRule {
-    pub(super) kind: NormKind,
-    /// Key of ε and its value where that is missing.
-    pub(super) epsilon: (&'static str, f64),
-    /// What is added to stored weights.
-    pub(super) offset: f64,
-}
-
-/// What layers differ in.
-#[derive(Debug, Clone, Default)]
-pub(super) struct LayerKinds {
-    /// The window of each layer; empty: none has one.
-    pub(super) windows: Vec<Option<usize>>,
-    /// Whether each layer turns; empty: all do.
-    pub(super) turned: Vec<bool>,
-    /// The kind of each layer for rotary positions; empty: all are of one.
-    pub(super) ropes: Vec<&'static str>,
-}
-
 impl<'a> Decoder<'a> {
     /// Llama with its tensors' names.
     pub(super) fn llama(config: &'a Config, tensors: &'a dyn TensorIndex) -> Self {
         Self {
             config,
             tensors,
-            names: Names::llama("model."),
+            names: Names::found(tensors),
             keys: Keys::USUAL,
+            query_heads: None,
             kv_heads: None,
             kv_heads_at: Some("/num_key_value_heads"),
             head_dim: None,
@@ -171,6 +82,7 @@ impl<'a> Decoder<'a> {
             residual: 1.0,
             embedding_scale: 1.0,
             learned: None,
+            alibi: None,
             logit_scale: 1.0,
             logit_cap: None,
             tied: false,
@@ -228,6 +140,9 @@ impl<'a> Decoder<'a> {
             }
             if let Some(window) = self.layers.windows.get(layer).copied().flatten() {
                 spec = spec.with_mask(Mask::Sliding { window });
+            }
+            if let Some(alibi) = &self.alibi {
+                spec = spec.with_alibi(alibi.clone());
             }
             if let Some(rule) = self.rope.filter(|_| self.layers.turned.get(layer) != Some(&false)) {
                 let kind = self.layers.ropes.get(layer).copied();
@@ -388,6 +303,7 @@ impl<'a> Decoder<'a> {
         let mut forward = Forward::new(vocabulary, positions, &names.embedding, blocks, norm, head);
         forward.embedding_scale = self.embedding_scale;
         forward.learned = self.learned.clone();
+        forward.embedding_norm = names.embedding_norm.as_ref().map(|name| self.norm(name)).transpose()?;
         (forward.logit_scale, forward.logit_cap) = (self.logit_scale, self.logit_cap);
         if self.biases.head {
             let bias = names.head.strip_suffix("weight").map(|stem| format!("{stem}bias"));
@@ -410,7 +326,10 @@ impl<'a> Decoder<'a> {
     fn heads(&self) -> Result<(usize, usize), FileError> {
         const KEY: &str = "num_key_value_heads";
         let config = self.config;
-        let query_heads = config.required(self.keys.query_heads)?;
+        let query_heads = match (config.count(self.keys.query_heads)?, self.query_heads) {
+            (Some(heads), _) | (None, Some(heads)) => heads,
+            (None, None) => return Err(config.missing(self.keys.query_heads)),
+        };
         // As transformers has it: an absent key takes the family's default, an explicit null the query heads.
         let kv_heads = match (self.kv_heads_at, config.raw().get(KEY)) {
             (None, _) => query_heads,

@@ -1,7 +1,8 @@
 use serde_json::Value;
 
-use super::decoder::{Biases, Decoder, LayerKinds, Names, NormRule};
+use super::decoder::Decoder;
 use super::kinds::windows;
+use super::names::{Biases, LayerKinds, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -45,15 +46,22 @@ pub struct Gemma3;
 
 impl Family for Gemma3 {
     fn model_types(&self) -> &'static [&'static str] {
-        &["gemma3_text"]
+        &["gemma3_text", "gemma3"]
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        // With pictures the text part has a configuration of its own.
+        let inner = config.inner("text_config");
+        let (config, nested) = (inner.as_ref().unwrap_or(config), inner.is_some());
         let every = config.count("sliding_window_pattern")?.unwrap_or(6);
         let slides = |layer: usize| (layer + 1) % every != 0;
         let mut layers = windows(config, tensors, window(config)?, slides)?;
         layers.ropes_by_kind(config, tensors, slides)?;
-        let decoder = Decoder { head_norms: Some(NormOver::Head), ..gemma(config, tensors, 4)? };
+        let mut decoder = Decoder { head_norms: Some(NormOver::Head), ..gemma(config, tensors, 4)? };
+        decoder.query_heads = Some(8);
+        if nested {
+            decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
+        }
         let decoder = sandwich(decoder, layers, [None, None])?;
         let local = config.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0);
         decoder
@@ -105,7 +113,7 @@ fn sandwich(
             attention_output_norm: Some("post_attention_layernorm"),
             mlp_norm: Some("pre_feedforward_layernorm"),
             mlp_output_norm: Some("post_feedforward_layernorm"),
-            ..Names::llama("model.")
+            ..decoder.names
         },
         layers,
         scale: Some((scalar as f64).sqrt().recip()),

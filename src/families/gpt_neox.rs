@@ -1,4 +1,5 @@
-use super::decoder::{Biases, Decoder, HeadNames, MlpNames, Names, NormRule};
+use super::decoder::Decoder;
+use super::names::{Biases, HeadNames, MlpNames, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind};

@@ -1,4 +1,5 @@
-use super::decoder::{Biases, Decoder};
+use super::decoder::Decoder;
+use super::names::Biases;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::decoder::LayerKinds;
+use super::names::LayerKinds;
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 

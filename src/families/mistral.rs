@@ -1,20 +1,24 @@
-use super::decoder::{Decoder, LayerKinds};
+use super::decoder::Decoder;
+use super::names::LayerKinds;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};
 
-/// Mistral, Nemo, Small: as Llama, but 8 KV heads unless config.json says otherwise, and a window of 4096 tokens unless it is
+/// Mistral, Nemo, Small, and the text part of Small 3.1: as Llama, but 8 KV heads unless config.json says otherwise, and a window of 4096 tokens unless it is
 /// null.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mistral;
 
 impl Family for Mistral {
     fn model_types(&self) -> &'static [&'static str] {
-        &["mistral"]
+        &["mistral", "mistral3"]
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         const KEY: &str = "sliding_window";
+        // With pictures the text part has a configuration of its own.
+        let inner = config.inner("text_config");
+        let (config, nested) = (inner.as_ref().unwrap_or(config), inner.is_some());
         let window = match config.raw().get(KEY) {
             Some(value) if value.is_null() => None,
             _ => Some(config.count(KEY)?.unwrap_or(4096)),
@@ -24,7 +28,10 @@ impl Family for Mistral {
             windows: vec![window; layers.min(tensors.names().count())],
             ..LayerKinds::default()
         };
-        let decoder = Decoder { kv_heads: Some(8), layers: kinds, ..Decoder::llama(config, tensors) };
+        let mut decoder = Decoder { kv_heads: Some(8), layers: kinds, ..Decoder::llama(config, tensors) };
+        if nested {
+            decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
+        }
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 131_072).architecture()
     }

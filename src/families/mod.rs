@@ -1,6 +1,7 @@
 //! Families of models: the one place that knows model types, keys of config.json and names of tensors. A new family is a
 //! file here and its line in [`FAMILIES`].
 
+mod alibi;
 mod checks;
 mod cohere;
 mod decoder;
@@ -13,6 +14,7 @@ mod granite;
 mod kinds;
 mod llama;
 mod mistral;
+mod names;
 mod nemotron;
 mod olmo;
 mod opt;
@@ -28,6 +30,7 @@ use std::path::Path;
 use crate::checkpoint::{Checkpoint, Family};
 use crate::files::FileError;
 
+pub use alibi::{Bloom, Falcon, Mpt};
 pub use cohere::{Cohere, Cohere2};
 pub use exaone4::Exaone4;
 pub use gemma::{Gemma, Gemma2, Gemma3};
@@ -73,6 +76,9 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Opt,
     &Gpt2,
     &GptJ,
+    &Bloom,
+    &Falcon,
+    &Mpt,
 ];
 
 impl Checkpoint {

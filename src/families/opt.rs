@@ -1,4 +1,5 @@
-use super::decoder::{Biases, Decoder, MlpNames, Names, NormRule};
+use super::decoder::Decoder;
+use super::names::{Biases, MlpNames, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, Learned, NormKind, Unsupported};

@@ -1,4 +1,5 @@
-use super::decoder::{Biases, Decoder, HeadNames, LayerKinds, MlpNames, Names, NormRule};
+use super::decoder::Decoder;
+use super::names::{Biases, HeadNames, LayerKinds, MlpNames, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};

@@ -1,5 +1,6 @@
-use super::decoder::{Biases, Decoder};
+use super::decoder::Decoder;
 use super::kinds::windows;
+use super::names::Biases;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormOver};
@@ -48,7 +49,7 @@ impl Family for Qwen3 {
 }
 
 /// The window of the layers from `max_window_layers` on, where `use_sliding_window`.
-fn qwen_windows(config: &Config, tensors: &dyn TensorIndex) -> Result<super::decoder::LayerKinds, FileError> {
+fn qwen_windows(config: &Config, tensors: &dyn TensorIndex) -> Result<super::names::LayerKinds, FileError> {
     let window = match config.flag("use_sliding_window")? {
         false => None,
         true => config.count("sliding_window")?.or(match config.raw().contains_key("sliding_window") {

@@ -1,7 +1,8 @@
 use serde_json::Value;
 
-use super::decoder::{Biases, Decoder};
+use super::decoder::Decoder;
 use super::kinds::windows;
+use super::names::Biases;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};

@@ -24,8 +24,44 @@ pub struct AttentionSpec {
     pub scale: f64,
     /// c, where scores are then bounded to `c tanh(x / c)` (Gemma 2, arXiv 2408.00118).
     pub cap: Option<f64>,
+    /// What scores get for the distance of a key, where they do.
+    pub alibi: Option<Alibi>,
     /// The norms of queries and of keys, between projection and rotation; their biases come before.
     pub norms: [Option<HeadNorm>; 2],
+}
+
+/// Linear biases (ALiBi, Press et al. 2022, arXiv 2108.12409): a score of query head q for the key at position p gets
+/// `slopes[q]·p`, to which the softmax is the same as to `−slopes[q]·(t − p)`.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Alibi {
+    /// One for each query head.
+    pub slopes: Vec<f32>,
+    /// Whether biases are rounded to bf16 before they are added, as transformers has it for Falcon.
+    pub rounded: bool,
+    /// What they are multiplied by.
+    pub factor: f64,
+}
+
+impl Alibi {
+    /// These slopes.
+    pub fn new(slopes: Vec<f32>) -> Self {
+        Self { slopes, rounded: false, factor: 1.0 }
+    }
+
+    /// Says that biases are rounded to bf16, then multiplied.
+    pub fn rounded(self, factor: f64) -> Self {
+        Self { rounded: true, factor, ..self }
+    }
+
+    /// The usual slopes of so many heads: powers of `2^(−8/n)`, where n is the largest power of 2 up to their number, and those
+    /// between for the others.
+    pub fn usual(heads: usize) -> Vec<f32> {
+        let most = if heads.is_power_of_two() { heads } else { heads.next_power_of_two() / 2 };
+        let power = |of: usize, i: usize| (-8.0 * i as f64 / of as f64).exp2() as f32;
+        let between = (0..heads - most).map(|i| power(2 * most, 2 * i + 1));
+        (1..=most).map(|i| power(most, i)).chain(between).collect()
+    }
 }
 
 /// Which keys a query at position t may look at.
@@ -176,6 +212,7 @@ impl AttentionSpec {
             mask: Mask::Causal,
             scale,
             cap: None,
+            alibi: None,
             norms: [None, None],
         }
     }
@@ -203,6 +240,11 @@ impl AttentionSpec {
     /// Says what scores are bounded to.
     pub fn with_cap(self, cap: Option<f64>) -> Self {
         Self { cap, ..self }
+    }
+
+    /// Says what scores get for the distance of a key.
+    pub fn with_alibi(self, alibi: Alibi) -> Self {
+        Self { alibi: Some(alibi), ..self }
     }
 
     /// Adds the norms of queries and of keys.

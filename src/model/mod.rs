@@ -10,7 +10,7 @@ mod mlp;
 mod norm;
 mod rotation;
 
-pub use attention::{AttentionSpec, Axis, Mask, Part, Stored, StoredHeads};
+pub use attention::{Alibi, AttentionSpec, Axis, Mask, Part, Stored, StoredHeads};
 pub use forward::{Block, Forward, Learned};
 pub use identity::{LayerShape, ModelId};
 pub use mlp::{Activation, Linear, Mlp};

@@ -1,7 +1,10 @@
 //! Attention on the KV heads that are there: query heads are ordered group by group, so that nothing is copied
 //! back to the heads of a group.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
+use half::bf16;
 use ndarray::Array3;
 
 use super::cache::LayerCache;
@@ -11,7 +14,7 @@ use super::ops::{CausalSoftmax, capped, visible};
 use super::rope::Rope;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
-use crate::model::AttentionSpec;
+use crate::model::{Alibi, AttentionSpec};
 use crate::partition::Partition;
 
 /// Groups of equally many query heads, side by side: one batched product.
@@ -39,11 +42,13 @@ pub(super) struct Attention {
     reach: usize,
     /// What products of queries and keys are multiplied by, where the rows of the queries have it in them; else 1.
     pub(super) scale: f64,
-    /// The same, where it has to wait for the norm of the queries; else 1.
+    /// What they are multiplied by where that has to wait for the norm of the queries; else 1.
     scale_after: f64,
     /// What scores are bounded to.
     pub(super) cap: Option<f64>,
     pub(super) norms: HeadNorms,
+    /// For the query heads in their order here.
+    alibi: Option<Alibi>,
     /// The query heads of the source in the order in which they lie here, and the groups.
     pub(super) query_order: Vec<usize>,
     pub(super) kv_order: Vec<usize>,
@@ -140,6 +145,10 @@ impl Attention {
             scale,
             scale_after,
             cap: spec.cap,
+            alibi: spec.alibi.as_ref().map(|alibi| Alibi {
+                slopes: query_order.iter().map(|&q| alibi.slopes[q]).collect(),
+                ..alibi.clone()
+            }),
             norms,
             biased: [
                 query.bias().is_some(),
@@ -173,7 +182,7 @@ impl Attention {
         let softmax = self.softmax(pass, seen);
         let outputs = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            softmax.of(self.scores(&query, &keys)?)?.matmul(&values)
+            softmax.of(self.scores(place, [&query, &keys], seen)?)?.matmul(&values)
         });
         self.write(&self.side_by_side(outputs, pass)?)
     }
@@ -236,9 +245,21 @@ impl Attention {
         Ok([all.narrow(1, 0, n_q)?, all.narrow(1, n_q, k)?, all.narrow(1, n_q + k, k)?])
     }
 
-    /// How well queries (B, groups, r·T, h) match keys (B, groups, S, h), (B, groups, r·T, S).
-    pub(super) fn scores(&self, query: &Tensor, keys: &Tensor) -> candle_core::Result<Tensor> {
-        let scores = query.matmul(&keys.t()?)?;
+    /// How well a block's queries (B, groups, r·T, h) match keys (B, groups, S, h) at the positions `seen`, (B, groups, r·T, S).
+    pub(super) fn scores(
+        &self,
+        place: Place,
+        [query, keys]: [&Tensor; 2],
+        seen: &[usize],
+    ) -> candle_core::Result<Tensor> {
+        let mut scores = query.matmul(&keys.t()?)?;
+        if let Some(alibi) = &self.alibi {
+            let ((batch, groups, rows, s), Block { queries, .. }) = (scores.dims4()?, place.block);
+            let biases = biases(alibi, place.first_query..place.first_query + groups * queries, seen);
+            let biases = Tensor::from_vec(biases, (1, groups, queries, 1, s), scores.device())?;
+            let apart = scores.reshape((batch, groups, queries, rows / queries, s))?;
+            scores = apart.broadcast_add(&biases)?.reshape((batch, groups, rows, s))?;
+        }
         self.cap.map_or(Ok(scores.clone()), |cap| capped(&scores, cap))
     }
 
@@ -313,6 +334,21 @@ impl Place {
         let own = heads.narrow(1, self.first_query, groups * queries)?.contiguous()?;
         own.reshape((batch, groups, queries * len, h))
     }
+}
+
+/// What scores of some query heads get for keys at these positions, head by head.
+fn biases(alibi: &Alibi, queries: Range<usize>, seen: &[usize]) -> Vec<f32> {
+    let slopes = alibi.slopes[queries].iter();
+    let of = |&slope: &f32| {
+        seen.iter().map(move |&position| match alibi.rounded {
+            false => slope * position as f32,
+            true => {
+                let bias = bf16::from_f32(bf16::from_f32(slope).to_f32() * position as f32).to_f32();
+                (f64::from(bias) * alibi.factor) as f32
+            }
+        })
+    };
+    slopes.flat_map(of).collect()
 }
 
 /// Weights or biases of the heads `order` of a projection, one after the other; 0 for a bias that is not there.

@@ -123,7 +123,7 @@ impl Attention {
         let softmax = self.softmax(pass, pass.positions());
         let blocks = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            let scores = self.scores(&query, &keys)?;
+            let scores = self.scores(place, [&query, &keys], pass.positions())?;
             // The softmax overwrites what it reads.
             let kept = self.cap.map(|_| scores.copy()).transpose()?;
             Ok(KeptBlock { probabilities: softmax.of(scores)?, query, keys, values, scores: kept })

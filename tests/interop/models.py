@@ -82,17 +82,24 @@ MODELS = {
     "opt": ("opt", dict(ffn_dim=64, word_embed_proj_dim=48, tie_word_embeddings=True)),
     "gpt2": ("gpt2", dict(GPT2, tie_word_embeddings=True)),
     "gptj": ("gptj", dict(GPT2, rotary_dim=4)),
+    "bloom": ("bloom", dict(n_layer=3, n_head=6, tie_word_embeddings=True)),
+    "falcon-rw": ("falcon", dict(alibi=True, multi_query=False, parallel_attn=False, bias=True, ffn_hidden_size=64,
+                                 tie_word_embeddings=True)),
+    "falcon, rotary, parallel": ("falcon", dict(alibi=False, multi_query=False, parallel_attn=True, ffn_hidden_size=64)),
+    "mpt": ("mpt", dict(d_model=48, n_heads=6, n_layers=3, expansion_ratio=2, max_seq_len=64, tie_word_embeddings=True)),
 }
 
 
 def config_of(name):
     model_type, differs = MODELS[name]
     settings = {**SMALL, **differs}
-    if model_type in ("gpt2", "gptj"):
+    if model_type in ("gpt2", "gptj", "bloom", "mpt"):
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
                     "num_key_value_heads", "intermediate_size"):
             settings.pop(key)
-    if model_type in ("gpt_neox", "opt"):
+        if model_type == "bloom":
+            settings["hidden_size"] = 48
+    if model_type in ("gpt_neox", "opt", "falcon"):
         settings.pop("num_key_value_heads")
     return AutoConfig.for_model(model_type, **settings)
 
@@ -139,8 +146,8 @@ def share_heads(model):
             if "query_key_value" in key:
                 by_head = value.view(queries, 3, width, *value.shape[1:])
                 by_head[1::2, 1:] = by_head[0::2, 1:]
-            if "c_attn" in key:
-                turned = value.t() if value.dim() == 2 else value
+            if "c_attn" in key or "Wqkv" in key:
+                turned = value.t() if value.dim() == 2 and "c_attn" in key else value
                 for first in (queries, 2 * queries):
                     pair(turned[first * width : (first + queries) * width])
     return model

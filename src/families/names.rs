@@ -1,0 +1,149 @@
+//! Where families keep things, by name, and what their layers differ in.
+
+use crate::checkpoint::TensorIndex;
+use crate::model::NormKind;
+
+/// Keys of config.json.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Keys {
+    pub(super) layers: &'static str,
+    pub(super) hidden: &'static str,
+    pub(super) query_heads: &'static str,
+    pub(super) positions: &'static str,
+}
+
+impl Keys {
+    pub(super) const USUAL: Self = Self {
+        layers: "num_hidden_layers",
+        hidden: "hidden_size",
+        query_heads: "num_attention_heads",
+        positions: "max_position_embeddings",
+    };
+    /// Those of GPT-2 and what followed it.
+    pub(super) const SHORT: Self =
+        Self { layers: "n_layer", hidden: "n_embd", query_heads: "n_head", positions: "n_positions" };
+}
+
+/// Names of tensors, without `.weight`; those of a layer without its prefix.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    /// Of the stack: `model.layers`.
+    pub(super) layers: String,
+    pub(super) attention: &'static str,
+    pub(super) heads: HeadNames,
+    pub(super) output: &'static str,
+    /// Conv1D: every matrix of a layer is stored as (in, out).
+    pub(super) transposed: bool,
+    pub(super) attention_norm: Option<&'static str>,
+    pub(super) attention_output_norm: Option<&'static str>,
+    pub(super) mlp_norm: Option<&'static str>,
+    pub(super) mlp_output_norm: Option<&'static str>,
+    pub(super) mlp: MlpNames,
+    pub(super) head_norms: [&'static str; 2],
+    pub(super) embedding: String,
+    pub(super) embedding_norm: Option<String>,
+    pub(super) norm: Option<String>,
+    pub(super) head: String,
+}
+
+/// Where queries, keys and values are.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum HeadNames {
+    /// In three tensors.
+    Split([&'static str; 3]),
+    /// In one, all queries, then all keys, then all values.
+    Joined(&'static str),
+    /// In one, query, key and value of each head side by side.
+    ByHead(&'static str),
+}
+
+/// Where an MLP is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum MlpNames {
+    /// Gate, up, down.
+    Gated([&'static str; 3]),
+    /// Gate over up in one tensor, and down.
+    Joined([&'static str; 2]),
+    /// Up and down, without a gate.
+    Plain([&'static str; 2]),
+}
+
+/// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Biases {
+    pub(super) queries_keys_values: bool,
+    pub(super) outputs: bool,
+    pub(super) mlp: bool,
+    pub(super) head: bool,
+}
+
+/// How norms are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NormRule {
+    pub(super) kind: NormKind,
+    /// Key of ε and its value where that is missing.
+    pub(super) epsilon: (&'static str, f64),
+    /// What is added to stored weights.
+    pub(super) offset: f64,
+}
+
+/// What layers differ in.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LayerKinds {
+    /// The window of each layer; empty: none has one.
+    pub(super) windows: Vec<Option<usize>>,
+    /// Whether each layer turns; empty: all do.
+    pub(super) turned: Vec<bool>,
+    /// The kind of each layer for rotary positions; empty: all are of one.
+    pub(super) ropes: Vec<&'static str>,
+}
+
+impl Names {
+    /// Llama's, of the text part where a model has others.
+    pub(super) fn found(tensors: &dyn TensorIndex) -> Self {
+        let at = |root: &str| tensors.shape(&format!("{root}embed_tokens.weight")).is_some();
+        match ["model.language_model.", "language_model.model."].into_iter().find(|root| at(root)) {
+            None => Self::llama("model."),
+            Some(root) => {
+                let own = "language_model.lm_head.weight";
+                let head = if tensors.shape(own).is_some() { own } else { "lm_head.weight" };
+                Self { head: head.to_string(), ..Self::llama(root) }
+            }
+        }
+    }
+
+    /// Llama's, of a stack with this prefix.
+    pub(super) fn llama(prefix: &str) -> Self {
+        Self {
+            layers: format!("{prefix}layers"),
+            attention: "self_attn",
+            heads: HeadNames::Split(["q_proj", "k_proj", "v_proj"]),
+            output: "o_proj",
+            transposed: false,
+            attention_norm: Some("input_layernorm"),
+            attention_output_norm: None,
+            mlp_norm: Some("post_attention_layernorm"),
+            mlp_output_norm: None,
+            mlp: MlpNames::Gated(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+            head_norms: ["q_norm", "k_norm"],
+            embedding: format!("{prefix}embed_tokens.weight"),
+            embedding_norm: None,
+            norm: Some(format!("{prefix}norm")),
+            head: "lm_head.weight".to_string(),
+        }
+    }
+
+    /// Modules of queries, keys and values.
+    pub(super) fn heads(&self) -> Vec<&'static str> {
+        match self.heads {
+            HeadNames::Split(names) => names.to_vec(),
+            HeadNames::Joined(name) | HeadNames::ByHead(name) => vec![name],
+        }
+    }
+
+    /// What a name says of a tensor of an attention: what comes after the module.
+    pub(super) fn of_attention<'n>(&self, name: &'n str) -> Option<&'n str> {
+        let (_, rest) = name.strip_prefix(&*self.layers)?.strip_prefix('.')?.split_once('.')?;
+        rest.strip_prefix(self.attention)?.strip_prefix('.')
+    }
+}
