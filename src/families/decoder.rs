@@ -17,6 +17,8 @@ use crate::partition::Partition;
 /// A family's model. Made by [`Decoder::llama`], changed where the family differs, and turned into an [`Architecture`].
 pub(super) struct Decoder<'a> {
     pub(super) config: &'a Config,
+    /// That of the whole model, where the stack is a part of one.
+    pub(super) outer: Option<&'a Config>,
     pub(super) tensors: &'a dyn TensorIndex,
     pub(super) names: Names,
     pub(super) keys: Keys,
@@ -56,6 +58,7 @@ impl<'a> Decoder<'a> {
     pub(super) fn llama(config: &'a Config, tensors: &'a dyn TensorIndex) -> Self {
         Self {
             config,
+            outer: None,
             tensors,
             names: Names::found(tensors),
             keys: Keys::USUAL,
@@ -255,9 +258,11 @@ impl<'a> Decoder<'a> {
 
     fn tied_embeddings(&self, notes: &mut Vec<String>) -> Result<bool, FileError> {
         let (head, embedding) = (&self.names.head, &self.names.embedding);
-        let tied = match self.config.get("tie_word_embeddings") {
+        const KEY: &str = "tie_word_embeddings";
+        let said = self.outer.into_iter().chain([self.config]).find(|config| config.get(KEY).is_some());
+        let tied = match said {
             None => self.tied,
-            Some(_) => self.config.flag("tie_word_embeddings")?,
+            Some(config) => config.flag(KEY)?,
         };
         if tied && self.tensors.shape(head).is_some() && !self.tensors.equal(head, embedding) {
             notes

@@ -51,8 +51,8 @@ impl Family for Gemma3 {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         // With pictures the text part has a configuration of its own.
-        let inner = config.inner("text_config");
-        let (config, nested) = (inner.as_ref().unwrap_or(config), inner.is_some());
+        let (inner, whole) = (config.inner("text_config"), config);
+        let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
         let every = config.count("sliding_window_pattern")?.unwrap_or(6);
         let slides = |layer: usize| (layer + 1) % every != 0;
         let mut layers = windows(config, tensors, window(config)?, slides)?;
@@ -61,6 +61,7 @@ impl Family for Gemma3 {
         decoder.query_heads = Some(8);
         if nested {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
+            decoder.outer = Some(whole);
         }
         let decoder = sandwich(decoder, layers, [None, None])?;
         let local = config.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0);

@@ -17,8 +17,8 @@ impl Family for Mistral {
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         const KEY: &str = "sliding_window";
         // With pictures the text part has a configuration of its own.
-        let inner = config.inner("text_config");
-        let (config, nested) = (inner.as_ref().unwrap_or(config), inner.is_some());
+        let (inner, whole) = (config.inner("text_config"), config);
+        let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
         let window = match config.raw().get(KEY) {
             Some(value) if value.is_null() => None,
             _ => Some(config.count(KEY)?.unwrap_or(4096)),
@@ -31,6 +31,7 @@ impl Family for Mistral {
         let mut decoder = Decoder { kv_heads: Some(8), layers: kinds, ..Decoder::llama(config, tensors) };
         if nested {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
+            decoder.outer = Some(whole);
         }
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 131_072).architecture()

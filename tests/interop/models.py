@@ -87,11 +87,18 @@ MODELS = {
                                  tie_word_embeddings=True)),
     "falcon, rotary, parallel": ("falcon", dict(alibi=False, multi_query=False, parallel_attn=True, ffn_hidden_size=64)),
     "mpt": ("mpt", dict(d_model=48, n_heads=6, n_layers=3, expansion_ratio=2, max_seq_len=64, tie_word_embeddings=True)),
+    "gemma3, with pictures": ("gemma3", dict(
+        text_config=dict({**SMALL, "num_attention_heads": 8}, head_dim=16, sliding_window=16, layer_types=alternating(),
+                         rope_parameters=dict(sliding_attention=rope(1e3), full_attention=rope(1e5))),
+        vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
+        boi_token_index=90, eoi_token_index=91, image_token_index=92, tie_word_embeddings=True)),
 }
 
 
 def config_of(name):
     model_type, differs = MODELS[name]
+    if "text_config" in differs:
+        return AutoConfig.for_model(model_type, **differs)
     settings = {**SMALL, **differs}
     if model_type in ("gpt2", "gptj", "bloom", "mpt"):
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -114,7 +121,7 @@ def make(name, seed=0):
                 norm = "norm" in key or "ln_" in key
                 if norm and key.endswith("weight"):
                     value.uniform_(0.5, 2.0)
-                    if model.config.model_type in ("gemma", "gemma2", "gemma3_text", "nemotron"):
+                    if model.config.model_type in ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron"):
                         value -= 1
                 else:
                     value.normal_(0, 0.2)
@@ -127,7 +134,7 @@ def make(name, seed=0):
 
 def share_heads(model):
     """Makes KV heads of a model equal two by two, so that half of them lose nothing."""
-    config = model.config
+    config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import models
 
@@ -23,7 +23,6 @@ transformers.utils.logging.set_verbosity_error()
 
 # Relative, of losses and of the largest logit.
 CLOSE = 1e-4
-WINDOW = 64
 
 
 def run(binary, *arguments):
@@ -48,7 +47,18 @@ def loss_of(model, ids):
 
 
 def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    # Falcon's eager attention adds its linear biases twice, by way of the mask and to the scores.
+    kind = AutoConfig.from_pretrained(path).model_type
+    attention = "sdpa" if kind == "falcon" else "eager"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def window(config):
+    """Tokens of a window of qcqa."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", 2048)
+    rope = getattr(text, "rope_parameters", None) or {}
+    return min(512, int(positions * (rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1)))
 
 
 def apart(one, other):
@@ -57,7 +67,7 @@ def apart(one, other):
 
 def generated(model, ids):
     prompt = ids[:1, :8]
-    length = min(50, model.config.max_position_embeddings - prompt.shape[1])
+    length = min(50, window(model.config) - prompt.shape[1])
     with torch.no_grad():
         return model.generate(prompt, max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -69,7 +79,9 @@ class Check:
         self.binary, self.name, self.root = binary, name, Path(root)
         self.row = {}
         model = models.make(name)
-        self.ids = torch.randint(3, model.config.vocab_size, (4, WINDOW), generator=torch.Generator().manual_seed(7))
+        text, self.window = model.config.get_text_config(), window(model.config)
+        shape, seed = (4, self.window), torch.Generator().manual_seed(7)
+        self.ids = torch.randint(3, min(text.vocab_size, 96), shape, generator=seed)
         self.ids_file = self.root / "text.ids"
         self.ids_file.write_bytes(self.ids.to(torch.int32).numpy().astype("<u2").tobytes())
 
