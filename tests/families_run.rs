@@ -157,7 +157,8 @@ fn every_family_is_described() {
         let spec = &model.layers[1];
         let expected = if model.kv_heads_at.is_some() { 2 } else { QUERIES };
         assert_eq!((spec.query_heads, spec.kv_heads, spec.head_dim), (QUERIES, expected, HEAD), "{kind}");
-        let normed = ["qwen3", "olmo2", "olmo3", "phi", "gemma3_text", "exaone4"].contains(&kind);
+        let normed =
+            ["qwen3", "qwen3_moe", "olmo2", "olmo3", "phi", "gemma3_text", "exaone4"].contains(&kind);
         assert_eq!(spec.norms.iter().all(Option::is_some), normed, "{kind}");
         let wide = kind.starts_with("olmo");
         let over = if wide { NormOver::Width } else { NormOver::Head };

@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 
 use super::checks::heads_and_norms;
-use super::names::{Biases, HeadNames, Keys, LayerKinds, MlpNames, Names, NormRule};
+use super::names::{Biases, HeadNames, Keys, LayerKinds, Mixture, MlpNames, Names, NormRule};
 use super::rope::{self, RopeRule};
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
-    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask,
-    Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
+    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Experts, Forward, HeadNorm, Learned, Linear,
+    Mask, Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
 };
 use crate::partition::Partition;
 
@@ -37,6 +37,8 @@ pub(super) struct Decoder<'a> {
     pub(super) head_norms: Option<NormOver>,
     pub(super) norms: NormRule,
     pub(super) activation: Activation,
+    /// In the place of MLPs.
+    pub(super) mixture: Option<Mixture>,
     /// Besides `1/√h`.
     pub(super) scale: Option<f64>,
     pub(super) cap: Option<f64>,
@@ -79,6 +81,7 @@ impl<'a> Decoder<'a> {
             head_norms: None,
             norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-6), offset: 0.0 },
             activation: Activation::Silu,
+            mixture: None,
             scale: None,
             cap: None,
             parallel: false,
@@ -292,7 +295,12 @@ impl<'a> Decoder<'a> {
             };
             let norm =
                 |name: Option<&str>| name.map(|name| self.norm(&self.of_layer(layer, name))).transpose();
-            let block = Block::bare(mlp.with_activation(self.activation)).with_residual(self.residual);
+            let mlp = mlp.with_activation(self.activation);
+            let block = match self.mixture.as_ref().filter(|m| m.dense.get(layer) != Some(&true)) {
+                None => Block::bare(mlp),
+                Some(mixture) => Block::bare(self.experts(layer, mixture)),
+            };
+            let block = block.with_residual(self.residual);
             let block = block.with_norms(norm(names.attention_norm)?, norm(names.mlp_norm)?);
             let block =
                 block.with_output_norms(norm(names.attention_output_norm)?, norm(names.mlp_output_norm)?);
@@ -311,8 +319,8 @@ impl<'a> Decoder<'a> {
         forward.embedding_norm = names.embedding_norm.as_ref().map(|name| self.norm(name)).transpose()?;
         (forward.logit_scale, forward.logit_cap) = (self.logit_scale, self.logit_cap);
         if self.biases.head {
-            let bias = names.head.strip_suffix("weight").map(|stem| format!("{stem}bias"));
-            forward.head_bias = bias.and_then(|bias| tensors.existing(bias));
+            let stem = names.head.trim_end_matches("weight");
+            forward.head_bias = tensors.existing(format!("{stem}bias"));
         }
         // A tied output embedding may be stored twice.
         let read: BTreeSet<&str> = forward.tensors().chain(heads_and_norms(model)).collect();
@@ -326,6 +334,19 @@ impl<'a> Decoder<'a> {
             return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
         }
         Ok(Ok(forward))
+    }
+
+    fn experts(&self, layer: usize, mixture: &Mixture) -> Experts {
+        let Mixture { router, experts, of_one, count, chosen, normalised, .. } = mixture;
+        let expert = |e: usize| {
+            let [gate, up, down] = of_one
+                .map(|part| Linear::new(self.of_layer(layer, &format!("{experts}.{e}.{part}.weight")), None));
+            Mlp::new(gate, up, down).with_activation(self.activation)
+        };
+        // However many config.json claims, no more than there are tensors.
+        let count = (*count).min(self.tensors.names().count());
+        let router = self.of_layer(layer, &format!("{router}.weight"));
+        Experts::new(router, (0..count).map(expert).collect(), *chosen, *normalised)
     }
 
     fn heads(&self) -> Result<(usize, usize), FileError> {

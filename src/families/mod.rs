@@ -14,6 +14,7 @@ mod granite;
 mod kinds;
 mod llama;
 mod mistral;
+mod mixtures;
 mod names;
 mod nemotron;
 mod olmo;
@@ -40,6 +41,7 @@ pub use gpt2::{Gpt2, GptJ};
 pub use granite::Granite;
 pub use llama::Llama;
 pub use mistral::Mistral;
+pub use mixtures::{Mixtral, Qwen3Moe};
 pub use nemotron::Nemotron;
 pub use olmo::{Olmo2, Olmo3};
 pub use opt::Opt;
@@ -55,6 +57,8 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Mistral,
     &Qwen2,
     &Qwen3,
+    &Mixtral,
+    &Qwen3Moe,
     &Olmo2,
     &Olmo3,
     &SmolLm3,

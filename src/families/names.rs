@@ -68,6 +68,22 @@ pub(super) enum MlpNames {
     Plain([&'static str; 2]),
 }
 
+/// Experts of a layer, of whom each is like an MLP.
+#[derive(Debug, Clone)]
+pub(super) struct Mixture {
+    /// Scores: a weight in the layer.
+    pub(super) router: &'static str,
+    /// Where the experts are, one after the other by number.
+    pub(super) experts: &'static str,
+    /// Gate, up and down of one.
+    pub(super) of_one: [&'static str; 3],
+    pub(super) count: usize,
+    pub(super) chosen: usize,
+    pub(super) normalised: bool,
+    /// Layers that have one MLP instead.
+    pub(super) dense: Vec<bool>,
+}
+
 /// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Biases {

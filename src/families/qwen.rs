@@ -17,7 +17,7 @@ impl Family for Qwen2 {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let biases = Biases { queries_keys_values: true, ..Biases::default() };
-        let layers = qwen_windows(config, tensors)?;
+        let layers = windows_of(config, tensors)?;
         let decoder = Decoder { kv_heads: Some(32), biases, layers, ..Decoder::llama(config, tensors) };
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 32_768).architecture()
@@ -39,7 +39,7 @@ impl Family for Qwen3 {
             kv_heads: Some(32),
             head_dim: Some(128),
             biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
-            layers: qwen_windows(config, tensors)?,
+            layers: windows_of(config, tensors)?,
             head_norms: Some(NormOver::Head),
             ..Decoder::llama(config, tensors)
         };
@@ -49,7 +49,10 @@ impl Family for Qwen3 {
 }
 
 /// The window of the layers from `max_window_layers` on, where `use_sliding_window`.
-fn qwen_windows(config: &Config, tensors: &dyn TensorIndex) -> Result<super::names::LayerKinds, FileError> {
+pub(super) fn windows_of(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+) -> Result<super::names::LayerKinds, FileError> {
     let window = match config.flag("use_sliding_window")? {
         false => None,
         true => config.count("sliding_window")?.or(match config.raw().contains_key("sliding_window") {

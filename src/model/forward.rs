@@ -1,4 +1,4 @@
-use super::{Mlp, Norm};
+use super::{FeedForward, Norm};
 
 /// A forward pass besides attention: the tensors that it reads, by name, and what it does with them.
 ///
@@ -100,8 +100,8 @@ pub struct Block {
     pub mlp_norm: Option<Norm>,
     /// What the MLP's output goes through before it is added.
     pub mlp_output_norm: Option<Norm>,
-    /// The MLP.
-    pub mlp: Mlp,
+    /// The MLP, or experts.
+    pub mlp: FeedForward,
     /// Whether the MLP reads what the attention reads, instead of what it gives.
     pub parallel: bool,
     /// r, what is added is multiplied by.
@@ -110,18 +110,18 @@ pub struct Block {
 
 impl Block {
     /// A layer with a norm before its attention and one before its MLP.
-    pub fn new(attention_norm: Norm, mlp_norm: Norm, mlp: Mlp) -> Self {
+    pub fn new(attention_norm: Norm, mlp_norm: Norm, mlp: impl Into<FeedForward>) -> Self {
         Self::bare(mlp).with_norms(Some(attention_norm), Some(mlp_norm))
     }
 
     /// A layer without norms.
-    pub fn bare(mlp: Mlp) -> Self {
+    pub fn bare(mlp: impl Into<FeedForward>) -> Self {
         Self {
             attention_norm: None,
             attention_output_norm: None,
             mlp_norm: None,
             mlp_output_norm: None,
-            mlp,
+            mlp: mlp.into(),
             parallel: false,
             residual: 1.0,
         }

@@ -51,6 +51,69 @@ impl Mlp {
     }
 }
 
+/// What a layer puts its stream through besides attention.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum FeedForward {
+    /// One MLP for all tokens.
+    Mlp(Mlp),
+    /// Some of many for each token.
+    Experts(Experts),
+}
+
+impl From<Mlp> for FeedForward {
+    fn from(mlp: Mlp) -> Self {
+        Self::Mlp(mlp)
+    }
+}
+
+impl From<Experts> for FeedForward {
+    fn from(experts: Experts) -> Self {
+        Self::Experts(experts)
+    }
+}
+
+impl FeedForward {
+    /// All MLPs.
+    pub fn mlps(&self) -> &[Mlp] {
+        match self {
+            Self::Mlp(mlp) => std::slice::from_ref(mlp),
+            Self::Experts(experts) => &experts.experts,
+        }
+    }
+
+    /// Names of its tensors; one that holds two projections comes twice.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        let router = match self {
+            Self::Mlp(_) => None,
+            Self::Experts(experts) => Some(experts.router.as_str()),
+        };
+        self.mlps().iter().flat_map(Mlp::tensors).chain(router)
+    }
+}
+
+/// A mixture of experts: each token goes through those whose scores are the highest, and what they give is added up by their
+/// shares (Shazeer et al. 2017, arXiv 1701.06538).
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Experts {
+    /// Name of the scores' weight, (experts, d).
+    pub router: String,
+    /// The experts.
+    pub experts: Vec<Mlp>,
+    /// How many a token goes through.
+    pub chosen: usize,
+    /// Whether shares are the softmax over those chosen, and not over all.
+    pub normalised: bool,
+}
+
+impl Experts {
+    /// These experts, of which each token goes through `chosen`.
+    pub fn new(router: impl Into<String>, experts: Vec<Mlp>, chosen: usize, normalised: bool) -> Self {
+        Self { router: router.into(), experts, chosen, normalised }
+    }
+}
+
 /// A projection by its tensors' names: weight (out, in), bias (out).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]

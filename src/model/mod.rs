@@ -13,7 +13,7 @@ mod rotation;
 pub use attention::{Alibi, AttentionSpec, Axis, Mask, Part, Stored, StoredHeads};
 pub use forward::{Block, Forward, Learned};
 pub use identity::{LayerShape, ModelId};
-pub use mlp::{Activation, Linear, Mlp};
+pub use mlp::{Activation, Experts, FeedForward, Linear, Mlp};
 pub use norm::{HeadNorm, Norm, NormKind, NormOver};
 pub use rotation::{Rotary, Rotation, Stretch};
 

@@ -6,11 +6,8 @@
 use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, Pass, joined};
-use super::layer::{FeedForward, Layer, Normed, normed, normed_backward, times};
-use super::ops::{
-    activated_backward, capped_backward, gated_backward, layer_norm_backward, rms_norm_backward,
-    softmax_backward,
-};
+use super::layer::{Layer, Normed, normed, normed_backward, times};
+use super::ops::{capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward};
 use super::rope::Rope;
 use super::weights::AttentionWeights;
 use crate::model::NormKind;
@@ -35,15 +32,6 @@ impl Normed {
             NormKind::Rms => rms_norm_backward(x, &self.weight, self.epsilon, gradient),
             NormKind::Layer => layer_norm_backward(x, &self.weight, self.epsilon, gradient),
         }
-    }
-}
-
-impl FeedForward {
-    /// From what it read, (N, d), and the gradient of what it gave to that of what it read.
-    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-        let (wide, of_hidden) = (self.widened(x)?, gradient.matmul(&self.down)?);
-        let back = if self.has_gate { gated_backward } else { activated_backward };
-        back(self.activation, &wide, &of_hidden)?.matmul(&self.up)
     }
 }
 

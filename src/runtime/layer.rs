@@ -1,16 +1,16 @@
-use candle_core::{DType, Device, Result as Candle, Tensor};
+use candle_core::{Device, Result as Candle, Tensor};
 use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::RuntimeError;
 use super::attention::{Attention, Pass};
 use super::cache::LayerCache;
+use super::mlp::Hidden;
 use super::norms::HeadNorms;
-use super::ops::{activated, gated};
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::files::FileError;
 use crate::heads::HeadSource;
-use crate::model::{Activation, Block, Linear, Mlp, Norm, NormKind};
+use crate::model::{Block, Norm, NormKind};
 
 /// One layer, as [`Block`] has it.
 #[derive(Debug, Clone)]
@@ -20,22 +20,9 @@ pub(super) struct Layer {
     pub(super) attention_output_norm: Option<Normed>,
     pub(super) mlp_norm: Option<Normed>,
     pub(super) mlp_output_norm: Option<Normed>,
-    pub(super) mlp: FeedForward,
+    pub(super) mlp: Hidden,
     pub(super) parallel: bool,
     pub(super) residual: f64,
-}
-
-/// An MLP and its weights.
-#[derive(Debug, Clone)]
-pub(super) struct FeedForward {
-    /// Gate rows where there are any, then up rows, (m or 2m, d).
-    pub(super) up: Tensor,
-    pub(super) up_bias: Option<Tensor>,
-    /// (d, m).
-    pub(super) down: Tensor,
-    pub(super) down_bias: Option<Tensor>,
-    pub(super) activation: Activation,
-    pub(super) has_gate: bool,
 }
 
 /// A norm and its weights, (d) each.
@@ -92,94 +79,10 @@ impl<'a> Weights<'a> {
         Self { checkpoint, width: checkpoint.architecture().hidden, device }
     }
 
-    /// The width of an MLP, m, which no configuration need say.
-    fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
-        let shape = self.checkpoint.tensors().shape(&mlp.up.weight);
-        let all = shape.and_then(|shape| shape.get(usize::from(mlp.up.transposed)).copied());
-        all.map(|all| all / mlp.up.part.1).ok_or_else(|| FileError::TensorMissing {
-            path: self.checkpoint.path().to_path_buf(),
-            tensor: mlp.up.weight.clone(),
-            expected: Vec::new(),
-        })
-    }
-
     /// A tensor, of that shape.
     pub(super) fn take(&self, name: &str, shape: &[usize]) -> Result<Tensor, RuntimeError> {
         let (numbers, _) = self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset();
         Ok(Tensor::from_vec(numbers, shape, self.device)?)
-    }
-
-    /// The weight of a projection, (out, inputs).
-    fn weight(&self, linear: &Linear, out: usize, inputs: usize) -> Result<Tensor, RuntimeError> {
-        let stored = self.take(&linear.weight, &shape(linear, out, inputs))?;
-        let whole = if linear.transposed { stored.t()? } else { stored };
-        Ok(whole.narrow(0, linear.part.0 * out, out)?.contiguous()?)
-    }
-
-    /// The bias of a projection, (out).
-    fn bias(&self, linear: &Linear, out: usize) -> Result<Option<Tensor>, RuntimeError> {
-        let Some(name) = &linear.bias else { return Ok(None) };
-        let (number, of) = linear.part;
-        Ok(Some(self.take(name, &[of * out])?.narrow(0, number * out, out)?))
-    }
-
-    fn check(&self, linear: &Linear, out: usize, inputs: usize) -> Result<(), FileError> {
-        self.checkpoint.check_tensor(&linear.weight, &shape(linear, out, inputs))?;
-        let bias = linear.bias.as_ref();
-        bias.map_or(Ok(()), |bias| self.checkpoint.check_tensor(bias, &[linear.part.1 * out]))
-    }
-}
-
-/// The shape of the tensor that holds a projection.
-fn shape(linear: &Linear, out: usize, inputs: usize) -> [usize; 2] {
-    let out = linear.part.1 * out;
-    if linear.transposed { [inputs, out] } else { [out, inputs] }
-}
-
-impl FeedForward {
-    fn load(weights: &Weights<'_>, mlp: &Mlp) -> Result<Self, RuntimeError> {
-        let (d, m) = (weights.width, weights.intermediate(mlp)?);
-        let above: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up]).collect();
-        let rows = above.iter().map(|linear| weights.weight(linear, m, d));
-        let rows: Vec<Tensor> = rows.collect::<Result<_, _>>()?;
-        let biases = above.iter().map(|linear| weights.bias(linear, m));
-        let biases: Vec<Option<Tensor>> = biases.collect::<Result<_, _>>()?;
-        let up_bias = if biases.iter().all(Option::is_none) {
-            None
-        } else {
-            let zeros = Tensor::zeros(m, DType::F32, weights.device)?;
-            let biases: Vec<Tensor> = biases.into_iter().map(|b| b.unwrap_or(zeros.clone())).collect();
-            Some(Tensor::cat(&biases, 0)?)
-        };
-        Ok(Self {
-            up: Tensor::cat(&rows, 0)?,
-            up_bias,
-            down: weights.weight(&mlp.down, d, m)?,
-            down_bias: weights.bias(&mlp.down, d)?,
-            activation: mlp.activation,
-            has_gate: mlp.gate.is_some(),
-        })
-    }
-
-    fn check(weights: &Weights<'_>, mlp: &Mlp) -> Result<(), FileError> {
-        let (d, m) = (weights.width, weights.intermediate(mlp)?);
-        mlp.gate.iter().chain([&mlp.up]).try_for_each(|linear| weights.check(linear, m, d))?;
-        weights.check(&mlp.down, d, m)
-    }
-
-    /// What the activation reads, (N, d) → (N, m or 2m).
-    pub(super) fn widened(&self, x: &Tensor) -> Candle<Tensor> {
-        linear(x, &self.up, &self.up_bias)
-    }
-
-    /// (N, d) → (N, d).
-    pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let wide = self.widened(x)?;
-        let hidden = match self.has_gate {
-            true => gated(self.activation, &wide)?,
-            false => activated(self.activation, &wide)?,
-        };
-        linear(&hidden, &self.down, &self.down_bias)
     }
 }
 
@@ -198,7 +101,7 @@ impl Layer {
             attention_output_norm: norm(&block.attention_output_norm)?,
             mlp_norm: norm(&block.mlp_norm)?,
             mlp_output_norm: norm(&block.mlp_output_norm)?,
-            mlp: FeedForward::load(weights, &block.mlp)?,
+            mlp: Hidden::load(weights, &block.mlp)?,
             parallel: block.parallel,
             residual: block.residual,
         })
@@ -207,7 +110,7 @@ impl Layer {
     /// Whether what [`Layer::load`] reads beside the heads, which every checkpoint has, is there and of its shape.
     pub(super) fn check(weights: &Weights<'_>, block: &Block, i: usize) -> Result<(), FileError> {
         let (checkpoint, d) = (weights.checkpoint, weights.width);
-        FeedForward::check(weights, &block.mlp)?;
+        Hidden::check(weights, &block.mlp)?;
         let norms = block.norms().flat_map(Norm::tensors);
         norms.into_iter().try_for_each(|name| checkpoint.check_tensor(name, &[d]))?;
         let spec = checkpoint.architecture().layers.get(i);

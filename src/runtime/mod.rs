@@ -34,6 +34,7 @@ mod device;
 mod ends;
 mod head;
 mod layer;
+mod mlp;
 mod model;
 mod norms;
 mod ops;

@@ -87,6 +87,9 @@ MODELS = {
                                  tie_word_embeddings=True)),
     "falcon, rotary, parallel": ("falcon", dict(alibi=False, multi_query=False, parallel_attn=True, ffn_hidden_size=64)),
     "mpt": ("mpt", dict(d_model=48, n_heads=6, n_layers=3, expansion_ratio=2, max_seq_len=64, tie_word_embeddings=True)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, norm_topk_prob=True)),
+    "qwen3_moe, some dense": ("qwen3_moe", dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=2)),
     "gemma3, with pictures": ("gemma3", dict(
         text_config=dict({**SMALL, "num_attention_heads": 8}, head_dim=16, sliding_window=16, layer_types=alternating(),
                          rope_parameters=dict(sliding_attention=rope(1e3), full_attention=rope(1e5))),

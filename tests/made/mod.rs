@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use qcqa::checkpoint::{Checkpoint, Config, Family, TensorIndex};
 use qcqa::families::FAMILIES;
 use qcqa::heads::HeadSource;
-use qcqa::model::{Architecture, HeadNorm, Linear, NormOver, Part};
+use qcqa::model::{Architecture, FeedForward, HeadNorm, Linear, NormOver, Part};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -74,6 +74,8 @@ pub fn kinds() -> Vec<(&'static str, Value)> {
         ("bloom", json!({})),
         ("falcon", json!({"alibi": true, "multi_query": false, "parallel_attn": false, "bias": true})),
         ("mpt", json!({})),
+        ("mixtral", json!({"num_local_experts": 3, "num_experts_per_tok": 2})),
+        ("qwen3_moe", json!({"num_experts": 3, "num_experts_per_tok": 2})),
     ]
 }
 
@@ -118,9 +120,14 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
             add(&linear.weight, &shape);
             linear.bias.iter().for_each(|bias| drop(add(bias, &[out])));
         };
-        block.mlp.gate.iter().for_each(|gate| linear(gate, MLP, d));
-        linear(&block.mlp.up, MLP, d);
-        linear(&block.mlp.down, d, MLP);
+        for mlp in block.mlp.mlps() {
+            mlp.gate.iter().for_each(|gate| linear(gate, MLP, d));
+            linear(&mlp.up, MLP, d);
+            linear(&mlp.down, d, MLP);
+        }
+        if let FeedForward::Experts(experts) = &block.mlp {
+            add(&experts.router, &[experts.experts.len(), d]);
+        }
     }
     for spec in &model.layers {
         let stored = spec.stored.as_ref().unwrap();

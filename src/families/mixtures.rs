@@ -1,0 +1,79 @@
+use serde_json::Value;
+
+use super::decoder::Decoder;
+use super::names::{Biases, LayerKinds, Mixture, NormRule};
+use super::qwen;
+use crate::checkpoint::{Config, Family, TensorIndex};
+use crate::files::FileError;
+use crate::model::{Activation, Architecture, NormKind, NormOver};
+
+/// Mixtral: as Mistral, with experts in the place of MLPs. Experts are run, never changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mixtral;
+
+impl Family for Mixtral {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["mixtral"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        let window = config.count("sliding_window")?;
+        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
+        let decoder = Decoder {
+            kv_heads: Some(8),
+            layers: LayerKinds { windows: vec![window; layers], ..LayerKinds::default() },
+            norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },
+            mixture: Some(Mixture {
+                router: "block_sparse_moe.gate",
+                experts: "block_sparse_moe.experts",
+                of_one: ["w1", "w3", "w2"],
+                count: config.count("num_local_experts")?.unwrap_or(8),
+                chosen: config.count("num_experts_per_tok")?.unwrap_or(2),
+                normalised: true,
+                dense: Vec::new(),
+            }),
+            ..Decoder::llama(config, tensors)
+        };
+        let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
+        decoder.with_rope(|rope| (rope.theta, rope.positions) = (1e6, 131_072)).architecture()
+    }
+}
+
+/// Qwen3-MoE: as Qwen3, with experts in the place of most MLPs. Experts are run, never changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Qwen3Moe;
+
+impl Family for Qwen3Moe {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["qwen3_moe"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        let biased = config.flag("attention_bias")?;
+        let every = config.count("decoder_sparse_step")?.unwrap_or(1);
+        let listed: Vec<u64> = match config.get("mlp_only_layers").and_then(Value::as_array) {
+            Some(list) => list.iter().filter_map(Value::as_u64).collect(),
+            None => Vec::new(),
+        };
+        let layers = qwen::windows_of(config, tensors)?;
+        let dense = |layer: usize| listed.contains(&(layer as u64)) || (layer + 1) % every != 0;
+        let decoder = Decoder {
+            kv_heads: Some(4),
+            biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
+            head_norms: Some(NormOver::Head),
+            mixture: Some(Mixture {
+                router: "mlp.gate",
+                experts: "mlp.experts",
+                of_one: ["gate_proj", "up_proj", "down_proj"],
+                count: config.count("num_experts")?.or(config.count("num_local_experts")?).unwrap_or(128),
+                chosen: config.count("num_experts_per_tok")?.unwrap_or(8),
+                normalised: config.flag("norm_topk_prob")?,
+                dense: (0..layers.windows.len()).map(dense).collect(),
+            }),
+            layers,
+            ..Decoder::llama(config, tensors)
+        };
+        let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
+        decoder.with_rope(|rope| rope.positions = 32_768).architecture()
+    }
+}

@@ -1,0 +1,263 @@
+//! MLPs and mixtures of them, forward and backward.
+
+use candle_core::{D, DType, Result as Candle, Tensor};
+use candle_nn::ops::softmax;
+
+use super::RuntimeError;
+use super::layer::{Weights, linear};
+use super::ops::{activated, activated_backward, gated, gated_backward};
+use crate::files::FileError;
+use crate::model::{Activation, Experts, FeedForward, Linear, Mlp};
+
+/// What a layer puts its stream through besides attention.
+#[derive(Debug, Clone)]
+pub(super) enum Hidden {
+    Dense(Dense),
+    Experts(Mixture),
+}
+
+/// An MLP and its weights.
+#[derive(Debug, Clone)]
+pub(super) struct Dense {
+    /// Gate rows where there are any, then up rows, (m or 2m, d).
+    pub(super) up: Tensor,
+    pub(super) up_bias: Option<Tensor>,
+    /// (d, m).
+    pub(super) down: Tensor,
+    pub(super) down_bias: Option<Tensor>,
+    pub(super) activation: Activation,
+    pub(super) has_gate: bool,
+}
+
+/// Experts and what chooses among them.
+#[derive(Debug, Clone)]
+pub(super) struct Mixture {
+    /// (E, d).
+    router: Tensor,
+    experts: Vec<Dense>,
+    chosen: usize,
+    normalised: bool,
+}
+
+impl Hidden {
+    pub(super) fn load(weights: &Weights<'_>, of: &FeedForward) -> Result<Self, RuntimeError> {
+        let Experts { router, chosen, normalised, .. } = match of {
+            FeedForward::Mlp(mlp) => return Ok(Self::Dense(Dense::load(weights, mlp)?)),
+            FeedForward::Experts(experts) => experts,
+        };
+        let experts = of.mlps().iter().map(|mlp| Dense::load(weights, mlp)).collect::<Result<Vec<_>, _>>()?;
+        let router = weights.take(router, &[experts.len(), weights.width])?;
+        Ok(Self::Experts(Mixture { router, experts, chosen: *chosen, normalised: *normalised }))
+    }
+
+    pub(super) fn check(weights: &Weights<'_>, of: &FeedForward) -> Result<(), FileError> {
+        if let FeedForward::Experts(Experts { router, experts, .. }) = of {
+            weights.checkpoint.check_tensor(router, &[experts.len(), weights.width])?;
+        }
+        of.mlps().iter().try_for_each(|mlp| Dense::check(weights, mlp))
+    }
+
+    /// (N, d) → (N, d).
+    pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
+        match self {
+            Self::Dense(dense) => dense.forward(x),
+            Self::Experts(mixture) => mixture.forward(x),
+        }
+    }
+
+    /// From what it read, (N, d), and the gradient of what it gave to that of what it read.
+    pub(super) fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+        match self {
+            Self::Dense(dense) => dense.backward(x, gradient),
+            Self::Experts(mixture) => mixture.backward(x, gradient),
+        }
+    }
+}
+
+impl Dense {
+    fn load(weights: &Weights<'_>, mlp: &Mlp) -> Result<Self, RuntimeError> {
+        let (d, m) = (weights.width, weights.intermediate(mlp)?);
+        let above: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up]).collect();
+        let rows = above.iter().map(|linear| weights.weight(linear, m, d));
+        let rows: Vec<Tensor> = rows.collect::<Result<_, _>>()?;
+        let biases = above.iter().map(|linear| weights.bias(linear, m));
+        let biases: Vec<Option<Tensor>> = biases.collect::<Result<_, _>>()?;
+        let up_bias = if biases.iter().all(Option::is_none) {
+            None
+        } else {
+            let zeros = Tensor::zeros(m, DType::F32, weights.device)?;
+            let biases: Vec<Tensor> = biases.into_iter().map(|b| b.unwrap_or(zeros.clone())).collect();
+            Some(Tensor::cat(&biases, 0)?)
+        };
+        Ok(Self {
+            up: Tensor::cat(&rows, 0)?,
+            up_bias,
+            down: weights.weight(&mlp.down, d, m)?,
+            down_bias: weights.bias(&mlp.down, d)?,
+            activation: mlp.activation,
+            has_gate: mlp.gate.is_some(),
+        })
+    }
+
+    fn check(weights: &Weights<'_>, mlp: &Mlp) -> Result<(), FileError> {
+        let (d, m) = (weights.width, weights.intermediate(mlp)?);
+        mlp.gate.iter().chain([&mlp.up]).try_for_each(|linear| weights.check(linear, m, d))?;
+        weights.check(&mlp.down, d, m)
+    }
+
+    /// What the activation reads, (N, d) → (N, m or 2m).
+    pub(super) fn widened(&self, x: &Tensor) -> Candle<Tensor> {
+        linear(x, &self.up, &self.up_bias)
+    }
+
+    /// (N, d) → (N, d).
+    pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
+        let wide = self.widened(x)?;
+        let hidden = match self.has_gate {
+            true => gated(self.activation, &wide)?,
+            false => activated(self.activation, &wide)?,
+        };
+        linear(&hidden, &self.down, &self.down_bias)
+    }
+
+    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+        let (wide, of_hidden) = (self.widened(x)?, gradient.matmul(&self.down)?);
+        let back = if self.has_gate { gated_backward } else { activated_backward };
+        back(self.activation, &wide, &of_hidden)?.matmul(&self.up)
+    }
+}
+
+/// The tokens that go through one expert, and their shares.
+struct Visit {
+    tokens: Tensor,
+    /// (n, 1).
+    shares: Tensor,
+    /// Where each share stands among those of its token.
+    places: Vec<(usize, usize)>,
+}
+
+/// What every token chose: experts, and the share of each.
+struct Choice {
+    experts: Vec<Vec<usize>>,
+    shares: Vec<Vec<f32>>,
+    /// Of all experts.
+    all: Vec<Vec<f32>>,
+}
+
+impl Mixture {
+    fn choose(&self, x: &Tensor) -> Candle<Choice> {
+        let all = softmax(&x.matmul(&self.router.t()?)?, D::Minus1)?.to_vec2::<f32>()?;
+        let chosen = self.chosen.min(self.experts.len());
+        let best = |row: &Vec<f32>| {
+            let mut order: Vec<usize> = (0..row.len()).collect();
+            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+            order.truncate(chosen);
+            order
+        };
+        let experts: Vec<Vec<usize>> = all.iter().map(best).collect();
+        let shares = experts.iter().zip(&all).map(|(experts, row)| {
+            let shares: Vec<f32> = experts.iter().map(|&e| row[e]).collect();
+            let sum: f32 = if self.normalised { shares.iter().sum() } else { 1.0 };
+            shares.into_iter().map(|share| share / sum).collect()
+        });
+        Ok(Choice { shares: shares.collect(), experts, all })
+    }
+
+    /// Who goes through an expert; `None` where nobody does.
+    fn visit(&self, choice: &Choice, expert: usize, x: &Tensor) -> Candle<Option<Visit>> {
+        let rows = choice.experts.iter().enumerate();
+        let of =
+            |(token, chosen): (usize, &Vec<usize>)| Some((token, chosen.iter().position(|&e| e == expert)?));
+        let places: Vec<(usize, usize)> = rows.filter_map(of).collect();
+        if places.is_empty() {
+            return Ok(None);
+        }
+        let n = places.len();
+        let tokens: Vec<u32> = places.iter().map(|&(token, _)| token as u32).collect();
+        let shares: Vec<f32> = places.iter().map(|&(token, slot)| choice.shares[token][slot]).collect();
+        let tokens = Tensor::from_vec(tokens, n, x.device())?;
+        Ok(Some(Visit { tokens, shares: Tensor::from_vec(shares, (n, 1), x.device())?, places }))
+    }
+
+    fn forward(&self, x: &Tensor) -> Candle<Tensor> {
+        let (choice, mut sum) = (self.choose(x)?, x.zeros_like()?);
+        for (e, expert) in self.experts.iter().enumerate() {
+            let Some(Visit { tokens, shares, .. }) = self.visit(&choice, e, x)? else { continue };
+            let made = expert.forward(&x.index_select(&tokens, 0)?)?.broadcast_mul(&shares)?;
+            sum = sum.index_add(&tokens, &made, 0)?;
+        }
+        Ok(sum)
+    }
+
+    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+        let (choice, mut sum) = (self.choose(x)?, x.zeros_like()?);
+        let mut of_shares: Vec<Vec<f32>> =
+            choice.shares.iter().map(|shares| vec![0.0; shares.len()]).collect();
+        for (e, expert) in self.experts.iter().enumerate() {
+            let Some(Visit { tokens, shares, places }) = self.visit(&choice, e, x)? else { continue };
+            let (read, of_made) = (x.index_select(&tokens, 0)?, gradient.index_select(&tokens, 0)?);
+            let worth = (expert.forward(&read)? * &of_made)?.sum(D::Minus1)?.to_vec1::<f32>()?;
+            places.iter().zip(worth).for_each(|(&(token, slot), worth)| of_shares[token][slot] = worth);
+            let back = expert.backward(&read, &of_made.broadcast_mul(&shares)?)?;
+            sum = sum.index_add(&tokens, &back, 0)?;
+        }
+        sum + self.scores_backward(&choice, &of_shares, x)?.matmul(&self.router)?
+    }
+
+    /// From the gradient of shares to that of all scores, (N, E).
+    fn scores_backward(&self, choice: &Choice, of_shares: &[Vec<f32>], x: &Tensor) -> Candle<Tensor> {
+        let n = self.experts.len();
+        let mut scores = vec![0.0f32; choice.all.len() * n];
+        for (token, row) in scores.chunks_exact_mut(n).enumerate() {
+            let (shares, of) = (&choice.shares[token], &of_shares[token]);
+            let mean: f32 = shares.iter().zip(of).map(|(share, of)| share * of).sum();
+            // Of a softmax over those chosen, or over all, of which the others' shares count for nothing.
+            if !self.normalised {
+                row.iter_mut().zip(&choice.all[token]).for_each(|(row, share)| *row = -share * mean);
+            }
+            for (slot, &expert) in choice.experts[token].iter().enumerate() {
+                row[expert] = shares[slot] * (of[slot] - mean);
+            }
+        }
+        Tensor::from_vec(scores, (choice.all.len(), n), x.device())
+    }
+}
+
+impl Weights<'_> {
+    /// The width of an MLP, m, which no configuration need say.
+    fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
+        let shape = self.checkpoint.tensors().shape(&mlp.up.weight);
+        let all = shape.and_then(|shape| shape.get(usize::from(mlp.up.transposed)).copied());
+        all.map(|all| all / mlp.up.part.1).ok_or_else(|| FileError::TensorMissing {
+            path: self.checkpoint.path().to_path_buf(),
+            tensor: mlp.up.weight.clone(),
+            expected: Vec::new(),
+        })
+    }
+
+    /// The weight of a projection, (out, inputs).
+    fn weight(&self, linear: &Linear, out: usize, inputs: usize) -> Result<Tensor, RuntimeError> {
+        let stored = self.take(&linear.weight, &shape(linear, out, inputs))?;
+        let whole = if linear.transposed { stored.t()? } else { stored };
+        Ok(whole.narrow(0, linear.part.0 * out, out)?.contiguous()?)
+    }
+
+    /// The bias of a projection, (out).
+    fn bias(&self, linear: &Linear, out: usize) -> Result<Option<Tensor>, RuntimeError> {
+        let Some(name) = &linear.bias else { return Ok(None) };
+        let (number, of) = linear.part;
+        Ok(Some(self.take(name, &[of * out])?.narrow(0, number * out, out)?))
+    }
+
+    fn check(&self, linear: &Linear, out: usize, inputs: usize) -> Result<(), FileError> {
+        self.checkpoint.check_tensor(&linear.weight, &shape(linear, out, inputs))?;
+        let bias = linear.bias.as_ref();
+        bias.map_or(Ok(()), |bias| self.checkpoint.check_tensor(bias, &[linear.part.1 * out]))
+    }
+}
+
+/// The shape of the tensor that holds a projection.
+fn shape(linear: &Linear, out: usize, inputs: usize) -> [usize; 2] {
+    let out = linear.part.1 * out;
+    if linear.transposed { [inputs, out] } else { [out, inputs] }
+}
