@@ -7,7 +7,7 @@ use ndarray::Array2;
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::files::{FileError, WriteOptions, fingerprint, sha256, write_whole};
 use crate::heads::{Heads, Moment};
 use crate::model::ModelId;
@@ -39,7 +39,7 @@ impl Moments {
     /// Reads a file, made here or elsewhere, for a model.
     ///
     /// # Errors
-    /// [`FileError::Io`]; [`FileError::Header`]; [`FileError::TensorDtype`] for a tensor that is missing or of another type
+    /// [`FileError::Io`]; [`FileError::Header`]; [`FileError::NoMoments`] for a model's weights; [`FileError::TensorDtype`] for a tensor that is missing or of another type
     /// or shape; [`FileError::Moment`] for a layer that is no [`Moment`]; [`FileError::MomentsModel`] for another number of
     /// layers, width or fingerprint than the model's.
     pub fn read(path: &Path, model: &ModelId) -> Result<Self, FileError> {
@@ -57,6 +57,11 @@ impl Moments {
             file.same("fingerprint", expected, found)?;
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(header)?;
+        let names = tensors.names();
+        let own = |name: &&&str| name.starts_with("layers.") || [TOKENS, CALIBRATION].contains(*name);
+        if let (None, Some(first)) = (names.iter().find(own), names.iter().min()) {
+            return Err(FileError::NoMoments { path: path.to_path_buf(), tensor: shown(first) });
+        }
         let n_layers = tensors.names().iter().filter(|name| name.starts_with("layers.")).count();
         file.same("number of layers", &id.layers.len(), &n_layers)?;
         let (tokens, own) = (file.tokens(&tensors)?, file.digest(&tensors)?);

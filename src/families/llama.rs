@@ -1,3 +1,5 @@
+use serde_json::Value;
+
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
@@ -19,7 +21,7 @@ impl Family for Llama {
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let biased = config.flag("attention_bias")?;
         let biases = Biases { queries_keys_values: biased, outputs: biased, mlp: config.flag("mlp_bias")? };
-        describe(config, tensors, Defaults { kv_heads: None, positions: 2048, biases }, Ok(Mask::Causal))
+        describe(config, tensors, Defaults { kv_heads: None, positions: 2048, biases }, &|_| Mask::Causal)
     }
 }
 
@@ -62,13 +64,37 @@ impl Biases {
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A model with Llama's tensors, of which families differ in defaults and in the mask; one whose mask is not supported cannot
-/// be run.
+/// What config.json calls layers that look at all keys before them, and those that look at a window.
+const LAYER_TYPES: [&str; 2] = ["full_attention", "sliding_attention"];
+
+/// Whether each layer looks at a window only, as `layer_types` has it; `None` where that is not given.
+pub(super) fn sliding_layers(config: &Config) -> Result<Option<Vec<bool>>, FileError> {
+    const KEY: &str = "layer_types";
+    let Some(value) = config.get(KEY) else { return Ok(None) };
+    let n_layers = config.required("num_hidden_layers")?;
+    let slides = |kind: &Value| Some(LAYER_TYPES.iter().position(|known| kind == known)? == 1);
+    let layers: Option<Vec<bool>> = value.as_array().and_then(|kinds| kinds.iter().map(slides).collect());
+    layers.filter(|layers| layers.len() == n_layers).map(Some).ok_or_else(|| {
+        config.wrong(KEY, format!("one of {} for each of {n_layers} layers", LAYER_TYPES.join(", ")), value)
+    })
+}
+
+/// The window of layers that have one.
+pub(super) fn window(config: &Config) -> Result<usize, FileError> {
+    const KEY: &str = "sliding_window";
+    let missing = || config.wrong(KEY, "a number of tokens where `layer_types` has sliding layers", "null");
+    match config.raw().get(KEY) {
+        Some(value) if value.is_null() => Err(missing()),
+        _ => Ok(config.count(KEY)?.unwrap_or(4096)),
+    }
+}
+
+/// A model with Llama's tensors, of which families differ in defaults and in the masks of layers.
 pub(super) fn describe(
     config: &Config,
     tensors: &dyn TensorIndex,
     defaults: Defaults,
-    mask: Result<Mask, Unsupported>,
+    mask: &dyn Fn(usize) -> Mask,
 ) -> Result<Architecture, FileError> {
     refuse(config, tensors)?;
     let (n_layers, hidden) = (config.required("num_hidden_layers")?, config.required("hidden_size")?);
@@ -89,7 +115,7 @@ pub(super) fn describe(
         let (query, key) = (part("q", Axis::Rows, query_heads)?, part("k", Axis::Rows, kv_heads)?);
         let (value, output) = (part("v", Axis::Rows, kv_heads)?, part("o", Axis::Columns, query_heads)?);
         let spec = AttentionSpec::new(query_heads, kv_heads, head_dim);
-        let spec = spec.with_mask(*mask.as_ref().unwrap_or(&Mask::Causal)).with_rotary(rotary.clone());
+        let spec = spec.with_mask(mask(layer)).with_rotary(rotary.clone());
         Ok::<_, FileError>(spec.with_stored(StoredHeads::new(query, key, value, output)))
     };
     let mut layers = Vec::new();
@@ -111,25 +137,44 @@ pub(super) fn describe(
             "{bias} is stored, but by config.json the model has no such biases: they are not used"
         ));
     }
+    if let Some(name) = tensors.names().find(|name| is_beyond(name, n_layers)) {
+        notes.push(format!(
+            "{name} is stored, but by config.json the model has {n_layers} layers: those beyond are not used"
+        ));
+    }
     let model = Architecture {
         tied_embeddings: tied,
         notes,
         ..Architecture::new(config.model_type()?, hidden, layers)
     };
-    let forward = match mask {
-        Ok(_) => forward(config, tensors, &model, defaults)?,
-        Err(unsupported) => Err(unsupported),
-    };
+    let forward = forward(config, tensors, &model, defaults)?;
     Ok(model.with_forward(forward))
 }
+
+/// Whether a tensor is of a layer that the model does not have.
+fn is_beyond(tensor: &str, n_layers: usize) -> bool {
+    let layer = tensor.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next());
+    layer.and_then(|layer| layer.parse::<usize>().ok()).is_some_and(|layer| layer >= n_layers)
+}
+
+/// Endings of tensors in which quantised weights are stored.
+const QUANTISED: [&str; 7] =
+    [".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax"];
 
 /// What cannot be converted.
 fn refuse(config: &Config, tensors: &dyn TensorIndex) -> Result<(), FileError> {
     if config.get("quantization_config").is_some() {
         return Err(config.unsupported(
             "a quantised model (`quantization_config`)",
-            "convert the model before it is quantised",
+            "dequantise it first, or take the model that it was made of",
         ));
+    }
+    if let Some(name) = tensors.names().find(|name| QUANTISED.iter().any(|end| name.ends_with(end))) {
+        let beside = config.path().parent().unwrap_or(config.path());
+        let files = ["quantize_config.json", "quant_config.json", "hf_quant_config.json"];
+        let by = files.iter().find(|file| beside.join(file).is_file()).map(|file| format!(", {file}"));
+        let what = format!("a quantised model (tensor {name}{})", by.unwrap_or_default());
+        return Err(config.unsupported(what, "dequantise it first, or take the model that it was made of"));
     }
     for key in ["per_layer_config", "num_key_value_heads_per_layer", "block_configs"] {
         if config.get(key).is_some() {
@@ -196,7 +241,7 @@ fn head_dim(config: &Config, hidden: usize, query_heads: usize) -> Result<usize,
 }
 
 /// What config.json says of rotary positions in one object: `rope_scaling`, unless that is empty, else `rope_parameters`.
-fn rope_object(config: &Config) -> Option<(&'static str, &serde_json::Map<String, serde_json::Value>)> {
+fn rope_object(config: &Config) -> Option<(&'static str, &serde_json::Map<String, Value>)> {
     ["rope_scaling", "rope_parameters"].into_iter().find_map(|key| {
         let object = config.get(key)?.as_object().filter(|object| !object.is_empty())?;
         Some((key, object))
@@ -204,7 +249,7 @@ fn rope_object(config: &Config) -> Option<(&'static str, &serde_json::Map<String
 }
 
 /// A value of that object, else one at top level: as transformers 5 has it.
-fn rope<'a>(config: &'a Config, key: &str) -> Option<&'a serde_json::Value> {
+fn rope<'a>(config: &'a Config, key: &str) -> Option<&'a Value> {
     let nested = rope_object(config).and_then(|(_, object)| object.get(key)).filter(|v| !v.is_null());
     nested.or_else(|| config.get(key))
 }
@@ -271,14 +316,23 @@ fn forward(
     };
     let rows = tensors.shape(EMBEDDING).and_then(|shape| shape.first().copied());
     let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
+    let gate = tensors.shape("model.layers.0.mlp.gate_proj.weight").and_then(|shape| shape.first());
+    if let (Some(given), Some(&stored)) = (config.count("intermediate_size")?, gate) {
+        if given != stored {
+            let expected = format!("the {stored} rows of model.layers.0.mlp.gate_proj.weight");
+            return Err(config.wrong("intermediate_size", expected, given));
+        }
+    }
     let positions = config.count("max_position_embeddings")?.unwrap_or(defaults.positions);
     let (blocks, norm) =
         ((0..model.n_layers()).map(block).collect(), Norm::new("model.norm.weight", epsilon));
     let head = if model.tied_embeddings { EMBEDDING } else { HEAD };
     let forward = Forward::new(vocabulary, positions, EMBEDDING, blocks, norm, head);
     // Frequencies follow from the configuration; a tied output embedding may be stored twice.
-    let harmless =
-        |name: &str| name.ends_with("rotary_emb.inv_freq") || name == HEAD || defaults.biases.strays(name);
+    let harmless = |name: &str| {
+        let computed = name.ends_with("rotary_emb.inv_freq");
+        computed || name == HEAD || defaults.biases.strays(name) || is_beyond(name, model.n_layers())
+    };
     let read: std::collections::BTreeSet<&str> = forward
         .tensors()
         .chain(model.layers.iter().flat_map(|layer| layer.stored.iter().flat_map(StoredHeads::tensors)))
@@ -298,6 +352,10 @@ fn unsupported(config: &Config) -> Option<Unsupported> {
     if !["silu", "swish"].contains(&activation) {
         return Some(Unsupported::new(format!("the activation {activation:?} (`hidden_act`)"), "silu is"));
     }
+    // An explicit null is no yes.
+    if config.raw().get("is_causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
+        return Some(Unsupported::new("an attention to what follows (`is_causal` is not true)", "causal is"));
+    }
     for key in ["layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"] {
         if config.get(key).is_some() && config.get("rms_norm_eps").is_none() {
             return Some(Unsupported::new(
@@ -308,9 +366,13 @@ fn unsupported(config: &Config) -> Option<Unsupported> {
     }
     // Both name a type.
     if let Some((key, rope)) = rope_object(config) {
-        let kind = rope.get("rope_type").or(rope.get("type")).and_then(serde_json::Value::as_str);
-        if kind.map_or(key == "rope_scaling", |kind| kind != "default") {
-            let what = format!("rope scaling {:?} (`{key}`)", kind.unwrap_or("of no type"));
+        let kind = rope.get("rope_type").or(rope.get("type"));
+        // As transformers has it: no type is the default one, and null is none.
+        let scaled =
+            kind.map_or(key == "rope_scaling" && rope.contains_key("factor"), |kind| kind != "default");
+        if scaled {
+            let kind = kind.map_or("of no type".to_string(), Value::to_string);
+            let what = format!("rope scaling {kind} (`{key}`)");
             return Some(Unsupported::new(what, "models without it are"));
         }
     }

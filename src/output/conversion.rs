@@ -12,7 +12,7 @@ use super::staging::{Destination, Staging};
 use super::views::{Job, Made, Numbers, Tensor};
 use super::{Content, OutputModel, OutputTensor, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
-use crate::files::{FileError, WriteOptions, parent_of, sync_directory};
+use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
 use crate::model::Axis;
 use crate::plan::{Plan, SharedHeads};
@@ -110,9 +110,10 @@ pub fn convert(
 ) -> Result<Report, FileError> {
     let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let (mut extras, left) = copy::list(source.path())?;
-    let shards = source.files().files.iter().map(|shard| &shard.path);
-    shards.chain(extras.iter().map(|e| &e.from)).try_for_each(|file| destination.spare(file))?;
+    let (mut extras, left) = copy::list(source)?;
+    // By way of links they can lie elsewhere than in the directory.
+    let shards = source.files().files.iter().map(|shard| &*shard.path);
+    check_apart(out, shards.chain(extras.iter().map(|extra| &*extra.from)))?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
 
     let copied = copied(source, &output);
@@ -315,8 +316,8 @@ fn new_index(source: &Checkpoint, shards: &[Outputs<'_>]) -> Option<Map<String, 
 }
 
 fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileError> {
-    let mut text = serde_json::to_vec_pretty(value)
-        .map_err(|source| FileError::Json { path: PathBuf::from(name), source })?;
+    let text = serde_json::to_vec_pretty(value);
+    let mut text = text.map_err(|source| FileError::unwritten(Path::new(name), source))?;
     text.push(b'\n');
     Ok(text)
 }

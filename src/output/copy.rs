@@ -1,12 +1,13 @@
 //! The files of a model besides its weights: tokenizer, generation config, chat template, licence, ….
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use walkdir::WalkDir;
 
-use crate::checkpoint::{CONFIG, INDEX};
+use crate::checkpoint::{CONFIG, Checkpoint, INDEX};
 use crate::files::FileError;
 
 /// Where the provenance of a converted model is kept.
@@ -34,7 +35,13 @@ const WEIGHTS: &[&str] = &[
     "tflite",
 ];
 /// What describes weights in other forms, or an adapter whose weights are not copied.
-const DESCRIPTIONS: &[&str] = &["params.json", "adapter_config.json", "quantize_config.json"];
+const DESCRIPTIONS: &[&str] = &[
+    "params.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+];
 /// Directories of other weights, or of the tool that fetched the model.
 const SKIPPED: &[&str] = &["original", ".git", ".cache"];
 /// A model directory has some dozens; a link to the root of a disk has millions.
@@ -51,13 +58,21 @@ pub(super) struct Extra {
 
 /// The files to copy from a model directory and those below it, and what is left behind, both sorted; links are followed, those
 /// to a directory above end. The files that are written anew are neither.
-pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+pub(super) fn list(source: &Checkpoint) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+    let (root, index) = (source.path(), source.files().index.is_some().then_some(INDEX));
+    let weights = source.files().files.iter().map(|shard| shard.file.as_str());
+    // At the root, or of the tool that fetched the model anywhere.
+    let written: BTreeSet<&Path> = weights.chain([CONFIG, PROVENANCE]).chain(index).map(Path::new).collect();
+    let is_written = |path: &Path| {
+        written.contains(path) || path.file_name().is_some_and(|name| name == ".git" || name == ".cache")
+    };
     let (mut extras, mut left) = (Vec::new(), Vec::new());
     let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);
     let mut take = |entry: &walkdir::DirEntry| {
         let taken = taken(entry.depth(), entry.path());
-        if !taken && !is_written(entry.path()) {
-            left.push(entry.path().strip_prefix(root).unwrap_or(entry.path()).to_path_buf());
+        let name = entry.path().strip_prefix(root).unwrap_or(entry.path());
+        if !taken && !is_written(name) {
+            left.push(name.to_path_buf());
         }
         taken
     };
@@ -87,12 +102,6 @@ pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError>
     extras.sort_by(|a, b| a.to.cmp(&b.to));
     left.sort();
     Ok((extras, left))
-}
-
-/// Whether it is one of the files that a conversion writes anew, or of the tool that fetched the model.
-fn is_written(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    [CONFIG, INDEX, PROVENANCE, ".git", ".cache"].contains(&&*name) || name.ends_with(".safetensors")
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {

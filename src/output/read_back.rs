@@ -38,10 +38,10 @@ impl Provenance {
             plan: Value,
         }
         let path = directory.join(PROVENANCE);
-        let json = |source| FileError::Json { path: path.clone(), source };
-        let Stored { target, plan } =
-            serde_json::from_slice(&read_bounded(&path, PLAN_LIMIT)?).map_err(json)?;
-        let plan = serde_json::to_vec(&plan).map_err(json)?;
+        let text = read_bounded(&path, PLAN_LIMIT)?;
+        let stored = serde_json::from_slice(&text);
+        let Stored { target, plan } = stored.map_err(|source| FileError::json(&path, &text, source))?;
+        let plan = serde_json::to_vec(&plan).map_err(|source| FileError::unwritten(&path, source))?;
         Ok(Self { plan: parse_plan(&path, &plan)?, target })
     }
 }

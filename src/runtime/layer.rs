@@ -59,11 +59,8 @@ impl<'a> Weights<'a> {
     /// The width of an MLP, m, which no configuration need say.
     fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
         let shape = self.checkpoint.tensors().shape(&mlp.gate.weight);
-        shape.and_then(|shape| shape.first().copied()).ok_or_else(|| FileError::TensorMissing {
-            path: self.checkpoint.path().to_path_buf(),
-            tensor: mlp.gate.weight.clone(),
-            expected: Vec::new(),
-        })
+        let rows = shape.and_then(|shape| shape.first().copied());
+        rows.ok_or_else(|| self.checkpoint.missing(&mlp.gate.weight, &[]))
     }
 
     /// A tensor, of that shape.

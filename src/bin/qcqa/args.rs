@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser};
+use clap::builder::{
+    PathBufValueParser, PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
+};
 use qcqa::allocator::{ALLOCATORS, CostScale, LayerSelection};
 use qcqa::budget::{Budget, Limits};
 use qcqa::calibration::Calibration;
@@ -24,12 +26,12 @@ use crate::hints::CliError;
 #[derive(Debug, Args)]
 pub(super) struct SearchOptions {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     pub(super) model: PathBuf,
     /// Share of the KV cache that may be kept, above 0 and at most 1
     ///
     /// An upper bound: a plan may use less. Not needed for mqa.
-    #[arg(long, value_name = "FRACTION", value_parser = fraction)]
+    #[arg(long, value_name = "FRACTION", value_parser = fraction, allow_negative_numbers = true)]
     pub(super) kv: Option<f64>,
     /// How heads are grouped
     ///
@@ -128,6 +130,25 @@ impl Writing {
     }
 }
 
+/// A file or directory as the command line takes it.
+pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| {
+        // As in `--out=~/x`, where no shell sees a home.
+        if path.starts_with("~") && !Path::new("~").exists() {
+            let name = path.display();
+            return Err(format!(
+                "the shell has not replaced the ~ of {name}: leave a space before it, or write $HOME"
+            ));
+        }
+        if path == Path::new("-") {
+            return Err(
+                "- is no file here: /dev/stdin is what is piped in, ./- a file of that name".to_string()
+            );
+        }
+        Ok(path)
+    })
+}
+
 /// A whole number from 1 on.
 fn from_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
@@ -138,7 +159,7 @@ pub(super) fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => {
-            Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half)".to_string())
+            Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half; 50% is written 0.5)".to_string())
         }
     }
 }

@@ -10,7 +10,7 @@ use qcqa::{HeadSource, Run};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::Writing;
+use crate::args::{Writing, path};
 use crate::calibrated::text_source;
 use crate::eval::windows_of_ids;
 use crate::hints::CliError;
@@ -20,17 +20,17 @@ use crate::roles::{rests_on, rests_on_json};
 #[derive(Debug, Args)]
 pub(super) struct CalibrateArgs {
     /// Directory of the model
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Texts to read, UTF-8; tokenised by the model's tokenizer.json
     ///
     /// Shares and `self` as `--calibration` of other commands takes them.
-    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Text")]
+    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Text", value_parser = path())]
     text: Vec<PathBuf>,
     /// Files of token ids to read instead
     ///
     /// Little-endian, 2 bytes each for vocabularies of up to 65536, else 4.
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "text", help_heading = "Text")]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "text", help_heading = "Text", value_parser = path())]
     ids: Vec<PathBuf>,
     /// The most windows to read, of all texts together, spaced over the whole of each
     ///
@@ -38,7 +38,7 @@ pub(super) struct CalibrateArgs {
     #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     windows: usize,
     /// File of the moments
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     out: PathBuf,
     #[command(flatten)]
     writing: Writing,

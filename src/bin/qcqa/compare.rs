@@ -16,7 +16,7 @@ use qcqa::{HeadSource, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, preset};
+use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, path, preset};
 use crate::calibrated::CalibrationArgs;
 use crate::comparison::{Line, curves, layer_table, line_json, model_table};
 use crate::eval::TextArgs;
@@ -28,10 +28,11 @@ use crate::roles::{known, rests_on, rests_on_json};
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Shares of the KV cache that may be kept
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction, required = true)]
+    #[arg(allow_negative_numbers = true)]
     kv: Vec<f64>,
     /// Methods to compare
     ///
@@ -50,7 +51,7 @@ pub(super) struct CompareArgs {
     #[command(flatten)]
     text: TextArgs,
     /// Draw perplexity over KV cache into this file (SVG)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     plot: Option<PathBuf>,
     /// Replace a picture that is already there
     #[arg(long)]

@@ -10,7 +10,7 @@ use qcqa::pipeline::Preset;
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{SearchOptions, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::distill::{beside, effort, told};
 use crate::hints::{CliError, about};
@@ -21,10 +21,10 @@ use crate::search::Planned;
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
     /// Directory of the model that the plan was made for
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// File of the plan
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     plan: PathBuf,
     #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
@@ -63,7 +63,7 @@ struct OutputArgs {
 #[derive(Debug, Args)]
 pub(super) struct Written {
     /// Directory of the output
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     pub(super) out: PathBuf,
     #[command(flatten)]
     pub(super) writing: Writing,

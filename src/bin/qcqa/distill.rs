@@ -14,7 +14,7 @@ use qcqa::{Error, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::target;
+use crate::args::{path, target};
 use crate::calibrated::CalibrationArgs;
 use crate::convert::{Written, tell};
 use crate::hints::{CliError, about};
@@ -24,10 +24,10 @@ use crate::report::{Output, evaluation_json, table};
 #[derive(Debug, Args)]
 pub(super) struct DistillArgs {
     /// Directory that convert or compress has written
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_parser = path())]
     model: PathBuf,
     /// Directory of the model that it was made of
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", value_parser = path())]
     source: PathBuf,
     /// How long: tokens (500k, 2M) or time (30min, 2h)
     #[arg(long = "for", value_name = "EFFORT", value_parser = effort)]

@@ -8,13 +8,13 @@ use qcqa::model::{Architecture, AttentionSpec};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::fraction;
+use crate::args::{fraction, path};
 use crate::report::{Output, bytes, counts, file_bytes, percent, table};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Budgets to show
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction)]

@@ -11,7 +11,7 @@ use qcqa::plan::{Plan, write_plan};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{SearchOptions, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
 use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
@@ -25,7 +25,7 @@ pub(super) struct SearchArgs {
     #[arg(long, value_parser = targets_parser())]
     target: Option<String>,
     /// File of the plan
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     out: PathBuf,
     #[command(flatten)]
     writing: Writing,
