@@ -239,8 +239,8 @@ fn what_is_not_computed_is_refused_by_name() {
     models::says(&with("rope_parameters", llama3), &["llama3", "rope_parameters"]);
     models::says(&with("max_position_embeddings", json!(0)), &["max_position_embeddings", "found 0"]);
     models::says(&with("rms_norm_eps", json!("small")), &["rms_norm_eps", "small"]);
-    let sliding = runnable("qwen2", Dtype::F32, 6, true).set("use_sliding_window", json!(true));
-    models::says(&refusal(&sliding), &["use_sliding_window"]);
+    let open = runnable("qwen2", Dtype::F32, 6, true).set("is_causal", json!(false));
+    models::says(&refusal(&open), &["is_causal"]);
 
     let mut layer_norm = model.clone();
     layer_norm.config.as_object_mut().unwrap().remove("rms_norm_eps");

@@ -18,10 +18,6 @@ const TOKENS: &str = "tokens";
 const FINGERPRINT: &str = "fingerprint";
 /// Tensor that holds the moments' own fingerprint.
 const CALIBRATION: &str = "calibration";
-/// The longest header of a safetensors file.
-#[cfg(feature = "runtime")]
-const LONGEST_HEADER: u64 = 100_000_000;
-
 /// The [moment](Moment) of every layer's attention input (after the input norm).
 ///
 /// As a file: safetensors with an F64 tensor `layers.N` for each layer N and an I64 tensor `tokens` with the number of
@@ -74,14 +70,6 @@ impl Moments {
         };
         let digest = own.unwrap_or_else(contents);
         Ok(Self { layers, tokens, model, digest })
-    }
-
-    /// Whether a file begins as safetensors do: eight bytes with the length of a header, then its brace. As text those
-    /// eight bytes would hold at least four zeros.
-    #[cfg(feature = "runtime")]
-    pub(super) fn recognised(bytes: &[u8]) -> bool {
-        let header = bytes.split_first_chunk::<8>().filter(|(_, rest)| rest.first() == Some(&b'{'));
-        header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER)
     }
 
     /// Writes the file, whole or not at all.

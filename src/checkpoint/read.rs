@@ -44,6 +44,9 @@ impl Checkpoint {
             return Err(FileError::NotADirectory { path });
         }
         let file = path.join(CONFIG);
+        if !is_there(&file)? {
+            return Err(FileError::NoConfig { hint: elsewhere(&path), path });
+        }
         let text = read_bounded(&file, CONFIG_LIMIT)?;
         let config = Config::parse(file, &text)?;
         let family = family_of(&config, families)?;
@@ -128,8 +131,13 @@ impl Checkpoint {
     }
 
     pub(crate) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, FileError> {
-        Dtype::from_stored(entry.dtype)
-            .ok_or_else(|| self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string()))
+        Dtype::from_stored(entry.dtype).ok_or_else(|| {
+            self.wrong_dtype(
+                name,
+                entry,
+                "BF16, F16 or F32 (not quantised; convert the model to one of these)".to_string(),
+            )
+        })
     }
 
     fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> FileError {
@@ -318,6 +326,25 @@ impl Checkpoint {
 
     pub(crate) fn files(&self) -> &Shards {
         &self.shards
+    }
+}
+
+/// Where a directory without config.json has some below it: training keeps steps, and a hub's cache snapshots.
+fn elsewhere(directory: &Path) -> String {
+    const SHOWN: usize = 4;
+    let below = |directory: &Path| -> Vec<PathBuf> {
+        let entries = directory.read_dir().into_iter().flatten().flatten();
+        let mut below: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+        below.sort();
+        below
+    };
+    let deeper = below(&directory.join("snapshots"));
+    let mut found = below(directory).into_iter().chain(deeper).filter(|path| path.join(CONFIG).is_file());
+    let names: Vec<_> = found.by_ref().take(SHOWN).map(|path| path.display().to_string()).collect();
+    let more = if found.next().is_some() { ", …" } else { "" };
+    match names[..] {
+        [] => "give the directory of a model of transformers, or download it again".to_string(),
+        _ => format!("give the directory that has one: {}{more}", names.join(", ")),
     }
 }
 

@@ -340,7 +340,7 @@ fn forward(
     let left = tensors.names().find(|name| !read.contains(name) && !harmless(name));
     if let Some(name) = left {
         let what = if name.contains("norm") { "the norm" } else { "the tensor" };
-        let hint = "the forward pass of the Llama family has no place for it";
+        let hint = "the forward pass of the Llama family has no place for it; remove it where the model works without";
         return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
     }
     Ok(Ok(forward))

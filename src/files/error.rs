@@ -57,6 +57,14 @@ pub enum FileError {
         /// The path given.
         path: PathBuf,
     },
+    /// A directory without config.json.
+    #[error("{}: config.json is missing; {hint}", path.display())]
+    NoConfig {
+        /// The directory.
+        path: PathBuf,
+        /// Where there is one, or what to do.
+        hint: String,
+    },
     /// A JSON file is larger than any honest one.
     #[error("{}: larger than {limit} bytes, which no such file needs", path.display())]
     FileTooLarge {
@@ -152,7 +160,7 @@ pub enum FileError {
         tensor: String,
     },
     /// A tensor is in two shards.
-    #[error("tensor {tensor} is both in {} and in {}", first.display(), second.display())]
+    #[error("tensor {tensor} is both in {} and in {}; save or download the model again", first.display(), second.display())]
     TensorTwice {
         /// The tensor.
         tensor: String,

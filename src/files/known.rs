@@ -40,6 +40,22 @@ pub(crate) fn mistaken(bytes: &[u8]) -> Option<&'static str> {
     known.or_else(|| is_wide(bytes).then_some("is UTF-16 without a byte-order mark: save it as UTF-8"))
 }
 
+/// The longest header of a safetensors file.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// Whether a file begins as safetensors do: eight bytes with the length of a header, then its brace. As text those eight bytes
+/// would hold at least four zeros.
+pub(crate) fn is_safetensors(bytes: &[u8]) -> bool {
+    let header = bytes.split_first_chunk::<8>().filter(|(_, rest)| rest.first() == Some(&b'{'));
+    header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER)
+}
+
+/// What a file is that should be text, where it is known not to be; see [`mistaken`].
+pub(crate) fn no_text(bytes: &[u8]) -> Option<&'static str> {
+    const WEIGHTS: &str = "is a safetensors file and no text: give the file that was meant";
+    mistaken(bytes).or_else(|| is_safetensors(bytes).then_some(WEIGHTS))
+}
+
 /// Whether every second byte is 0 and the others are not, as in UTF-16 of plain English.
 fn is_wide(bytes: &[u8]) -> bool {
     let head = &bytes[..bytes.len().min(LOOKED_AT) / 2 * 2];
@@ -92,7 +108,7 @@ impl FileError {
     /// What keeps a text from being read as JSON.
     pub(crate) fn json(path: &Path, text: &[u8], source: serde_json::Error) -> Self {
         let path = path.to_path_buf();
-        match mistaken(text) {
+        match no_text(text) {
             Some(what) => Self::Mistaken { path, what },
             None => Self::Json { path, hint: no_json(text, &source), source },
         }

@@ -13,6 +13,8 @@ use std::path::Path;
 pub(crate) use digest::{fingerprint, sha256};
 pub use error::FileError;
 pub(crate) use known::mistaken;
+#[cfg(feature = "runtime")]
+pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};

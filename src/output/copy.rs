@@ -16,9 +16,14 @@ pub(super) const PROVENANCE: &str = "qcqa.json";
 /// Weights in other forms: they would still be those of the source.
 const WEIGHTS: &[&str] = &[
     "bin",
+    "aria2",
     "ckpt",
+    "crdownload",
+    "distcp",
+    "engine",
     "gguf",
     "h5",
+    "incomplete",
     "mlmodel",
     "mlpackage",
     "msgpack",
@@ -27,6 +32,7 @@ const WEIGHTS: &[&str] = &[
     "onnx",
     "onnx_data",
     "ot",
+    "part",
     "pickle",
     "pkl",
     "pt",

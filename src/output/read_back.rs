@@ -11,7 +11,7 @@ use super::copy::PROVENANCE;
 use super::{Content, OutputTensor, Slot, Target};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::files::{FileError, read_bounded};
+use crate::files::{FileError, read_bounded, without_mark};
 use crate::heads::{HeadSource, Pooled, Projection};
 use crate::model::{AttentionSpec, Axis, Part};
 use crate::plan::{PLAN_LIMIT, Plan, SharedHeads, parse_plan};
@@ -39,8 +39,9 @@ impl Provenance {
         }
         let path = directory.join(PROVENANCE);
         let text = read_bounded(&path, PLAN_LIMIT)?;
-        let stored = serde_json::from_slice(&text);
-        let Stored { target, plan } = stored.map_err(|source| FileError::json(&path, &text, source))?;
+        let text = without_mark(&text);
+        let stored = serde_json::from_slice(text);
+        let Stored { target, plan } = stored.map_err(|source| FileError::json(&path, text, source))?;
         let plan = serde_json::to_vec(&plan).map_err(|source| FileError::unwritten(&path, source))?;
         Ok(Self { plan: parse_plan(&path, &plan)?, target })
     }

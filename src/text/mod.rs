@@ -10,7 +10,7 @@ use tokenizers::{Encoding, Tokenizer};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::files::{FileError, fingerprint, is_there, mistaken, sha256, without_mark};
+use crate::files::{FileError, fingerprint, is_there, mistaken, no_text, sha256, without_mark};
 use crate::heads::HeadSource;
 use crate::model::{Forward, ModelId};
 
@@ -147,7 +147,7 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
 /// The text of a file that was read already, without a byte-order mark.
 pub(crate) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
     // Of an empty text it is said elsewhere that it is too short.
-    if let Some(what) = mistaken(&bytes).filter(|_| !bytes.is_empty()) {
+    if let Some(what) = no_text(&bytes).filter(|_| !bytes.is_empty()) {
         return Err(FileError::Mistaken { path: path.to_path_buf(), what }.into());
     }
     let mut text = String::from_utf8(bytes).map_err(|e| {

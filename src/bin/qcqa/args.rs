@@ -1,6 +1,6 @@
 //! Flags that several commands take, and what they make of the library.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -134,7 +134,11 @@ impl Writing {
 pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| {
         // As in `--out=~/x`, where no shell sees a home.
-        if path.starts_with("~") && !Path::new("~").exists() {
+        let home = path.components().next().map(Component::as_os_str).filter(|first| {
+            let names = first.to_string_lossy();
+            names == "~" || (names.starts_with('~') && path.components().count() > 1)
+        });
+        if home.is_some_and(|home| !Path::new(home).exists()) {
             let name = path.display();
             return Err(format!(
                 "the shell has not replaced the ~ of {name}: leave a space before it, or write $HOME"

@@ -127,7 +127,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     if args.written.writing.dry_run {
         let report = convert(&source, &shared, target, out, options, run)?;
         let (text, json) = tell(&args.written, target, &report);
-        return Ok(Output { text, json });
+        return Ok(Output { text, json }.noting(&source));
     }
     let found = beside(args.effort, out).run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever broke it off wants what there is.
