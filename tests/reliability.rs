@@ -191,18 +191,18 @@ fn read_only(root: &Path) -> Vec<std::path::PathBuf> {
 fn kind_14_every_command_that_writes_finds_a_read_only_place_first() {
     let (root, model) = copied();
     let (plan, half) = (root.path().join("plan.json"), root.path().join("half"));
-    let words = root.path().join("words.txt");
-    fs::copy(model.join("calibration.txt"), &words).unwrap();
+    let words = root.path().join("words");
+    fs::create_dir(&words).unwrap();
     let kv = ["--kv", "0.5", "--method", "gqa"];
     done(&[&["search", text(&model), "--out", text(&plan)], &kv[..]].concat());
     done(&["convert", text(&model), "--plan", text(&plan), "--out", text(&half)]);
     // A text that is a directory would be found as soon as it is read.
-    let texts = ["--calibration", text(root.path())];
+    let texts = ["--calibration", text(&words)];
     let distill = ["distill", text(&half), "--source", text(&model), "--for", "2k"];
     let commands = [
         ([&["search", text(&model)], &kv[..], &texts].concat(), "--out"),
-        (vec!["calibrate", text(&model), "--text", text(root.path())], "--out"),
-        ([&["compare", text(&model), "--text", text(root.path())], &kv[..]].concat(), "--plot"),
+        (vec!["calibrate", text(&model), "--text", text(&words)], "--out"),
+        ([&["compare", text(&model), "--text", text(&words)], &kv[..]].concat(), "--plot"),
         (vec!["convert", text(&model), "--plan", text(&plan)], "--out"),
         ([&["compress", text(&model)], &kv[..], &texts].concat(), "--out"),
         ([&["compress", text(&model), "--distill", "2k"], &kv[..], &texts].concat(), "--out"),

@@ -22,6 +22,7 @@ fn kind_18_stand_ins_for_files_are_told_as_what_they_are() {
     let (root, model) = copied();
     let (plan, words) = (root.path().join("plan.json"), root.path().join("words.txt"));
     let evaluation = novels().join("evaluation.txt");
+    let wide: Vec<u8> = "{\"words\": [1, 2, 3]}".encode_utf16().flat_map(u16::to_le_bytes).collect();
     let held: [(&[u8], &[&str]); 8] = [
         (POINTER, &["is a pointer of git-lfs", "git lfs pull"]),
         (b"", &["is empty"]),
@@ -30,7 +31,7 @@ fn kind_18_stand_ins_for_files_are_told_as_what_they_are() {
         (b"PK\x03\x04 ...", &["zip archive"]),
         (b"GGUF\x03\0\0\0", &["GGUF"]),
         (b"\xff\xfe{\0}\0", &["UTF-16", "UTF-8"]),
-        (b"{\0\"\0a\0\"\0:\0 \0[\01\0,\0 \01\0]\0}\0", &["UTF-16 without", "UTF-8"]),
+        (&wide, &["UTF-16 without", "UTF-8"]),
     ];
     let eval = ["eval", text(&model), "--text", text(&evaluation)];
     let of_plan = ["convert", text(&model), "--plan", text(&plan), "--out", "never"];
@@ -46,7 +47,7 @@ fn kind_18_stand_ins_for_files_are_told_as_what_they_are() {
         ] {
             fs::write(&file, bytes).unwrap();
             let message = fails(1, args);
-            match (bytes, &file == &words) {
+            match (bytes, file == words) {
                 (b"", true) => says(&message, &[text(&file), "0 tokens", "longer text"]),
                 _ => says(&message, &[&[text(&file)], parts].concat()),
             }
@@ -291,7 +292,8 @@ fn kind_28_plans_edited_by_hand_are_obeyed_or_refused_by_their_place() {
             &[text(&plan), part],
         );
     }
-    let changes: [(&str, fn(&mut Value), &str); 6] = [
+    type Change = (&'static str, fn(&mut Value), &'static str);
+    let changes: [Change; 6] = [
         ("a layer less", |p| drop(p["layers"].as_array_mut().unwrap().pop()), "3 layers, its source has 4"),
         ("a field more", |p| p["note"] = json!("mine"), "unknown field `note`"),
         (
