@@ -57,6 +57,12 @@ pub enum FileError {
         /// The path given.
         path: PathBuf,
     },
+    /// A file whose name is no text, which no list of files could hold.
+    #[error("{}: its name is not UTF-8; rename the file, or move it away", path.display())]
+    Name {
+        /// The file, as far as it can be told.
+        path: PathBuf,
+    },
     /// A directory without config.json.
     #[error("{}: config.json is missing; {hint}", path.display())]
     NoConfig {
@@ -82,6 +88,12 @@ pub enum FileError {
         source: serde_json::Error,
         /// What stands there, where that is known to be no JSON, and what to do; or nothing.
         hint: &'static str,
+    },
+    /// A directory that no conversion has written.
+    #[error("{}: qcqa.json is missing; give a directory that a conversion has written", path.display())]
+    NotConverted {
+        /// The directory.
+        path: PathBuf,
     },
     /// A file is JSON, but holds no plan.
     #[error("{}: holds no plan but {found}; give a plan, or the qcqa.json of a converted model", path.display())]

@@ -110,10 +110,7 @@ pub fn convert(
 ) -> Result<Report, FileError> {
     let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let (mut extras, left) = copy::list(source)?;
-    // By way of links they can lie elsewhere than in the directory.
-    let shards = source.files().files.iter().map(|shard| &*shard.path);
-    check_apart(out, shards.chain(extras.iter().map(|extra| &*extra.from)))?;
+    let (mut extras, left) = copied_files(source, out)?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
 
     let copied = copied(source, &output);
@@ -149,6 +146,15 @@ pub fn convert(
     report.bytes = lengths.sum::<io::Result<u64>>().map_err(|e| FileError::io("read", &path, e))?;
     staging.commit()?;
     Ok(report)
+}
+
+/// The files that are copied beside the weights, and those that are not. By way of links they can lie elsewhere than in the directory:
+/// all are apart from the output.
+pub(super) fn copied_files(source: &Checkpoint, out: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+    let (extras, left) = copy::list(source)?;
+    let shards = source.files().files.iter().map(|shard| &*shard.path);
+    check_apart(out, shards.chain(extras.iter().map(|extra| &*extra.from)))?;
+    Ok((extras, left))
 }
 
 /// The tensors of one output file, by name.

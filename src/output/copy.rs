@@ -73,7 +73,7 @@ pub(super) fn list(source: &Checkpoint) -> Result<(Vec<Extra>, Vec<PathBuf>), Fi
         written.contains(path) || path.file_name().is_some_and(|name| name == ".git" || name == ".cache")
     };
     let (mut extras, mut left) = (Vec::new(), Vec::new());
-    let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);
+    let taken = |depth, path: &Path| depth == 0 || !(is_skipped(path, depth == 1) || is_another(path));
     let mut take = |entry: &walkdir::DirEntry| {
         let taken = taken(entry.depth(), entry.path());
         let name = entry.path().strip_prefix(root).unwrap_or(entry.path());
@@ -101,6 +101,11 @@ pub(super) fn list(source: &Checkpoint) -> Result<(Vec<Extra>, Vec<PathBuf>), Fi
             return Err(FileError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
         }
         let from = entry.path().to_path_buf();
+        if entry.path().strip_prefix(root).is_ok_and(|name| name.to_str().is_none()) {
+            return Err(FileError::Name { path: from });
+        }
+        // Better now than when it is its turn.
+        File::open(&from).map_err(|e| FileError::io("read", &from, e))?;
         let bytes = from.metadata().map_err(|e| FileError::io("read", &from, e))?.len();
         let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
         extras.push(Extra { from, to, bytes });
@@ -108,6 +113,16 @@ pub(super) fn list(source: &Checkpoint) -> Result<(Vec<Extra>, Vec<PathBuf>), Fi
     extras.sort_by(|a, b| a.to.cmp(&b.to));
     left.sort();
     Ok((extras, left))
+}
+
+/// Whether a directory below is a model of its own, with configuration and weights: a step of its training, say.
+fn is_another(path: &Path) -> bool {
+    let is_weights = |path: &Path| {
+        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        WEIGHTS.contains(&&*extension)
+    };
+    let mut below = path.read_dir().into_iter().flatten().flatten();
+    path.join(CONFIG).is_file() && below.any(|entry| is_weights(&entry.path()))
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {

@@ -72,15 +72,19 @@ pub(super) struct MethodArgs {
     pub(super) pooler: Option<String>,
     /// The most groups of a layer that shares
     #[arg(long, value_name = "K", hide_short_help = true, value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     pub(super) max_groups: Option<usize>,
     /// The most heads of a group
     #[arg(long, value_name = "HEADS", hide_short_help = true, value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     pub(super) max_group_size: Option<usize>,
     /// Individuals of nsga2
-    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = counted(2))]
+    #[arg(allow_negative_numbers = true)]
     pub(super) population: usize,
     /// Generations of nsga2
-    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = counted(1))]
+    #[arg(allow_negative_numbers = true)]
     pub(super) generations: usize,
 }
 
@@ -153,8 +157,13 @@ pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
     })
 }
 
+/// A whole number from `least` to a million, which no search would come to the end of.
+fn counted(least: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=1_000_000)
+}
+
 /// A whole number from 1 on.
-fn from_one() -> RangedU64ValueParser<usize> {
+pub(super) fn from_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
 }
 

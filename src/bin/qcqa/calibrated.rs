@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
 use qcqa::calibration::{Calibration, Origin, TextSource, read_texts};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::pipeline::Preset;
@@ -15,7 +14,7 @@ use qcqa::text::Texts;
 use qcqa::{Error, HeadSource, Run};
 
 use crate::Done;
-use crate::args::path;
+use crate::args::{from_one, path};
 use crate::hints::{CliError, about, of_calibration};
 
 #[derive(Debug, Clone, Args)]
@@ -29,7 +28,8 @@ pub(super) struct CalibrationArgs {
     #[arg(long, value_name = "FILE", num_args = 1.., value_parser = path())]
     pub(super) calibration: Vec<PathBuf>,
     /// The most windows to read, of all texts together, spaced over the whole of each
-    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     #[arg(hide_short_help = true)]
     calibration_windows: usize,
 }

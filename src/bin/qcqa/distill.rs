@@ -70,7 +70,7 @@ pub(super) fn beside(effort: Effort, out: &Path) -> Distill {
     Distill::new(effort).state(state(out))
 }
 
-fn state(out: &Path) -> PathBuf {
+pub(super) fn state(out: &Path) -> PathBuf {
     let mut name = out.file_name().unwrap_or_default().to_os_string();
     name.push(".distilling");
     out.with_file_name(name)
@@ -116,7 +116,9 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let target = target(&name)?;
     let (out, options) = (&args.written.out, args.written.writing.options());
     let written = Checkpoint::open(&args.model)?;
-    args.written.check(&[&source, &written], &args.calibration.files().collect::<Vec<_>>())?;
+    let read = args.calibration.files().collect::<Vec<_>>();
+    args.written.check(&[&source, &written], &read)?;
+    args.written.check_state(&beside(args.effort, out), &[&source, &written], &read)?;
     let shared = read_back(&source, &written, &plan, target).map_err(|e| about(&args.model, e))?;
     let (model, texts) = args.calibration.texts(&source, run)?;
 

@@ -12,7 +12,7 @@ use crate::Done;
 use crate::args::path;
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
-use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
+use crate::report::{Output, bytes, evaluation_json, merge, percent, shown, table};
 use crate::roles::known;
 
 /// A text, in words or in tokens.
@@ -126,7 +126,8 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
-    let mut json = json!({ "model": args.model, "plan": args.plan, "note": note });
+    let mut json =
+        json!({ "model": shown(&args.model), "plan": args.plan.as_deref().map(shown), "note": note });
     if let Some(windows) = windows {
         let (before, after) = match &source {
             Some(source) => {

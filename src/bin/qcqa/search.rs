@@ -14,7 +14,7 @@ use crate::Done;
 use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
-use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
+use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, shown, table, total_share};
 use crate::roles::{rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
@@ -47,7 +47,7 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     let done = if dry_run { "would be written to" } else { "written to" };
     let planned = Planned::new(&plan, searched.layers(), &checkpoint, calibration)?;
     let mut json = planned.report();
-    json["out"] = json!(args.out);
+    json["out"] = json!(shown(&args.out));
     json["dry_run"] = dry_run.into();
     Ok(Output { text: format!("{}\nplan {done} {}\n", planned.describe(), args.out.display()), json }
         .noting(&checkpoint))
