@@ -127,6 +127,53 @@ fn kind_35_what_is_in_the_place_of_a_state_is_found_first() {
 }
 
 #[test]
+fn kind_38_tokens_that_only_files_beside_the_tokenizer_name_are_not_read_as_words() {
+    let (root, model) = copied();
+    let words = root.path().join("words.txt");
+    let plain = fs::read_to_string(model.join("evaluation.txt")).unwrap()[..4000].to_string();
+    let eval = ["eval", text(&model), "--text", text(&words)];
+    fs::write(&words, &plain).unwrap();
+    let before = json(&eval)["loss"].clone();
+    let start = json!("<|im_start|>");
+    for (file, held) in [
+        ("tokenizer_config.json", json!({ "added_tokens_decoder": { "1024": { "content": start } } })),
+        ("tokenizer_config.json", json!({ "extra_special_tokens": [start] })),
+        ("tokenizer_config.json", json!({ "extra_special_tokens": { "image_token": start } })),
+        ("tokenizer_config.json", json!({ "bos_token": { "content": start }, "add_bos_token": true })),
+        ("special_tokens_map.json", json!({ "additional_special_tokens": [{ "content": start }] })),
+        ("added_tokens.json", json!({ "<|im_start|>": 1024 })),
+    ] {
+        fs::write(model.join(file), held.to_string()).unwrap();
+        fs::write(&words, &plain).unwrap();
+        assert_eq!(json(&eval)["loss"], before, "where it is not in the text all is as it was");
+        fs::write(&words, format!("{plain}<|im_start|>user")).unwrap();
+        says(
+            &fails(1, &eval),
+            &[text(&model.join(file)), "\"<|im_start|>\"", "tokenizer.json does not have it"],
+        );
+        fs::remove_file(model.join(file)).unwrap();
+    }
+    // What tokenizer.json has it reads, whatever else names it.
+    fs::write(model.join("tokenizer_config.json"), json!({ "eos_token": "<|endoftext|>" }).to_string())
+        .unwrap();
+    fs::write(&words, format!("{plain}<|endoftext|>{plain}")).unwrap();
+    done(&eval);
+    // Whether there is a space before a text stands in two places.
+    for class in ["GPT2Tokenizer", "Qwen2TokenizerFast"] {
+        let config = json!({ "tokenizer_class": class, "add_prefix_space": true });
+        fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
+        says(
+            &fails(1, &eval),
+            &["tokenizer_config.json", "add_prefix_space", "false, as in tokenizer.json", "true"],
+        );
+    }
+    let config = json!({ "tokenizer_class": "LlamaTokenizer", "add_prefix_space": true });
+    fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
+    fs::write(&words, &plain).unwrap();
+    assert_eq!(json(&eval)["loss"], before);
+}
+
+#[test]
 fn kind_36_numbers_of_whatever_size_and_sign_are_told_by_their_flag() {
     let model = novels();
     let base = ["search", text(&model), "--kv", "0.5", "--out", "never.json"];

@@ -79,6 +79,17 @@ pub enum RuntimeError {
         /// Bytes of an id.
         width: usize,
     },
+    /// A text has a token in it that tokenizer.json does not know, and a file beside it does.
+    #[error(
+        "{}: names the token {token:?}, which is in the text, but tokenizer.json does not have it and would read it as words; save the tokenizer again (save_pretrained)",
+        path.display()
+    )]
+    TokenElsewhere {
+        /// The file that names it.
+        path: PathBuf,
+        /// The token.
+        token: String,
+    },
     /// A model without tokenizer.json.
     #[error("{} is missing{found}; token ids are accepted instead, u16 or u32, little-endian", path.display())]
     NoTokenizer {

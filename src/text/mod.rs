@@ -1,5 +1,6 @@
 //! Texts: tokenised, or read as token ids, cut into windows, and given [roles](Texts).
 
+mod beside;
 mod error;
 mod roles;
 
@@ -14,6 +15,7 @@ use crate::files::{FileError, fingerprint, is_there, mistaken, no_text, sha256, 
 use crate::heads::HeadSource;
 use crate::model::{Forward, ModelId};
 
+use beside::Elsewhere;
 pub use error::RuntimeError;
 pub use roles::{Text, Texts, WholeText};
 pub(crate) use roles::{shared_out, windows_that_fit};
@@ -33,13 +35,15 @@ pub struct Vocabulary {
     tokenizer: Tokenizer,
     path: PathBuf,
     size: usize,
+    elsewhere: Elsewhere,
 }
 
 impl Vocabulary {
     /// Reads tokenizer.json beside the weights.
     ///
     /// # Errors
-    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::Unsupported`] for a model that cannot be run.
+    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::ConfigValue`] where tokenizer_config.json has
+    /// another text in mind; [`FileError::Unsupported`] for a model that cannot be run.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
         let size = forward_of(checkpoint)?.vocabulary;
         let path = checkpoint.path().join("tokenizer.json");
@@ -55,7 +59,8 @@ impl Vocabulary {
         })?;
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
-        Ok(Self { tokenizer, size, path })
+        let elsewhere = Elsewhere::read(&tokenizer, &path, &text)?;
+        Ok(Self { tokenizer, size, path, elsewhere })
     }
 
     /// The tokens that a text may be made of: all that the model has an embedding and the tokenizer a word for, but those that it
@@ -70,7 +75,8 @@ impl Vocabulary {
     /// The tokens of a text, with the special ones that the tokenizer puts around it.
     ///
     /// # Errors
-    /// [`RuntimeError::Tokenizer`]; [`RuntimeError::TokenOutOfRange`] when the model has no embedding for one.
+    /// [`RuntimeError::Tokenizer`]; [`RuntimeError::TokenElsewhere`] for a token that only a file beside tokenizer.json names;
+    /// [`RuntimeError::TokenOutOfRange`] when the model has no embedding for one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, RuntimeError> {
         self.encoded(text, |encoding| encoding.get_ids().len())
     }
@@ -91,6 +97,7 @@ impl Vocabulary {
     }
 
     fn encoded(&self, text: &str, count: impl Fn(&Encoding) -> usize) -> Result<Vec<u32>, RuntimeError> {
+        self.elsewhere.check(text)?;
         let encoding = self.tokenizer.encode_fast(text, true);
         let encoding =
             encoding.map_err(|source| RuntimeError::Tokenizer { path: self.path.clone(), source })?;
