@@ -21,7 +21,7 @@ fn kind_32_names_that_are_no_text_are_names_like_others() {
     let (root, model) = copied();
     let odd = |name: &[u8]| root.path().join(OsStr::from_bytes(name));
     let [directory, plan, out, again] =
-        [&b"model\xff"[..], b"plan\xff.json", b"out\xff", b"again\xff"].map(|name| odd(name));
+        [&b"model\xff"[..], b"plan\xff.json", b"out\xff", b"again\xff"].map(odd);
     fs::rename(&model, &directory).unwrap();
     let run = |args: &[&OsStr]| {
         let output = Command::new(env!("CARGO_BIN_EXE_qcqa")).args(args).arg("--json").output().unwrap();
