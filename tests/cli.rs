@@ -165,7 +165,7 @@ fn wrong_usage_is_code_two_and_names_the_way_out() {
 
 #[test]
 fn failures_are_code_one_and_also_json() {
-    says(&fails(1, &["inspect", "no/such/model"]), &["no/such/model", "not a directory"]);
+    says(&fails(1, &["inspect", "no/such/model"]), &["no/such/model does not exist", "on this disk"]);
     let output = qcqa(&["inspect", "no/such/model", "--json"]);
     let value: Value = serde_json::from_slice(&output.stdout).unwrap();
     says(value["error"].as_str().unwrap(), &["no/such/model"]);

@@ -167,6 +167,61 @@ fn kind_14_places_that_cannot_be_written_are_found_first() {
     }
 }
 
+/// Places where nobody can write: below /proc, and, but for root, in a directory without the permission.
+#[cfg(unix)]
+fn read_only(root: &Path) -> Vec<std::path::PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut places = Vec::new();
+    if Path::new("/proc/self").exists() {
+        places.push("/proc".into());
+    }
+    let closed = root.join("closed");
+    fs::create_dir(&closed).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).unwrap();
+    if File::create_new(closed.join("probe")).is_ok() {
+        println!("skipped: a directory without the permission to write, which root has everywhere");
+    } else {
+        places.push(closed);
+    }
+    places
+}
+
+#[cfg(unix)]
+#[test]
+fn kind_14_every_command_that_writes_finds_a_read_only_place_first() {
+    let (root, model) = copied();
+    let (plan, half) = (root.path().join("plan.json"), root.path().join("half"));
+    let words = root.path().join("words");
+    fs::create_dir(&words).unwrap();
+    let kv = ["--kv", "0.5", "--method", "gqa"];
+    done(&[&["search", text(&model), "--out", text(&plan)], &kv[..]].concat());
+    done(&["convert", text(&model), "--plan", text(&plan), "--out", text(&half)]);
+    // A text that is a directory would be found as soon as it is read.
+    let texts = ["--calibration", text(&words)];
+    let distill = ["distill", text(&half), "--source", text(&model), "--for", "2k"];
+    let commands = [
+        ([&["search", text(&model)], &kv[..], &texts].concat(), "--out"),
+        (vec!["calibrate", text(&model), "--text", text(&words)], "--out"),
+        ([&["compare", text(&model), "--text", text(&words)], &kv[..]].concat(), "--plot"),
+        (vec!["convert", text(&model), "--plan", text(&plan)], "--out"),
+        ([&["compress", text(&model)], &kv[..], &texts].concat(), "--out"),
+        ([&["compress", text(&model), "--distill", "2k"], &kv[..], &texts].concat(), "--out"),
+        ([&distill[..], &texts].concat(), "--out"),
+    ];
+    for place in read_only(root.path()) {
+        let out = place.join("qcqa-out");
+        for (args, flag) in &commands {
+            for more in [&[][..], &["--force"], &["--dry-run"]] {
+                if args[0] == "compare" && more == ["--dry-run"] {
+                    continue;
+                }
+                let message = fails(1, &[&args[..], &[flag, text(&out)], more].concat());
+                says(&message, &[text(&out), "cannot write"]);
+            }
+        }
+    }
+}
+
 #[test]
 fn kind_12_tensors_of_heads_that_are_unknown_are_refused_by_name() {
     for name in ["sinks", "k_proj.weight_scale", "q_proj.lora_A.weight", "inner.weight"] {
@@ -175,7 +230,7 @@ fn kind_12_tensors_of_heads_that_are_unknown_are_refused_by_name() {
         with_tensors(&model, &[(tensor.clone(), vec![8], vec![0.5; 8])]);
         let out = root.path().join("out");
         let message = fails(1, &["compress", text(&model), "--kv", "0.5", "--out", text(&out)]);
-        says(&message, &["config.json", &tensor, "merge adapters"]);
+        says(&message, &["config.json", &tensor, "dequantise"]);
         assert!(!out.exists());
     }
 }
@@ -183,7 +238,21 @@ fn kind_12_tensors_of_heads_that_are_unknown_are_refused_by_name() {
 #[test]
 fn kind_13_files_that_would_be_stale_are_left_and_listed() {
     let (root, model) = copied();
-    let stale = ["params.json", "weights.npz", "old/model.pkl", "adapter_config.json", "net.mlmodel"];
+    let stale = [
+        "params.json",
+        "weights.npz",
+        "old/model.pkl",
+        "adapter_config.json",
+        "net.mlmodel",
+        // Whatever safetensors are not the model's own, and what belongs to them.
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "old/model.safetensors",
+        "model.safetensors.incomplete",
+        "quant_config.json",
+        "optimizer.pt",
+    ];
     fs::create_dir(model.join("old")).unwrap();
     for name in stale {
         fs::write(model.join(name), "{\"n_kv_heads\": 8}").unwrap();
@@ -238,11 +307,41 @@ fn kind_16_plans_that_contradict_themselves_are_refused() {
         ("/layers/1/lower_bound", json!(1e9), &["layer 1", "a lower bound of 1000000000"]),
         ("/layers/0/lower_bound", json!(-1.0), &["layer 0", "a lower bound of -1"]),
     ];
-    for (place, value, parts) in changes {
+    let names: [(&str, Value, &[&str]); 9] = [
+        ("/method/name", json!(""), &["method has no name"]),
+        ("/method/target", json!(" "), &["target has no name"]),
+        ("/method/search", json!([]), &["`search` is empty"]),
+        ("/method/search/0/name", json!(""), &["search has no name"]),
+        ("/method/allocation/name", json!(""), &["allocation has no name"]),
+        // A name of ours with what is not.
+        ("/method/fitness", json!({"name": "wse", "power": 3}), &["fitness", "power"]),
+        ("/method/search", json!([{"name": "exact", "depth": 3}]), &["search", "depth"]),
+        ("/method/name", json!("mqa"), &["method is mqa", "layer 0", "[2, 2, 2, 2]"]),
+        ("/pooling/pooler/name", json!("median"), &["no pooler \"median\"", "known are mean"]),
+    ];
+    let records: [(&str, Value, &[&str]); 3] = [
+        ("/method/space/max_groups", json!(3), &["searched otherwise", "at most 3"]),
+        ("/method/space/max_group_size", json!(1), &["searched otherwise", "of at most 1 heads"]),
+        ("/method/fixed", json!({"2": 3}), &["searched otherwise", "layer 2 has 4 groups", "3 were fixed"]),
+    ];
+    for (place, value, parts) in changes.into_iter().chain(names).chain(records) {
         let mut changed = stored.clone();
-        *changed.pointer_mut(place).unwrap() = value;
+        match changed.pointer_mut(place) {
+            Some(found) => *found = value,
+            None => changed["method"]["fixed"] = value,
+        }
         fs::write(&plan, changed.to_string()).unwrap();
-        let message = fails(1, &["convert", text(&model), "--plan", text(&plan), "--out", text(&out)]);
+        let code = if place.starts_with("/pooling") { 2 } else { 1 };
+        let message = fails(code, &["convert", text(&model), "--plan", text(&plan), "--out", text(&out)]);
         says(&message, &[&[text(&plan)][..], parts].concat());
     }
+    // Names that are not ours are those of others' plugins, whose plans are obeyed as far as groups and pooler go.
+    let mut others = stored;
+    others["method"]["name"] = json!("theirs");
+    others["method"]["target"] = json!("their-target");
+    for part in ["fitness", "allocation"] {
+        others["method"][part] = json!({"name": "their-own", "depth": 3});
+    }
+    fs::write(&plan, others.to_string()).unwrap();
+    done(&["convert", text(&model), "--plan", text(&plan), "--out", text(&out)]);
 }

@@ -194,3 +194,174 @@ fn kind_9_an_item_that_cannot_be_scored_is_refused_by_its_line() {
     let message = fails(1, &["eval", text(&model), "--choices", text(&choices)]);
     says(&message, &["choices.jsonl", "line 2", "\"e\"", "can be scored"]);
 }
+
+/// The model is refused with this before a number comes of it.
+#[track_caller]
+fn not_run(model: &Path, parts: &[&str]) {
+    let evaluation = model.join("evaluation.txt");
+    says(&fails(1, &["eval", text(model), "--text", text(&evaluation)]), parts);
+}
+
+/// A copy of the model with these keys in its configuration; without those that are null.
+fn with_keys(keys: &Value) -> (tempfile::TempDir, std::path::PathBuf) {
+    let (root, model) = copied();
+    configured(&model, |config| {
+        let config = config.as_object_mut().unwrap();
+        config.extend(keys.as_object().unwrap().clone());
+        config.retain(|_, value| value != "absent");
+    });
+    (root, model)
+}
+
+#[test]
+fn kinds_5_to_7_each_key_with_two_sources_is_as_in_transformers() {
+    let default = |keys: Value| json!({ "rope_parameters": keys });
+    let cases: [(Value, f64); 19] = [
+        // Types of rotary positions: none is the default one, wherever the base stands.
+        (default(json!({ "rope_theta": 10000.0 })), PLAIN),
+        (default(json!({ "type": "linear", "rope_type": "default", "factor": 2.0 })), PLAIN),
+        (json!({ "rope_scaling": { "rope_theta": 3000.0 } }), 4.004951802221139),
+        (json!({ "rope_parameters": null }), PLAIN),
+        // Counts that follow from others.
+        (json!({ "head_dim": "absent" }), PLAIN),
+        (json!({ "head_dim": null }), PLAIN),
+        (json!({ "num_key_value_heads": "absent" }), PLAIN),
+        (json!({ "num_key_value_heads": null }), PLAIN),
+        (json!({ "intermediate_size": "absent" }), PLAIN),
+        (json!({ "vocab_size": 1024 }), PLAIN),
+        // Of two names for one thing one is read.
+        (json!({ "hidden_act": "swish", "hidden_activation": "gelu" }), PLAIN),
+        (json!({ "hidden_act": "absent" }), PLAIN),
+        (json!({ "layer_norm_eps": 0.001 }), PLAIN),
+        (json!({ "dtype": "float16", "torch_dtype": "float32" }), PLAIN),
+        (json!({ "bos_token_id": 7, "eos_token_id": [5, 6] }), PLAIN),
+        (json!({ "attention_bias": true, "mlp_bias": true }), PLAIN),
+        (json!({ "architectures": ["MistralForCausalLM"] }), PLAIN),
+        // Llama has no windows, whatever stands there.
+        (json!({ "sliding_window": 16, "use_sliding_window": true }), PLAIN),
+        (json!({ "sliding_window": 16, "layer_types": vec!["sliding_attention"; 4] }), PLAIN),
+    ];
+    for (keys, expected) in cases {
+        let (_root, model) = with_keys(&keys);
+        as_in_transformers(&model, expected, &[]);
+    }
+    // transformers refuses these, too, or would compute something that nobody meant.
+    let refused: [(Value, &[&str]); 9] = [
+        (
+            default(json!({ "rope_type": null, "rope_theta": 10000.0 })),
+            &["rope scaling null", "rope_parameters"],
+        ),
+        (default(json!({ "type": "linear", "factor": 2.0 })), &["\"linear\"", "rope_parameters"]),
+        (json!({ "rope_scaling": { "factor": 2.0 } }), &["of no type", "rope_scaling"]),
+        (json!({ "partial_rotary_factor": 0.5 }), &["partial_rotary_factor"]),
+        (json!({ "head_dim": 8 }), &["k_proj.weight", "[64, 128]", "[128, 128]"]),
+        (json!({ "vocab_size": 1030 }), &["embed_tokens", "[1030, 128]", "[1024, 128]"]),
+        (json!({ "intermediate_size": 100 }), &["intermediate_size", "352", "found 100"]),
+        (json!({ "tie_word_embeddings": false }), &["lm_head.weight", "missing", "[1024, 128]"]),
+        (json!({ "num_hidden_layers": 5 }), &["layers.4.", "missing", "config.json"]),
+    ];
+    for (keys, parts) in refused {
+        let (_root, model) = with_keys(&keys);
+        not_run(&model, parts);
+    }
+}
+
+#[test]
+fn kinds_5_to_7_each_tensor_with_two_sources_is_as_in_transformers() {
+    // Frequencies that were stored are computed anew.
+    let (_root, model) = copied();
+    let frequencies = |name: &str| (format!("model.{name}rotary_emb.inv_freq"), vec![8], vec![1.0; 8]);
+    with_tensors(&model, &["", "layers.0.self_attn."].map(frequencies));
+    as_in_transformers(&model, PLAIN, &[]);
+
+    // One file and an index of others: the file. A tensor in two shards is refused.
+    let (_root, model) = copied();
+    let index = |file: &str| json!({ "weight_map": { "model.norm.weight": file } }).to_string();
+    fs::write(model.join("model.safetensors.index.json"), index("model-00001-of-00001.safetensors")).unwrap();
+    as_in_transformers(&model, PLAIN, &["model.safetensors is there and model.safetensors.index.json"]);
+    fs::rename(model.join("model.safetensors"), model.join("a.safetensors")).unwrap();
+    fs::copy(model.join("a.safetensors"), model.join("b.safetensors")).unwrap();
+    let both = json!({ "weight_map": { "model.norm.weight": "a.safetensors", "model.embed_tokens.weight": "b.safetensors" } });
+    fs::write(model.join("model.safetensors.index.json"), both.to_string()).unwrap();
+    not_run(&model, &["is both in", "a.safetensors", "b.safetensors", "again"]);
+    // What an index does not list is there nevertheless.
+    fs::write(model.join("model.safetensors.index.json"), index("a.safetensors")).unwrap();
+    as_in_transformers(&model, PLAIN, &[]);
+}
+
+#[test]
+fn kind_21_layers_beyond_those_of_the_configuration_are_not_used() {
+    let (root, model) = with_keys(&json!({ "num_hidden_layers": 3 }));
+    as_in_transformers(&model, 4.386544758104269, &["model.layers.3.", "3 layers", "not used"]);
+    let out = root.path().join("out");
+    done(&["compress", text(&model), "--kv", "1.0", "--method", "gqa", "--out", text(&out)]);
+    as_in_transformers(&out, 4.386544758104269, &["model.layers.3.", "not used"]);
+}
+
+#[test]
+fn kind_22_windows_of_single_layers_are_as_in_transformers() {
+    let family = |model_type: &str, keys: Value| {
+        let mut all = keys;
+        all["model_type"] = json!(model_type);
+        with_keys(&all)
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    let cases: [(&str, Value, f64); 9] = [
+        ("mistral", json!({ "sliding_window": 16 }), 3.068146445066143),
+        ("mistral", json!({ "sliding_window": 16, "use_sliding_window": false }), 3.068146445066143),
+        ("mistral", json!({ "sliding_window": 16, "layer_types": vec![full; 4] }), PLAIN),
+        (
+            "mistral",
+            json!({ "sliding_window": 16, "layer_types": [sliding, full, sliding, full] }),
+            3.021860224370174,
+        ),
+        ("qwen2", json!({ "sliding_window": 16 }), PLAIN),
+        ("qwen2", json!({ "sliding_window": 16, "use_sliding_window": true }), PLAIN),
+        (
+            "qwen2",
+            json!({ "sliding_window": 16, "use_sliding_window": true, "max_window_layers": 3 }),
+            3.038681508384146,
+        ),
+        (
+            "qwen2",
+            json!({ "sliding_window": 16, "use_sliding_window": true, "layer_types": vec![full; 4] }),
+            PLAIN,
+        ),
+        (
+            "qwen2",
+            json!({ "sliding_window": null, "use_sliding_window": true, "max_window_layers": 0 }),
+            PLAIN,
+        ),
+    ];
+    for (model_type, keys, expected) in cases {
+        let (_root, model) = family(model_type, keys);
+        as_in_transformers(&model, expected, &[]);
+    }
+    let refused: [(&str, Value, &[&str]); 5] = [
+        ("qwen2", json!({ "sliding_window": 16, "layer_types": vec![sliding; 4] }), &["use_sliding_window"]),
+        ("qwen2", json!({ "use_sliding_window": "true" }), &["use_sliding_window", "true or false"]),
+        ("qwen2", json!({ "layer_types": vec![full; 2] }), &["layer_types", "each of 4 layers"]),
+        (
+            "mistral",
+            json!({ "sliding_window": null, "layer_types": vec![sliding; 4] }),
+            &["sliding_window", "null"],
+        ),
+        ("mistral", json!({ "layer_types": vec!["linear_attention"; 4] }), &["layer_types", full, sliding]),
+    ];
+    for (model_type, keys, parts) in refused {
+        let (_root, model) = family(model_type, keys);
+        not_run(&model, parts);
+    }
+}
+
+#[test]
+fn kind_23_attention_that_is_not_causal_is_refused() {
+    for (model_type, causal) in
+        [("llama", json!(false)), ("llama", Value::Null), ("mistral", json!(false)), ("qwen2", json!(false))]
+    {
+        let (_root, model) = with_keys(&json!({ "model_type": model_type, "is_causal": causal }));
+        not_run(&model, &["config.json", "is_causal"]);
+    }
+    let (_root, model) = with_keys(&json!({ "is_causal": true }));
+    as_in_transformers(&model, PLAIN, &[]);
+}

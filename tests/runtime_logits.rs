@@ -240,6 +240,8 @@ fn what_is_not_computed_is_refused_by_name() {
     let layers = runnable("qwen2", Dtype::F32, 6, true)
         .set("layer_types", json!(["linear_attention", "full_attention"]));
     models::says(&refusal(&layers), &["linear_attention", "layer_types"]);
+    let open = runnable("qwen2", Dtype::F32, 6, true).set("is_causal", json!(false));
+    models::says(&refusal(&open), &["is_causal"]);
     let mut biased_norm = model.clone();
     let norm = biased_norm.tensor("model.layers.1.input_layernorm.weight").clone();
     biased_norm.tensors.insert("model.layers.1.input_layernorm.bias".into(), norm);

@@ -7,7 +7,7 @@ use ndarray::Array2;
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::files::{FileError, WriteOptions, fingerprint, sha256, write_whole};
 use crate::heads::{Heads, Moment};
 use crate::model::ModelId;
@@ -18,10 +18,6 @@ const TOKENS: &str = "tokens";
 const FINGERPRINT: &str = "fingerprint";
 /// Tensor that holds the moments' own fingerprint.
 const CALIBRATION: &str = "calibration";
-/// The longest header of a safetensors file.
-#[cfg(feature = "runtime")]
-const LONGEST_HEADER: u64 = 100_000_000;
-
 /// The [moment](Moment) of every layer's attention input (after the input norm).
 ///
 /// As a file: safetensors with an F64 tensor `layers.N` for each layer N and an I64 tensor `tokens` with the number of
@@ -39,7 +35,7 @@ impl Moments {
     /// Reads a file, made here or elsewhere, for a model.
     ///
     /// # Errors
-    /// [`FileError::Io`]; [`FileError::Header`]; [`FileError::TensorDtype`] for a tensor that is missing or of another type
+    /// [`FileError::Io`]; [`FileError::Header`]; [`FileError::NoMoments`] for a model's weights; [`FileError::TensorDtype`] for a tensor that is missing or of another type
     /// or shape; [`FileError::Moment`] for a layer that is no [`Moment`]; [`FileError::MomentsModel`] for another number of
     /// layers, width or fingerprint than the model's.
     pub fn read(path: &Path, model: &ModelId) -> Result<Self, FileError> {
@@ -57,6 +53,11 @@ impl Moments {
             file.same("fingerprint", expected, found)?;
         }
         let tensors = SafeTensors::deserialize(bytes).map_err(header)?;
+        let names = tensors.names();
+        let own = |name: &&&str| name.starts_with("layers.") || [TOKENS, CALIBRATION].contains(*name);
+        if let (None, Some(first)) = (names.iter().find(own), names.iter().min()) {
+            return Err(FileError::NoMoments { path: path.to_path_buf(), tensor: shown(first) });
+        }
         let n_layers = tensors.names().iter().filter(|name| name.starts_with("layers.")).count();
         file.same("number of layers", &id.layers.len(), &n_layers)?;
         let (tokens, own) = (file.tokens(&tensors)?, file.digest(&tensors)?);
@@ -69,14 +70,6 @@ impl Moments {
         };
         let digest = own.unwrap_or_else(contents);
         Ok(Self { layers, tokens, model, digest })
-    }
-
-    /// Whether a file begins as safetensors do: eight bytes with the length of a header, then its brace. As text those
-    /// eight bytes would hold at least four zeros.
-    #[cfg(feature = "runtime")]
-    pub(super) fn recognised(bytes: &[u8]) -> bool {
-        let header = bytes.split_first_chunk::<8>().filter(|(_, rest)| rest.first() == Some(&b'{'));
-        header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER)
     }
 
     /// Writes the file, whole or not at all.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{Calibration, Moments, sampled};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::files::FileError;
+use crate::files::{FileError, is_safetensors};
 use crate::heads::HeadSource;
 use crate::plan::Plan;
 use crate::run::Run;
@@ -241,7 +241,7 @@ impl Given {
         let contents = sources.iter().map(TextSource::read).collect::<Result<Vec<_>, _>>()?;
         for (source, bytes) in sources.iter().zip(&contents) {
             match (&source.origin, bytes) {
-                (Origin::File(path), Some(bytes)) if Moments::recognised(bytes) => {
+                (Origin::File(path), Some(bytes)) if is_safetensors(bytes) => {
                     if sources.len() > 1 {
                         return Err(RuntimeError::MomentsAmong { path: path.clone() });
                     }

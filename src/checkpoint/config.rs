@@ -21,8 +21,8 @@ impl Config {
     /// [`FileError::Json`] for what is no object.
     pub fn parse(path: impl Into<PathBuf>, text: &[u8]) -> Result<Self, FileError> {
         let path = path.into();
-        let raw = serde_json::from_slice(without_mark(text))
-            .map_err(|source| FileError::Json { path: path.clone(), source })?;
+        let text = without_mark(text);
+        let raw = serde_json::from_slice(text).map_err(|source| FileError::json(&path, text, source))?;
         Ok(Self { path, raw })
     }
 
@@ -69,6 +69,16 @@ impl Config {
         number.map(Some).ok_or_else(|| self.wrong(key, "a whole number from 1 on", value))
     }
 
+    /// A whole number from 0 on, where it is given.
+    ///
+    /// # Errors
+    /// [`FileError::ConfigValue`].
+    pub fn index(&self, key: &'static str) -> Result<Option<usize>, FileError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let number = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        number.map(Some).ok_or_else(|| self.wrong(key, "a whole number from 0 on", value))
+    }
+
     /// A whole number from 1 on that must be there.
     ///
     /// # Errors
@@ -82,9 +92,17 @@ impl Config {
     /// # Errors
     /// [`FileError::ConfigValue`].
     pub fn flag(&self, key: &'static str) -> Result<bool, FileError> {
+        Ok(self.given_flag(key)?.unwrap_or(false))
+    }
+
+    /// Yes or no, where it is given.
+    ///
+    /// # Errors
+    /// [`FileError::ConfigValue`].
+    pub fn given_flag(&self, key: &'static str) -> Result<Option<bool>, FileError> {
         match self.get(key) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(*flag)),
             Some(other) => Err(self.wrong(key, "true or false", other)),
         }
     }

@@ -5,9 +5,10 @@ use ndarray::{ArrayD, IxDyn};
 
 use super::layout::{bias_of, heads_of};
 use super::rows::{LayerRows, RowPart};
-use super::{CONFIG, Config, Dtype, Entry, Family, Shards, TensorIndex};
+use super::shards::SINGLE;
+use super::{CONFIG, Config, Dtype, Entry, Family, INDEX, Shards, TensorIndex};
 use crate::error::{Error, Result, shown};
-use crate::files::{FileError, fingerprint, read_bounded, sha256};
+use crate::files::{FileError, fingerprint, is_there, read_bounded, sha256};
 use crate::heads::{HeadRows, HeadSource, Heads, Projection};
 use crate::model::{Architecture, AttentionSpec, ModelId, Part, Stored, StoredHeads};
 
@@ -36,15 +37,26 @@ impl Checkpoint {
     /// presence, shape and type of every attention tensor of every layer.
     pub fn open_as(path: impl AsRef<Path>, families: &[&dyn Family]) -> Result<Self, FileError> {
         let path = path.as_ref().to_path_buf();
+        if !is_there(&path)? {
+            return Err(FileError::NoDirectory { path });
+        }
         if !path.is_dir() {
             return Err(FileError::NotADirectory { path });
         }
         let file = path.join(CONFIG);
+        if !is_there(&file)? {
+            return Err(FileError::NoConfig { hint: elsewhere(&path), path });
+        }
         let text = read_bounded(&file, CONFIG_LIMIT)?;
         let config = Config::parse(file, &text)?;
         let family = family_of(&config, families)?;
         let shards = Shards::open(&path)?;
-        Self::described(path, config, family, shards)
+        let ignored = shards.index.is_none() && path.join(INDEX).is_file();
+        let mut opened = Self::described(path, config, family, shards)?;
+        if ignored {
+            opened.architecture.notes.push(format!("{SINGLE} is there and {INDEX}, too: the former is used"));
+        }
+        Ok(opened)
     }
 
     /// A model that is held in memory: the text of its config.json, and one file of safetensors.
@@ -106,10 +118,7 @@ impl Checkpoint {
 
     /// A tensor of the shape that it must have and a type that can be read.
     fn checked(&self, name: &str, shape: &[usize]) -> Result<(&Entry, Dtype), FileError> {
-        let Some(entry) = self.shards.tensors.get(name) else {
-            let (path, tensor) = (self.path.clone(), name.to_string());
-            return Err(FileError::TensorMissing { path, tensor, expected: shape.to_vec() });
-        };
+        let entry = self.shards.tensors.get(name).ok_or_else(|| self.missing(name, shape))?;
         if entry.shape != shape {
             return Err(FileError::TensorShape {
                 path: self.file_of(entry).to_path_buf(),
@@ -122,8 +131,13 @@ impl Checkpoint {
     }
 
     pub(crate) fn float(&self, name: &str, entry: &Entry) -> Result<Dtype, FileError> {
-        Dtype::from_stored(entry.dtype)
-            .ok_or_else(|| self.wrong_dtype(name, entry, "BF16, F16 or F32 (not quantised)".to_string()))
+        Dtype::from_stored(entry.dtype).ok_or_else(|| {
+            self.wrong_dtype(
+                name,
+                entry,
+                "BF16, F16 or F32 (not quantised; convert the model to one of these)".to_string(),
+            )
+        })
     }
 
     fn wrong_dtype(&self, name: &str, entry: &Entry, expected: String) -> FileError {
@@ -280,11 +294,33 @@ impl Checkpoint {
     fn entry(&self, name: &str) -> Result<(&Entry, Dtype), FileError> {
         match self.shards.tensors.get(name) {
             Some(entry) => Ok((entry, self.float(name, entry)?)),
-            None => {
-                let (path, tensor) = (self.path.clone(), name.to_string());
-                Err(FileError::TensorMissing { path, tensor, expected: Vec::new() })
-            }
+            None => Err(self.missing(name, &[])),
         }
+    }
+
+    /// The error for a tensor that is in none of the files: which, how it should be, and what is there in its place.
+    pub(crate) fn missing(&self, name: &str, shape: &[usize]) -> FileError {
+        let path = match &self.shards.files[..] {
+            [one] => one.path.clone(),
+            _ => self.path.clone(),
+        };
+        let (tensor, expected) = (name.to_string(), shape.to_vec());
+        let within =
+            |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'));
+        let near = self.shards.names().find(|found| within(found, name) || within(name, found));
+        let forward = self.architecture.forward.as_ref().ok();
+        let hint = match near {
+            Some(near) => format!(
+                "; {} is there instead: rename the tensors (tools put `module.` and the like before names, or leave `model.` out)",
+                shown(near)
+            ),
+            None if forward.is_some_and(|forward| forward.head == name && forward.embedding != name) => {
+                "; download the model again, or set `tie_word_embeddings` to true in config.json if its output embedding is that of the inputs"
+                    .to_string()
+            }
+            None => "; download the model again, or correct config.json if it describes another".to_string(),
+        };
+        FileError::TensorMissing { path, tensor, expected, hint }
     }
 
     fn file_of(&self, entry: &Entry) -> &Path {
@@ -293,6 +329,25 @@ impl Checkpoint {
 
     pub(crate) fn files(&self) -> &Shards {
         &self.shards
+    }
+}
+
+/// Where a directory without config.json has some below it: training keeps steps, and a hub's cache snapshots.
+fn elsewhere(directory: &Path) -> String {
+    const SHOWN: usize = 4;
+    let below = |directory: &Path| -> Vec<PathBuf> {
+        let entries = directory.read_dir().into_iter().flatten().flatten();
+        let mut below: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+        below.sort();
+        below
+    };
+    let deeper = below(&directory.join("snapshots"));
+    let mut found = below(directory).into_iter().chain(deeper).filter(|path| path.join(CONFIG).is_file());
+    let names: Vec<_> = found.by_ref().take(SHOWN).map(|path| path.display().to_string()).collect();
+    let more = if found.next().is_some() { ", …" } else { "" };
+    match names[..] {
+        [] => "give the directory of a model of transformers, or download it again".to_string(),
+        _ => format!("give the directory that has one: {}{more}", names.join(", ")),
     }
 }
 

@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
 use super::TensorIndex;
-use crate::files::{FileError, Mapped, read_bounded, without_mark};
+use crate::files::{FileError, Mapped, is_there, mistaken, read_bounded, without_mark};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -72,17 +72,18 @@ impl Shards {
     /// index.
     pub(super) fn open(directory: &Path) -> Result<Self, FileError> {
         let mut shards = Self { files: Vec::new(), tensors: BTreeMap::new(), index: None };
-        if directory.join(SINGLE).exists() {
+        if is_there(&directory.join(SINGLE))? {
             shards.add(directory, SINGLE)?;
             return Ok(shards);
         }
         let index_path = directory.join(INDEX);
-        if !index_path.exists() {
-            return Err(FileError::NoWeights { path: directory.to_path_buf(), found: weights_in(directory) });
+        if !is_there(&index_path)? {
+            return Err(no_weights(directory));
         }
-        let index: Map<String, Value> =
-            serde_json::from_slice(without_mark(&read_bounded(&index_path, INDEX_LIMIT)?))
-                .map_err(|source| FileError::Json { path: index_path.clone(), source })?;
+        let text = read_bounded(&index_path, INDEX_LIMIT)?;
+        let text = without_mark(&text);
+        let index = serde_json::from_slice(text);
+        let index: Map<String, Value> = index.map_err(|source| FileError::json(&index_path, text, source))?;
         let weight_map = weight_map(&index_path, &index)?;
         // A tensor of each file, so that a missing file can be explained.
         let files: BTreeMap<&str, &str> = weight_map.iter().map(|&(tensor, file)| (file, tensor)).collect();
@@ -94,7 +95,7 @@ impl Shards {
                 let (index, shard, tensor) = of();
                 return Err(FileError::ShardName { index, tensor, shard });
             }
-            if !directory.join(file).exists() {
+            if !is_there(&directory.join(file))? {
                 let (index, shard, tensor) = of();
                 return Err(FileError::ShardMissing { index, shard, tensor });
             }
@@ -124,10 +125,12 @@ impl Shards {
     }
 
     fn take(&mut self, path: PathBuf, file: &str, bytes: Bytes) -> Result<(), FileError> {
-        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|source| FileError::Header {
-            path: path.clone(),
-            len: bytes.len(),
-            source,
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|source| {
+            let (path, len) = (path.clone(), bytes.len());
+            match mistaken(&bytes) {
+                Some(what) => FileError::Mistaken { path, what },
+                None => FileError::Header { path, len, source },
+            }
         })?;
         let data = LENGTH_BYTES + header;
         for (name, info) in metadata.tensors() {
@@ -188,14 +191,34 @@ fn weight_map<'a>(path: &Path, index: &'a Map<String, Value>) -> Result<Vec<(&'a
     map.iter().map(pair).collect()
 }
 
-/// Weight files under other names, for the message that none has the right one.
-fn weights_in(directory: &Path) -> String {
+/// Endings of files that hold weights, or will: with what to do, the first that is found.
+const WEIGHTS: &[(&[&str], &str)] = &[
+    (
+        &[".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download"],
+        ": the download is incomplete, go on with it",
+    ),
+    (
+        &[".safetensors"],
+        ": one file of weights must be called model.safetensors, and several need their index; download it, or save the model again",
+    ),
+    (
+        &[".bin", ".pth", ".pt", ".ckpt"],
+        ": save the model as safetensors (save_pretrained of transformers does)",
+    ),
+    (&[".gguf"], ": take the model that it was made of, as safetensors"),
+];
+
+/// The error for a directory that has no weights under the right names: which there are under others, and what to do.
+fn no_weights(directory: &Path) -> FileError {
     const SHOWN: usize = 8;
-    let weights =
-        |name: &String| [".safetensors", ".bin", ".pth", ".gguf"].iter().any(|end| name.ends_with(end));
     let entries = directory.read_dir().into_iter().flatten().flatten();
-    let mut names: Vec<_> =
-        entries.map(|e| e.file_name().to_string_lossy().into_owned()).filter(weights).take(SHOWN).collect();
+    let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    let ends = |name: &String, ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+    names.retain(|name| WEIGHTS.iter().any(|(of, _)| ends(name, of)));
     names.sort();
-    if names.is_empty() { "no weights".to_string() } else { names.join(", ") }
+    let kind = WEIGHTS.iter().find(|(of, _)| names.iter().any(|name| ends(name, of)));
+    names.truncate(SHOWN);
+    let found = if names.is_empty() { "no weights".to_string() } else { names.join(", ") };
+    let hint = kind.map_or("; download the model again, whole", |(_, hint)| hint);
+    FileError::NoWeights { path: directory.to_path_buf(), found, hint }
 }

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor, safetensors::load_buffer};
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 
+use super::Distill;
 use super::trainer::Trainer;
-use crate::files::{FileError, parent_of, sync_directory};
+use crate::files::{FileError, Mapped, check_writable, is_there, parent_of, sync_directory};
 use crate::runtime::AttentionWeights;
 use crate::text::RuntimeError;
 
@@ -65,11 +66,7 @@ impl StateFile {
             bytes => bytes.map_err(|e| FileError::io("read", &self.path, e))?,
         };
         let path = || self.path.clone();
-        let header = |source| FileError::Header { path: path(), len: bytes.len(), source };
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(header)?;
-        let found = metadata.metadata().as_ref().and_then(|keys| keys.get(STATE));
-        let found = found.and_then(|text| serde_json::from_str::<Header<SavedState>>(text).ok());
-        let found = found
+        let found = header(&bytes)
             .filter(|found| found.key == self.key)
             .ok_or_else(|| FileError::DistillState { path: path() })?;
         let tensors = load_buffer(&bytes, trainer.model.place())?;
@@ -137,6 +134,34 @@ impl StateFile {
             _ => Ok(()),
         }
     }
+}
+
+/// What is in a state beside tensors; `None` for what is none.
+fn header(bytes: &[u8]) -> Option<Header<SavedState>> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes).ok()?;
+    serde_json::from_str(metadata.metadata().as_ref()?.get(STATE)?).ok()
+}
+
+impl Distill {
+    /// Checks the place of the state, if there is one, before anything is computed: that it can be written, and that a file there is the
+    /// state of a distillation.
+    ///
+    /// # Errors
+    /// [`FileError::DistillState`], [`FileError::Io`], [`FileError::Dangling`].
+    pub fn check(&self) -> Result<(), FileError> {
+        self.state.as_deref().map_or(Ok(()), check)
+    }
+}
+
+/// Checks that a state can be written there, and that what is there is one, if anything is.
+fn check(path: &Path) -> Result<(), FileError> {
+    if is_there(path)? && header(&Mapped::open(path)?).is_none() {
+        return Err(FileError::DistillState { path: path.to_path_buf() });
+    }
+    // What will be made for the output is made for it, too.
+    let parent = parent_of(path);
+    let made = if parent.is_dir() { check_writable(parent) } else { Ok(()) };
+    made.map_err(|e| FileError::io("write", path, e))
 }
 
 fn name(what: &str, layer: usize, tensor: usize) -> String {

@@ -41,6 +41,9 @@ pub struct Accuracy {
     pub items: u64,
 }
 
+/// What an item looks like.
+const EXAMPLE: &str = r#"{"query": "It was", "choices": [" late", " early"], "gold": 0}"#;
+
 impl Choices {
     /// Reads a file; empty lines are passed over, further keys too.
     ///
@@ -52,7 +55,8 @@ impl Choices {
         let (mut items, mut lines) = (Vec::new(), Vec::new());
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let broken = |rule: String| RuntimeError::Choice { path: path.to_path_buf(), line: i + 1, rule };
-            let item: Choice = serde_json::from_str(line).map_err(|e| broken(e.to_string()))?;
+            let item = serde_json::from_str(line);
+            let item: Choice = item.map_err(|e| broken(format!("{e}; each line is one item, {EXAMPLE}")))?;
             if item.choices.len() < 2 {
                 return Err(broken(format!("{} choices; at least 2 are needed", item.choices.len())));
             }

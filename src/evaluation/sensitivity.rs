@@ -77,15 +77,17 @@ impl Sensitivity {
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
         let key = Self::key(trial, fronts)?;
-        let json = |source| FileError::Json { path: cache.to_path_buf(), source };
         if cache.exists() {
-            let held: Self = serde_json::from_slice(&read_file(cache)?).map_err(json)?;
+            let text = read_file(cache)?;
+            let held = serde_json::from_slice(&text);
+            let held: Self = held.map_err(|source| FileError::json(cache, &text, source))?;
             if held.key == key && held.fits(fronts) {
                 return Ok(held);
             }
         }
         let measured = Self::measure(trial, fronts, run)?;
-        let mut text = serde_json::to_vec_pretty(&measured).map_err(json)?;
+        let text = serde_json::to_vec_pretty(&measured);
+        let mut text = text.map_err(|source| FileError::unwritten(cache, source))?;
         text.push(b'\n');
         replace_whole(cache, &text, WriteOptions::default().force(true))?;
         Ok(measured)

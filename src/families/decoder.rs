@@ -12,7 +12,6 @@ use crate::model::{
     Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Experts, Forward, HeadNorm, Learned, Linear,
     Mask, Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
 };
-use crate::partition::Partition;
 
 /// A family's model. Made by [`Decoder::llama`], changed where the family differs, and turned into an [`Architecture`].
 pub(super) struct Decoder<'a> {
@@ -175,6 +174,16 @@ impl<'a> Decoder<'a> {
                 "{bias} is stored, but by config.json the model has no such biases: they are not used"
             ));
         }
+        if let Some(name) = tensors.names().find(|name| self.is_beyond(name, n_layers)) {
+            notes.push(format!(
+                "{name} is stored, but by config.json the model has {n_layers} layers: those beyond are not used"
+            ));
+        }
+        // An explicit null is no yes.
+        if config.raw().get("is_causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
+            let what = "an attention to what follows (`is_causal` is not true)";
+            unsupported = Some(Unsupported::new(what, "causal is"));
+        }
         let model = Architecture {
             tied_embeddings: tied,
             notes,
@@ -306,6 +315,7 @@ impl<'a> Decoder<'a> {
                 block.with_output_norms(norm(names.attention_output_norm)?, norm(names.mlp_output_norm)?);
             blocks.push(if self.parallel { block.in_parallel() } else { block });
         }
+        self.same_width()?;
         let rows = tensors.shape(&names.embedding).and_then(|shape| shape.first().copied());
         let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
         let otherwise = self.rope.map_or(2048, |rule| rule.positions);
@@ -325,12 +335,12 @@ impl<'a> Decoder<'a> {
         // A tied output embedding may be stored twice.
         let read: BTreeSet<&str> = forward.tensors().chain(heads_and_norms(model)).collect();
         let left = tensors.names().find(|name| {
-            let known = read.contains(name) || self.harmless(name) || *name == names.head;
+            let known = read.contains(name) || self.harmless(name, model.n_layers()) || *name == names.head;
             !known && self.owns(name)
         });
         if let Some(name) = left {
             let what = if name.contains("norm") { "the norm" } else { "the tensor" };
-            let hint = "the forward pass of this family has no place for it";
+            let hint = "the forward pass of this family has no place for it; remove it where the model works without";
             return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
         }
         Ok(Ok(forward))
@@ -347,48 +357,6 @@ impl<'a> Decoder<'a> {
         let count = (*count).min(self.tensors.names().count());
         let router = self.of_layer(layer, &format!("{router}.weight"));
         Experts::new(router, (0..count).map(expert).collect(), *chosen, *normalised)
-    }
-
-    fn heads(&self) -> Result<(usize, usize), FileError> {
-        const KEY: &str = "num_key_value_heads";
-        let config = self.config;
-        let query_heads = match (config.count(self.keys.query_heads)?, self.query_heads) {
-            (Some(heads), _) | (None, Some(heads)) => heads,
-            (None, None) => return Err(config.missing(self.keys.query_heads)),
-        };
-        // As transformers has it: an absent key takes the family's default, an explicit null the query heads.
-        let kv_heads = match (self.kv_heads_at, config.raw().get(KEY)) {
-            (None, _) => query_heads,
-            (Some(_), None) => self.kv_heads.unwrap_or(query_heads),
-            (Some(_), Some(_)) => config.count(KEY)?.unwrap_or(query_heads),
-        };
-        if query_heads % kv_heads != 0 {
-            let expected = format!("a divisor of the {query_heads} query heads (`num_attention_heads`)");
-            return Err(config.wrong(KEY, expected, kv_heads));
-        }
-        if kv_heads > Partition::MAX_HEADS {
-            return Err(config.wrong(KEY, format!("at most {}", Partition::MAX_HEADS), kv_heads));
-        }
-        Ok((query_heads, kv_heads))
-    }
-
-    fn width_of_heads(&self, hidden: usize, query_heads: usize) -> Result<usize, FileError> {
-        let config = self.config;
-        let head_dim = match config.count("head_dim")?.or(self.head_dim) {
-            Some(head_dim) => head_dim,
-            None if hidden % query_heads == 0 => hidden / query_heads,
-            None => {
-                let expected =
-                    format!("a multiple of the {query_heads} query heads where `head_dim` is not given");
-                return Err(config.wrong("hidden_size", expected, hidden));
-            }
-        };
-        let fits = head_dim % 2 == 0 && query_heads.checked_mul(head_dim).is_some();
-        if fits {
-            Ok(head_dim)
-        } else {
-            Err(config.wrong("head_dim", "an even number of dimensions", head_dim))
-        }
     }
 }
 

@@ -14,6 +14,10 @@ pub(super) fn windows(
     otherwise: impl Fn(usize) -> bool,
 ) -> Result<LayerKinds, FileError> {
     let sliding = sliding(config, tensors, otherwise)?;
+    if window.is_none() && config.get("layer_types").is_some() && sliding.contains(&true) {
+        let expected = "a number of tokens where `layer_types` has sliding layers";
+        return Err(config.wrong("sliding_window", expected, "none that is used"));
+    }
     let windows = sliding.into_iter().map(|slides| window.filter(|_| slides)).collect();
     Ok(LayerKinds { windows, ..LayerKinds::default() })
 }
@@ -37,9 +41,11 @@ pub(super) fn sliding(
         }
         None => Err(config.wrong(KEY, "a list of names", types)),
     };
-    let kinds = types.as_array().filter(|list| list.len() >= layers);
-    let kinds = kinds.ok_or_else(|| config.wrong(KEY, format!("a list of {layers} names"), types))?;
-    kinds[..layers].iter().map(kind).collect()
+    let named = config.required("num_hidden_layers")?;
+    let kinds = types.as_array().filter(|list| list.len() == named);
+    let kinds =
+        kinds.ok_or_else(|| config.wrong(KEY, format!("a name for each of {named} layers"), types))?;
+    kinds.iter().map(kind).take(layers).collect()
 }
 
 impl LayerKinds {

@@ -1,11 +1,11 @@
 use super::decoder::Decoder;
-use super::names::LayerKinds;
+use super::kinds::windows;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};
 
 /// Mistral, Nemo, Small, and the text part of Small 3.1: as Llama, but 8 KV heads unless config.json says otherwise, and a window of 4096 tokens unless it is
-/// null.
+/// null or `layer_types` say where it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mistral;
 
@@ -23,12 +23,8 @@ impl Family for Mistral {
             Some(value) if value.is_null() => None,
             _ => Some(config.count(KEY)?.unwrap_or(4096)),
         };
-        let layers = config.required("num_hidden_layers")?;
-        let kinds = LayerKinds {
-            windows: vec![window; layers.min(tensors.names().count())],
-            ..LayerKinds::default()
-        };
-        let mut decoder = Decoder { kv_heads: Some(8), layers: kinds, ..Decoder::llama(config, tensors) };
+        let layers = windows(config, tensors, window, |_| true)?;
+        let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };
         if nested {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
             decoder.outer = Some(whole);

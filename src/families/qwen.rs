@@ -60,6 +60,6 @@ pub(super) fn windows_of(
             false => Some(4096),
         }),
     };
-    let first = config.get("max_window_layers").and_then(serde_json::Value::as_u64).unwrap_or(28) as usize;
+    let first = config.index("max_window_layers")?.unwrap_or(28);
     windows(config, tensors, window, |layer| layer >= first)
 }

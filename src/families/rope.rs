@@ -101,7 +101,8 @@ pub(super) fn rotary(
     }
     let plain = Rotary::from_theta(rotation, theta);
     let Some((place, of)) = object(config, kind) else { return Ok((plain, None)) };
-    let named = of.get("rope_type").or(of.get("type")).and_then(Value::as_str);
+    let kind = of.get("rope_type").or(of.get("type")).filter(|kind| !kind.is_null());
+    let named = kind.map(|kind| kind.as_str().unwrap_or("?"));
     let positions = config.count("max_position_embeddings")?.unwrap_or(rule.positions) as f64;
     let original = || -> Result<f64, FileError> {
         const KEY: &str = "original_max_position_embeddings";
@@ -113,6 +114,11 @@ pub(super) fn rotary(
         Rotary::new(rotation, each.map(|(f, &own)| change(f64::from(own), f) as f32).collect())
     };
     let rotary = match named {
+        // Whoever wrote a factor meant something by it.
+        None if place == "rope_scaling" && of.contains_key("factor") => {
+            let what = "rope scaling of no type (`rope_scaling`)";
+            return Ok((plain, Some(Unsupported::new(what, "give its `rope_type`"))));
+        }
         None | Some("default" | "mrope") => plain,
         Some("linear") => {
             let factor = needed("factor")?;

@@ -1,4 +1,5 @@
-use std::path::{Path, PathBuf};
+use std::fmt::{self, Display};
+use std::path::PathBuf;
 
 use safetensors::SafeTensorError;
 
@@ -19,17 +20,56 @@ pub enum FileError {
         /// Why not.
         source: std::io::Error,
     },
+    /// A link whose goal is not there, as a download that was cut short leaves in a hub's cache.
+    #[error(
+        "{} is a link to {}, which is not there: the download is incomplete, or its files were moved; download the model again, or copy it with its links followed",
+        path.display(), goal.display()
+    )]
+    Dangling {
+        /// The link.
+        path: PathBuf,
+        /// What it names.
+        goal: PathBuf,
+    },
+    /// A file is not what its name says: a stand-in for it, nothing, or something packed.
+    #[error("{} {what}", path.display())]
+    Mistaken {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what to do.
+        what: &'static str,
+    },
     /// The saved state of a distillation is of another one, or damaged.
     #[error("{}: not the state of this distillation; go on with what it was begun with, or remove it", path.display())]
     DistillState {
         /// The file.
         path: PathBuf,
     },
-    /// There is no directory of that name.
+    /// There is nothing of that name.
+    #[error("{} does not exist; give the directory of a model on this disk (what a hub has must be downloaded first)", path.display())]
+    NoDirectory {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// What should be a directory is something else.
     #[error("{} is not a directory; give the directory that holds config.json and model.safetensors", path.display())]
     NotADirectory {
         /// The path given.
         path: PathBuf,
+    },
+    /// A file whose name is no text, which no list of files could hold.
+    #[error("{}: its name is not UTF-8; rename the file, or move it away", path.display())]
+    Name {
+        /// The file, as far as it can be told.
+        path: PathBuf,
+    },
+    /// A directory without config.json.
+    #[error("{}: config.json is missing; {hint}", path.display())]
+    NoConfig {
+        /// The directory.
+        path: PathBuf,
+        /// Where there is one, or what to do.
+        hint: String,
     },
     /// A JSON file is larger than any honest one.
     #[error("{}: larger than {limit} bytes, which no such file needs", path.display())]
@@ -40,12 +80,28 @@ pub enum FileError {
         limit: u64,
     },
     /// A file is not the JSON it should be.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}{hint}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// Where and why.
         source: serde_json::Error,
+        /// What stands there, where that is known to be no JSON, and what to do; or nothing.
+        hint: &'static str,
+    },
+    /// A directory that no conversion has written.
+    #[error("{}: qcqa.json is missing; give a directory that a conversion has written", path.display())]
+    NotConverted {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file is JSON, but holds no plan.
+    #[error("{}: holds no plan but {found}; give a plan, or the qcqa.json of a converted model", path.display())]
+    NoPlan {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        found: String,
     },
     /// A key that config.json must have.
     #[error("{}: `{key}` is missing", path.display())]
@@ -76,12 +132,14 @@ pub enum FileError {
         unsupported: Unsupported,
     },
     /// Neither one file of weights nor an index.
-    #[error("{}: neither model.safetensors nor model.safetensors.index.json is there; found {found}", path.display())]
+    #[error("{}: neither model.safetensors nor model.safetensors.index.json is there; found {found}{hint}", path.display())]
     NoWeights {
         /// The directory.
         path: PathBuf,
         /// Weight files that are there under other names.
         found: String,
+        /// What to do with them.
+        hint: &'static str,
     },
     /// The index names a shard by something other than a file name.
     #[error("{}: tensor {tensor} is said to be in {shard:?}, which is not the plain name of a .safetensors file", index.display())]
@@ -114,7 +172,7 @@ pub enum FileError {
         tensor: String,
     },
     /// A tensor is in two shards.
-    #[error("tensor {tensor} is both in {} and in {}", first.display(), second.display())]
+    #[error("tensor {tensor} is both in {} and in {}; save or download the model again", first.display(), second.display())]
     TensorTwice {
         /// The tensor.
         tensor: String,
@@ -124,7 +182,7 @@ pub enum FileError {
         second: PathBuf,
     },
     /// A file of weights whose header is broken or does not fit its length.
-    #[error("{}: not a whole safetensors file of {len} bytes: {source}; make or download it again", path.display())]
+    #[error("{}: not a whole safetensors file of {len} bytes: {source}; cut short or something else, make or download it again", path.display())]
     Header {
         /// The file.
         path: PathBuf,
@@ -134,14 +192,16 @@ pub enum FileError {
         source: SafeTensorError,
     },
     /// A tensor is not there.
-    #[error("{}: tensor {tensor} is missing (expected with shape {expected:?})", path.display())]
+    #[error("{}: tensor {tensor} is missing{}{hint}", path.display(), OfShape(expected))]
     TensorMissing {
-        /// The checkpoint.
+        /// The file that should hold it, or the directory of several.
         path: PathBuf,
         /// The tensor.
         tensor: String,
         /// Its shape, as config.json has it; empty where unknown.
         expected: Vec<usize>,
+        /// What is there in its place, where something is, and what to do.
+        hint: String,
     },
     /// A tensor has another shape than config.json implies.
     #[error("{}: tensor {tensor} must have shape {expected:?} by config.json, found {found:?}", path.display())]
@@ -184,6 +244,14 @@ pub enum FileError {
         tensor: String,
         /// The rule that it breaks.
         rule: &'static str,
+    },
+    /// Weights where moments belong.
+    #[error("{}: holds the weights of a model (tensor {tensor}) and no moments; give moments, or a text to measure them on", path.display())]
+    NoMoments {
+        /// The file.
+        path: PathBuf,
+        /// One of its tensors.
+        tensor: String,
     },
     /// Moments of another model.
     #[error(
@@ -308,9 +376,12 @@ pub enum FileError {
     Core(#[from] Error),
 }
 
-impl FileError {
-    pub(crate) fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Self::Io { action, path: path.to_path_buf(), source }
+/// ` (expected with shape [8, 16])`, or nothing.
+struct OfShape<'a>(&'a [usize]);
+
+impl Display for OfShape<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() { Ok(()) } else { write!(f, " (expected with shape {:?})", self.0) }
     }
 }
 

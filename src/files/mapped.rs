@@ -7,7 +7,7 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
-use super::FileError;
+use super::{FileError, check_regular};
 
 /// A regular file, mapped read-only; dereferences to its bytes.
 #[derive(Debug)]
@@ -24,10 +24,7 @@ impl Mapped {
     /// a change can spoil numbers but not memory. This crate itself only writes new files and renames them.
     pub(crate) fn open(path: &Path) -> Result<Self, FileError> {
         let failed = |source| FileError::io("read", path, source);
-        // Opening a named pipe would wait for a writer for ever.
-        if !path.metadata().map_err(failed)?.is_file() {
-            return Err(failed(std::io::Error::other("not a regular file")));
-        }
+        check_regular(path)?;
         let file = File::open(path).map_err(failed)?;
         // SAFETY: a read-only mapping of an open regular file; see above for the one condition.
         unsafe { Mmap::map(&file) }.map(Self).map_err(failed)

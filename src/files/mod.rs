@@ -2,6 +2,7 @@
 
 mod digest;
 mod error;
+mod known;
 mod mapped;
 mod place;
 
@@ -11,6 +12,9 @@ use std::path::Path;
 
 pub(crate) use digest::{fingerprint, sha256};
 pub use error::FileError;
+pub(crate) use known::mistaken;
+#[cfg(feature = "runtime")]
+pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
@@ -37,18 +41,37 @@ impl WriteOptions {
     }
 }
 
+/// Whether there is something at `path`.
+///
+/// # Errors
+/// [`FileError::Dangling`] for a link to nothing.
+pub(crate) fn is_there(path: &Path) -> Result<bool, FileError> {
+    match path.metadata() {
+        Err(error) if path.is_symlink() => Err(FileError::io("read", path, error)),
+        found => Ok(found.is_ok()),
+    }
+}
+
 /// The bytes of a regular file of at most `limit` bytes.
 pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, FileError> {
     let failed = |source| FileError::io("read", path, source);
-    if !path.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::other("not a regular file")));
-    }
+    check_regular(path)?;
     let mut bytes = Vec::new();
     File::open(path).map_err(failed)?.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > limit {
         return Err(FileError::FileTooLarge { path: path.to_path_buf(), limit });
     }
     Ok(bytes)
+}
+
+/// Checks that it is a regular file: opening a named pipe would wait for a writer for ever.
+pub(crate) fn check_regular(path: &Path) -> Result<(), FileError> {
+    let failed = |source| FileError::io("read", path, source);
+    match path.metadata().map_err(failed)? {
+        found if found.is_file() => Ok(()),
+        found if found.is_dir() => Err(failed(io::Error::other("a directory, not a file"))),
+        _ => Err(failed(io::Error::other("not a regular file"))),
+    }
 }
 
 /// A text without the byte-order mark that some editors put before it.

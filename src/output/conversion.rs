@@ -12,7 +12,7 @@ use super::staging::{Destination, Staging};
 use super::views::{Job, Made, Numbers, Tensor};
 use super::{Content, OutputModel, OutputTensor, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
-use crate::files::{FileError, WriteOptions, parent_of, sync_directory};
+use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
 use crate::model::Axis;
 use crate::plan::{Plan, SharedHeads};
@@ -110,9 +110,7 @@ pub fn convert(
 ) -> Result<Report, FileError> {
     let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let (mut extras, left) = copy::list(source.path())?;
-    let shards = source.files().files.iter().map(|shard| &shard.path);
-    shards.chain(extras.iter().map(|e| &e.from)).try_for_each(|file| destination.spare(file))?;
+    let (mut extras, left) = copied_files(source, out)?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
 
     let copied = copied(source, &output);
@@ -148,6 +146,15 @@ pub fn convert(
     report.bytes = lengths.sum::<io::Result<u64>>().map_err(|e| FileError::io("read", &path, e))?;
     staging.commit()?;
     Ok(report)
+}
+
+/// The files that are copied beside the weights, and those that are not. By way of links they can lie elsewhere than in the directory:
+/// all are apart from the output.
+pub(super) fn copied_files(source: &Checkpoint, out: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+    let (extras, left) = copy::list(source)?;
+    let shards = source.files().files.iter().map(|shard| &*shard.path);
+    check_apart(out, shards.chain(extras.iter().map(|extra| &*extra.from)))?;
+    Ok((extras, left))
 }
 
 /// The tensors of one output file, by name.
@@ -320,8 +327,8 @@ fn new_index(source: &Checkpoint, shards: &[Outputs<'_>]) -> Option<Map<String, 
 }
 
 fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileError> {
-    let mut text = serde_json::to_vec_pretty(value)
-        .map_err(|source| FileError::Json { path: PathBuf::from(name), source })?;
+    let text = serde_json::to_vec_pretty(value);
+    let mut text = text.map_err(|source| FileError::unwritten(Path::new(name), source))?;
     text.push(b'\n');
     Ok(text)
 }

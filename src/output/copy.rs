@@ -1,12 +1,13 @@
 //! The files of a model besides its weights: tokenizer, generation config, chat template, licence, ….
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use walkdir::WalkDir;
 
-use crate::checkpoint::{CONFIG, INDEX};
+use crate::checkpoint::{CONFIG, Checkpoint, INDEX};
 use crate::files::FileError;
 
 /// Where the provenance of a converted model is kept.
@@ -15,9 +16,14 @@ pub(super) const PROVENANCE: &str = "qcqa.json";
 /// Weights in other forms: they would still be those of the source.
 const WEIGHTS: &[&str] = &[
     "bin",
+    "aria2",
     "ckpt",
+    "crdownload",
+    "distcp",
+    "engine",
     "gguf",
     "h5",
+    "incomplete",
     "mlmodel",
     "mlpackage",
     "msgpack",
@@ -26,6 +32,7 @@ const WEIGHTS: &[&str] = &[
     "onnx",
     "onnx_data",
     "ot",
+    "part",
     "pickle",
     "pkl",
     "pt",
@@ -34,7 +41,13 @@ const WEIGHTS: &[&str] = &[
     "tflite",
 ];
 /// What describes weights in other forms, or an adapter whose weights are not copied.
-const DESCRIPTIONS: &[&str] = &["params.json", "adapter_config.json", "quantize_config.json"];
+const DESCRIPTIONS: &[&str] = &[
+    "params.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+];
 /// Directories of other weights, or of the tool that fetched the model.
 const SKIPPED: &[&str] = &["original", ".git", ".cache"];
 /// A model directory has some dozens; a link to the root of a disk has millions.
@@ -51,13 +64,21 @@ pub(super) struct Extra {
 
 /// The files to copy from a model directory and those below it, and what is left behind, both sorted; links are followed, those
 /// to a directory above end. The files that are written anew are neither.
-pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+pub(super) fn list(source: &Checkpoint) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError> {
+    let (root, index) = (source.path(), source.files().index.is_some().then_some(INDEX));
+    let weights = source.files().files.iter().map(|shard| shard.file.as_str());
+    // At the root, or of the tool that fetched the model anywhere.
+    let written: BTreeSet<&Path> = weights.chain([CONFIG, PROVENANCE]).chain(index).map(Path::new).collect();
+    let is_written = |path: &Path| {
+        written.contains(path) || path.file_name().is_some_and(|name| name == ".git" || name == ".cache")
+    };
     let (mut extras, mut left) = (Vec::new(), Vec::new());
-    let taken = |depth, path: &Path| depth == 0 || !is_skipped(path, depth == 1);
+    let taken = |depth, path: &Path| depth == 0 || !(is_skipped(path, depth == 1) || is_another(path));
     let mut take = |entry: &walkdir::DirEntry| {
         let taken = taken(entry.depth(), entry.path());
-        if !taken && !is_written(entry.path()) {
-            left.push(entry.path().strip_prefix(root).unwrap_or(entry.path()).to_path_buf());
+        let name = entry.path().strip_prefix(root).unwrap_or(entry.path());
+        if !taken && !is_written(name) {
+            left.push(name.to_path_buf());
         }
         taken
     };
@@ -80,6 +101,11 @@ pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError>
             return Err(FileError::TooManyFiles { path: root.to_path_buf(), limit: MOST_FILES });
         }
         let from = entry.path().to_path_buf();
+        if entry.path().strip_prefix(root).is_ok_and(|name| name.to_str().is_none()) {
+            return Err(FileError::Name { path: from });
+        }
+        // Better now than when it is its turn.
+        File::open(&from).map_err(|e| FileError::io("read", &from, e))?;
         let bytes = from.metadata().map_err(|e| FileError::io("read", &from, e))?.len();
         let to = from.strip_prefix(root).unwrap_or(&from).to_path_buf();
         extras.push(Extra { from, to, bytes });
@@ -89,10 +115,14 @@ pub(super) fn list(root: &Path) -> Result<(Vec<Extra>, Vec<PathBuf>), FileError>
     Ok((extras, left))
 }
 
-/// Whether it is one of the files that a conversion writes anew, or of the tool that fetched the model.
-fn is_written(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    [CONFIG, INDEX, PROVENANCE, ".git", ".cache"].contains(&&*name) || name.ends_with(".safetensors")
+/// Whether a directory below is a model of its own, with configuration and weights: a step of its training, say.
+fn is_another(path: &Path) -> bool {
+    let is_weights = |path: &Path| {
+        let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        WEIGHTS.contains(&&*extension)
+    };
+    let mut below = path.read_dir().into_iter().flatten().flatten();
+    path.join(CONFIG).is_file() && below.any(|entry| is_weights(&entry.path()))
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {

@@ -346,11 +346,12 @@ impl Relaid<'_> {
     }
 }
 
-/// Checks the place that [`convert`] would write to, as far as that can be without a plan.
+/// Checks the place that [`convert`] would write to and the files that it would copy, as far as that can be without a plan.
 ///
 /// # Errors
 /// [`FileError::OutputExists`] unless `force` is set, [`FileError::OutputForeign`],
-/// [`FileError::OutputOverlap`], [`FileError::Io`].
+/// [`FileError::OutputOverlap`], [`FileError::Io`], [`FileError::Dangling`], [`FileError::Name`], [`FileError::TooManyFiles`].
 pub fn check_place(source: &Checkpoint, out: &Path, force: bool) -> Result<(), FileError> {
-    staging::Destination::check(out, source.path(), force).map(drop)
+    staging::Destination::check(out, source.path(), force)?;
+    conversion::copied_files(source, out).map(drop)
 }

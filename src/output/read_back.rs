@@ -11,7 +11,7 @@ use super::copy::PROVENANCE;
 use super::{Content, OutputTensor, Slot, Target};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::files::{FileError, read_bounded};
+use crate::files::{FileError, is_there, read_bounded, without_mark};
 use crate::heads::{HeadSource, Pooled, Projection};
 use crate::model::{AttentionSpec, Axis, Part};
 use crate::plan::{PLAN_LIMIT, Plan, SharedHeads, parse_plan};
@@ -30,7 +30,7 @@ impl Provenance {
     /// Reads `qcqa.json` of a converted directory.
     ///
     /// # Errors
-    /// As [`read_plan`](crate::plan::read_plan).
+    /// [`FileError::NotConverted`]; as [`read_plan`](crate::plan::read_plan).
     pub fn read(directory: &Path) -> Result<Self, FileError> {
         #[derive(Deserialize)]
         struct Stored {
@@ -38,10 +38,14 @@ impl Provenance {
             plan: Value,
         }
         let path = directory.join(PROVENANCE);
-        let json = |source| FileError::Json { path: path.clone(), source };
-        let Stored { target, plan } =
-            serde_json::from_slice(&read_bounded(&path, PLAN_LIMIT)?).map_err(json)?;
-        let plan = serde_json::to_vec(&plan).map_err(json)?;
+        if directory.is_dir() && !is_there(&path)? {
+            return Err(FileError::NotConverted { path: directory.to_path_buf() });
+        }
+        let text = read_bounded(&path, PLAN_LIMIT)?;
+        let text = without_mark(&text);
+        let stored = serde_json::from_slice(text);
+        let Stored { target, plan } = stored.map_err(|source| FileError::json(&path, text, source))?;
+        let plan = serde_json::to_vec(&plan).map_err(|source| FileError::unwritten(&path, source))?;
         Ok(Self { plan: parse_plan(&path, &plan)?, target })
     }
 }

@@ -11,7 +11,9 @@ use tempfile::TempDir;
 use walkdir::WalkDir;
 
 use super::copy::PROVENANCE;
-use crate::files::{FileError, check_writable, is_empty, parent_of, read_bounded, resolve, sync_directory};
+use crate::files::{
+    FileError, check_apart, check_writable, is_empty, parent_of, read_bounded, resolve, sync_directory,
+};
 use crate::plan::PLAN_LIMIT;
 
 /// A place that has been found fit to be written to.
@@ -30,11 +32,9 @@ impl Destination {
         let failed = |source| FileError::io("write", out, source);
         let (path, ancestor) = resolve(out).map_err(failed)?;
         let destination = Self { path, ancestor, force };
-        let source = source.canonicalize().map_err(|e| FileError::io("read", source, e))?;
-        if destination.path.starts_with(&source) {
-            return Err(FileError::OutputOverlap { path: out.to_path_buf(), inner: source });
-        }
-        destination.spare(&source)?;
+        // What has no directory has no files to copy.
+        source.canonicalize().map_err(|e| FileError::io("read", source, e))?;
+        check_apart(out, [source])?;
         if out.symlink_metadata().is_ok() {
             if !force {
                 return Err(FileError::OutputExists { path: out.to_path_buf() });
@@ -70,15 +70,6 @@ impl Destination {
             if !entry.file_type().is_dir() && !written.contains(name) {
                 return Err(foreign(format!("holds {}, which qcqa did not write", name.display())));
             }
-        }
-        Ok(())
-    }
-
-    /// Checks that a file of the source does not lie, by way of symbolic links, in what will be replaced.
-    pub(super) fn spare(&self, file: &Path) -> Result<(), FileError> {
-        let inner = file.canonicalize().map_err(|e| FileError::io("read", file, e))?;
-        if inner.starts_with(&self.path) {
-            return Err(FileError::OutputOverlap { path: self.path.clone(), inner });
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use crate::fitness::{FitnessKind, WeightSharing};
 use crate::grouping::{KeyNorm, UniformGqa};
 use crate::optimizer::Auto;
 use crate::partition::{Cardinality, SearchSpace};
+use crate::plan::Plan;
 use crate::pooler::{KvPooler, MeanPooler};
 
 /// A method of the field, whole: what proposes groups, what judges them, how a group merges.
@@ -115,6 +116,22 @@ impl Preset {
             #[cfg(feature = "linalg")]
             Self::LowRank => None,
         }
+    }
+
+    /// Checks that this method can have made the groups of a plan that has its name.
+    ///
+    /// # Errors
+    /// [`Error::PlanInconsistent`] naming the first layer that it cannot have made.
+    pub fn check(self, plan: &Plan) -> Result<()> {
+        let Some(space) = self.space() else { return Ok(()) };
+        let other = plan.groups().enumerate().find(|(_, groups)| !space.admits(groups));
+        other.map_or(Ok(()), |(layer, groups)| {
+            let what = format!(
+                "its method is {self}, which makes {space}, but layer {layer} has groups of {:?} heads",
+                groups.sizes()
+            );
+            Err(Error::PlanInconsistent(what))
+        })
     }
 
     /// Whether neighbouring groups are candidates beside those found, where all must have one size.

@@ -2,20 +2,17 @@
 
 #[cfg(feature = "checkpoint")]
 mod file;
+mod method;
 #[cfg(feature = "checkpoint")]
 mod migrate;
 mod shared;
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 
-use crate::allocator::CostScale;
-use crate::budget::Limits;
 use crate::error::{Error, Result, shown};
 use crate::front::{self, FrontPoint};
 use crate::model::ModelId;
-use crate::partition::{Partition, SearchSpace};
+use crate::partition::Partition;
 use crate::spec::Spec;
 
 #[cfg(feature = "checkpoint")]
@@ -23,6 +20,7 @@ pub(crate) use file::{PLAN_LIMIT, parse_plan};
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use file::{read_plan, write_plan};
+pub use method::Method;
 pub use shared::SharedHeads;
 
 /// A partition for every layer, with what made it and what makes shared heads of it.
@@ -48,68 +46,6 @@ pub struct Plan {
     pub budget: PlanBudget,
     /// One entry a layer.
     pub layers: Vec<LayerPlan>,
-}
-
-/// How groups were decided, with every setting resolved. Nothing here is obeyed later: it is the record of a search.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Method {
-    /// Name of the method: that of a preset, or `custom`.
-    pub name: String,
-    /// What proposed groups: an optimizer or a rule, and the rules whose groups stood beside it.
-    pub search: Vec<Spec>,
-    /// Whether the loss on windows of calibration texts that fit nothing chose between them; else the least error did.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub chosen_by_loss: bool,
-    /// The fitness function.
-    pub fitness: Spec,
-    /// Fingerprint of the calibration that had a part in the decision, if any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub calibration: Option<String>,
-    /// The partitions that were searched.
-    pub space: SearchSpace,
-    /// Whether all layers had to have the same number of groups.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub same_k: bool,
-    /// Layers whose number of groups was given beforehand: index → k.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub fixed: BTreeMap<usize, usize>,
-    /// The allocator.
-    pub allocation: Spec,
-    /// How layers were made comparable.
-    pub cost: CostScale,
-    /// The target whose limits the search obeyed, if any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub target: Option<String>,
-}
-
-fn is_false(flag: &bool) -> bool {
-    !flag
-}
-
-impl Method {
-    /// A method of this name: `search` proposes, `fitness` judges, `allocation` divides the budget.
-    pub fn new(name: impl Into<String>, search: Spec, fitness: Spec, allocation: Spec) -> Self {
-        Self {
-            name: name.into(),
-            search: vec![search],
-            chosen_by_loss: false,
-            fitness,
-            calibration: None,
-            space: SearchSpace::default(),
-            same_k: false,
-            fixed: BTreeMap::new(),
-            allocation,
-            cost: CostScale::default(),
-            target: None,
-        }
-    }
-
-    /// Records the limits that the search obeyed.
-    pub fn with_limits(self, limits: &Limits) -> Self {
-        Self { space: limits.space, same_k: limits.same_k, fixed: limits.fixed.clone(), ..self }
-    }
 }
 
 /// What makes the shared heads of a plan.
@@ -298,6 +234,12 @@ impl Plan {
                 format!("layer {i} has the error {}, but a lower bound of {bound}", layer.error),
             )?;
         }
+        self.method.check()?;
+        let limits = self.method.limits();
+        // A search need not share: one group a head is outside no space.
+        limits.check(self.groups()).map_err(|error| {
+            Error::PlanInconsistent(format!("it says that it was searched otherwise: {error}"))
+        })?;
         for calibration in [&self.method.calibration, &self.pooling.calibration].into_iter().flatten() {
             let found = shown(calibration);
             says(

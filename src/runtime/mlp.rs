@@ -228,11 +228,7 @@ impl Weights<'_> {
     fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
         let shape = self.checkpoint.tensors().shape(&mlp.up.weight);
         let all = shape.and_then(|shape| shape.get(usize::from(mlp.up.transposed)).copied());
-        all.map(|all| all / mlp.up.part.1).ok_or_else(|| FileError::TensorMissing {
-            path: self.checkpoint.path().to_path_buf(),
-            tensor: mlp.up.weight.clone(),
-            expected: Vec::new(),
-        })
+        all.map(|all| all / mlp.up.part.1).ok_or_else(|| self.checkpoint.missing(&mlp.up.weight, &[]))
     }
 
     /// The weight of a projection, (out, inputs).

@@ -71,11 +71,32 @@ pub enum RuntimeError {
         /// Bytes of an id.
         width: usize,
     },
+    /// A file in which every second token id is 0: of wider ones, read in halves.
+    #[error("{}: every second {width}-byte token id is 0, as in wider ids that are read in halves; write ids of {width} bytes, little-endian", path.display())]
+    IdWidth {
+        /// The file.
+        path: PathBuf,
+        /// Bytes of an id.
+        width: usize,
+    },
+    /// A text has a token in it that tokenizer.json does not know, and a file beside it does.
+    #[error(
+        "{}: names the token {token:?}, which is in the text, but tokenizer.json does not have it and would read it as words; save the tokenizer again (save_pretrained)",
+        path.display()
+    )]
+    TokenElsewhere {
+        /// The file that names it.
+        path: PathBuf,
+        /// The token.
+        token: String,
+    },
     /// A model without tokenizer.json.
-    #[error("{} is missing; token ids are accepted instead, u16 or u32, little-endian", path.display())]
+    #[error("{} is missing{found}; token ids are accepted instead, u16 or u32, little-endian", path.display())]
     NoTokenizer {
         /// Where it should be.
         path: PathBuf,
+        /// What is there of other forms, and what to do; or nothing.
+        found: &'static str,
     },
     /// A tokenizer that cannot be read, or that cannot read the text.
     #[error("{}: {source}; token ids are accepted instead, u16 or u32, little-endian", path.display())]
@@ -111,7 +132,7 @@ pub enum RuntimeError {
     },
     /// Models that are compared read different tokens.
     #[error(
-        "the models have vocabularies of {expected} and {found} tokens; only models of one vocabulary can be compared"
+        "the source has a vocabulary of {expected} tokens, the model that is compared with it one of {found}; only models of one vocabulary can be compared"
     )]
     Vocabulary {
         /// Tokens of the source.

@@ -1,5 +1,6 @@
 //! Texts: tokenised, or read as token ids, cut into windows, and given [roles](Texts).
 
+mod beside;
 mod error;
 mod roles;
 
@@ -10,10 +11,11 @@ use tokenizers::{Encoding, Tokenizer};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::files::{FileError, fingerprint, sha256};
+use crate::files::{FileError, fingerprint, is_there, mistaken, no_text, sha256, without_mark};
 use crate::heads::HeadSource;
 use crate::model::{Forward, ModelId};
 
+use beside::Elsewhere;
 pub use error::RuntimeError;
 pub use roles::{Text, Texts, WholeText};
 pub(crate) use roles::{shared_out, windows_that_fit};
@@ -33,24 +35,32 @@ pub struct Vocabulary {
     tokenizer: Tokenizer,
     path: PathBuf,
     size: usize,
+    elsewhere: Elsewhere,
 }
 
 impl Vocabulary {
     /// Reads tokenizer.json beside the weights.
     ///
     /// # Errors
-    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::Unsupported`] for a model that cannot be run.
+    /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::ConfigValue`] where tokenizer_config.json has
+    /// another text in mind; [`FileError::Unsupported`] for a model that cannot be run.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
         let size = forward_of(checkpoint)?.vocabulary;
         let path = checkpoint.path().join("tokenizer.json");
-        if !path.is_file() {
-            return Err(RuntimeError::NoTokenizer { path });
+        if !is_there(&path)? {
+            return Err(RuntimeError::NoTokenizer { found: others(checkpoint.path()), path });
         }
         let failed = |source| RuntimeError::Tokenizer { path: path.clone(), source };
-        let mut tokenizer = Tokenizer::from_file(&path).map_err(failed)?;
+        let text = read_file(&path)?;
+        let read = Tokenizer::from_bytes(without_mark(&text));
+        let mut tokenizer = read.map_err(|source| match mistaken(&text) {
+            Some(what) => FileError::Mistaken { path: path.clone(), what }.into(),
+            None => failed(source),
+        })?;
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
-        Ok(Self { tokenizer, size, path })
+        let elsewhere = Elsewhere::read(&tokenizer, &path, &text)?;
+        Ok(Self { tokenizer, size, path, elsewhere })
     }
 
     /// The tokens that a text may be made of: all that the model has an embedding and the tokenizer a word for, but those that it
@@ -65,7 +75,8 @@ impl Vocabulary {
     /// The tokens of a text, with the special ones that the tokenizer puts around it.
     ///
     /// # Errors
-    /// [`RuntimeError::Tokenizer`]; [`RuntimeError::TokenOutOfRange`] when the model has no embedding for one.
+    /// [`RuntimeError::Tokenizer`]; [`RuntimeError::TokenElsewhere`] for a token that only a file beside tokenizer.json names;
+    /// [`RuntimeError::TokenOutOfRange`] when the model has no embedding for one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, RuntimeError> {
         self.encoded(text, |encoding| encoding.get_ids().len())
     }
@@ -86,12 +97,33 @@ impl Vocabulary {
     }
 
     fn encoded(&self, text: &str, count: impl Fn(&Encoding) -> usize) -> Result<Vec<u32>, RuntimeError> {
+        self.elsewhere.check(text)?;
         let encoding = self.tokenizer.encode_fast(text, true);
         let encoding =
             encoding.map_err(|source| RuntimeError::Tokenizer { path: self.path.clone(), source })?;
         let ids = encoding.get_ids()[..count(&encoding)].to_vec();
-        within(&ids, self.size, "tokenizer.json belongs to another model")?;
+        within(
+            &ids,
+            self.size,
+            "it belongs to another model, or has tokens added that the model has no embedding for",
+        )
+        .map_err(|error| RuntimeError::InText {
+            name: self.path.display().to_string(),
+            source: Box::new(error),
+        })?;
         Ok(ids)
+    }
+}
+
+/// Tokenizers in other forms, and what to do with them; or nothing.
+fn others(directory: &Path) -> &'static str {
+    let is_there = |name: &&&str| directory.join(name).is_file();
+    match ["tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"].iter().find(is_there)
+    {
+        Some(_) => {
+            ", but a tokenizer in another form is: save its fast form (save_pretrained of AutoTokenizer does)"
+        }
+        None => "",
     }
 }
 
@@ -121,6 +153,10 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, FileError> {
 
 /// The text of a file that was read already, without a byte-order mark.
 pub(crate) fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, RuntimeError> {
+    // Of an empty text it is said elsewhere that it is too short.
+    if let Some(what) = no_text(&bytes).filter(|_| !bytes.is_empty()) {
+        return Err(FileError::Mistaken { path: path.to_path_buf(), what }.into());
+    }
     let mut text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         RuntimeError::NotUtf8 { path: path.to_path_buf(), at }
@@ -153,6 +189,10 @@ impl IdWidth {
 /// [`FileError::Io`], [`RuntimeError::IdBytes`], [`RuntimeError::TokenOutOfRange`].
 pub fn read_ids(path: &Path, width: IdWidth, vocabulary: usize) -> Result<Vec<u32>, RuntimeError> {
     let bytes = read_file(path)?;
+    // Four-byte ids of a small vocabulary look as UTF-16 does.
+    if let Some(what) = mistaken(&bytes).filter(|what| what.contains("NumPy")) {
+        return Err(FileError::Mistaken { path: path.to_path_buf(), what }.into());
+    }
     let width_bytes = if width == IdWidth::U16 { 2 } else { 4 };
     if bytes.len() % width_bytes != 0 {
         let (path, bytes) = (path.to_path_buf(), bytes.len());
@@ -163,6 +203,11 @@ pub fn read_ids(path: &Path, width: IdWidth, vocabulary: usize) -> Result<Vec<u3
         IdWidth::U32 => bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
     };
     within(&ids, vocabulary, "check the width of the ids, u16 or u32")?;
+    let halves = ids.chunks_exact(2);
+    let padded = halves.len() > 8 && halves.remainder().is_empty() && halves.clone().all(|half| half[1] == 0);
+    if padded && ids.iter().any(|&id| id != 0) {
+        return Err(RuntimeError::IdWidth { path: path.to_path_buf(), width: width_bytes });
+    }
     Ok(ids)
 }
 

@@ -296,3 +296,13 @@ pub fn with_tensors(model: &Path, more: &[(String, Vec<usize>, Vec<f32>)]) {
     let bytes = safetensors::serialize(views, None).unwrap();
     fs::write(model.join("model.safetensors"), bytes).unwrap();
 }
+
+/// The weights of a model under other names, or without those of which there is no other.
+pub fn renamed(model: &Path, name: impl Fn(&str) -> Option<String>) {
+    let tensors = stored(&model.join("model.safetensors"));
+    let views = tensors.iter().filter_map(|(old, (dtype, shape, bytes))| {
+        Some((name(old)?, TensorView::new(*dtype, shape.clone(), bytes).unwrap()))
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    fs::write(model.join("model.safetensors"), bytes).unwrap();
+}

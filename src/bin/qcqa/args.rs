@@ -1,10 +1,12 @@
 //! Flags that several commands take, and what they make of the library.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser};
+use clap::builder::{
+    PathBufValueParser, PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
+};
 use qcqa::allocator::{ALLOCATORS, CostScale, LayerSelection};
 use qcqa::budget::{Budget, Limits};
 use qcqa::calibration::Calibration;
@@ -24,12 +26,12 @@ use crate::hints::CliError;
 #[derive(Debug, Args)]
 pub(super) struct SearchOptions {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     pub(super) model: PathBuf,
     /// Share of the KV cache that may be kept, above 0 and at most 1
     ///
     /// An upper bound: a plan may use less. Not needed for mqa.
-    #[arg(long, value_name = "FRACTION", value_parser = fraction)]
+    #[arg(long, value_name = "FRACTION", value_parser = fraction, allow_negative_numbers = true)]
     pub(super) kv: Option<f64>,
     /// How heads are grouped
     ///
@@ -70,15 +72,19 @@ pub(super) struct MethodArgs {
     pub(super) pooler: Option<String>,
     /// The most groups of a layer that shares
     #[arg(long, value_name = "K", hide_short_help = true, value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     pub(super) max_groups: Option<usize>,
     /// The most heads of a group
     #[arg(long, value_name = "HEADS", hide_short_help = true, value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     pub(super) max_group_size: Option<usize>,
     /// Individuals of nsga2
-    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = counted(2))]
+    #[arg(allow_negative_numbers = true)]
     pub(super) population: usize,
     /// Generations of nsga2
-    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = from_one())]
+    #[arg(long, value_name = "N", default_value = "100", hide_short_help = true, value_parser = counted(1))]
+    #[arg(allow_negative_numbers = true)]
     pub(super) generations: usize,
 }
 
@@ -128,8 +134,36 @@ impl Writing {
     }
 }
 
+/// A file or directory as the command line takes it.
+pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| {
+        // As in `--out=~/x`, where no shell sees a home.
+        let home = path.components().next().map(Component::as_os_str).filter(|first| {
+            let names = first.to_string_lossy();
+            names == "~" || (names.starts_with('~') && path.components().count() > 1)
+        });
+        if home.is_some_and(|home| !Path::new(home).exists()) {
+            let name = path.display();
+            return Err(format!(
+                "the shell has not replaced the ~ of {name}: leave a space before it, or write $HOME"
+            ));
+        }
+        if path == Path::new("-") {
+            return Err(
+                "- is no file here: /dev/stdin is what is piped in, ./- a file of that name".to_string()
+            );
+        }
+        Ok(path)
+    })
+}
+
+/// A whole number from `least` to a million, which no search would come to the end of.
+fn counted(least: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(least..=1_000_000)
+}
+
 /// A whole number from 1 on.
-fn from_one() -> RangedU64ValueParser<usize> {
+pub(super) fn from_one() -> RangedU64ValueParser<usize> {
     RangedU64ValueParser::new().range(1..)
 }
 
@@ -138,7 +172,7 @@ pub(super) fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => {
-            Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half)".to_string())
+            Err("a budget is a fraction of the KV cache, above 0 and at most 1 (0.5 keeps half; 50% is written 0.5)".to_string())
         }
     }
 }

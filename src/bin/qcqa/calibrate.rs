@@ -1,7 +1,6 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
 use qcqa::calibration::{Calibration, read_texts};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::runtime::Model;
@@ -10,35 +9,36 @@ use qcqa::{HeadSource, Run};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::Writing;
+use crate::args::{Writing, from_one, path};
 use crate::calibrated::text_source;
 use crate::eval::windows_of_ids;
 use crate::hints::CliError;
-use crate::report::{Output, merge};
+use crate::report::{Output, merge, shown};
 use crate::roles::{rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
 pub(super) struct CalibrateArgs {
     /// Directory of the model
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Texts to read, UTF-8; tokenised by the model's tokenizer.json
     ///
     /// Shares and `self` as `--calibration` of other commands takes them.
-    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Text")]
+    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = "Text", value_parser = path())]
     text: Vec<PathBuf>,
     /// Files of token ids to read instead
     ///
     /// Little-endian, 2 bytes each for vocabularies of up to 65536, else 4.
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "text", help_heading = "Text")]
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "text", help_heading = "Text", value_parser = path())]
     ids: Vec<PathBuf>,
     /// The most windows to read, of all texts together, spaced over the whole of each
     ///
     /// An eighth of those of each text, which other commands choose by, is left out.
-    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     windows: usize,
     /// File of the moments
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     out: PathBuf,
     #[command(flatten)]
     writing: Writing,
@@ -78,7 +78,7 @@ pub(super) fn calibrate(args: &CalibrateArgs, run: Run<'_>) -> Done {
     }
     let done = if dry_run { "would be written to" } else { "written to" };
     let text = format!("moments of {layers} layers over {tokens} tokens {done} {}\n", args.out.display());
-    let mut json = json!({ "out": args.out, "dry_run": dry_run, "layers": layers, "tokens": tokens });
+    let mut json = json!({ "out": shown(&args.out), "dry_run": dry_run, "layers": layers, "tokens": tokens });
     merge(&mut json, fields);
     Ok(Output { text: rests + &text, json }.noting(&checkpoint))
 }

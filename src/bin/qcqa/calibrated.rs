@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use clap::builder::RangedU64ValueParser;
 use qcqa::calibration::{Calibration, Origin, TextSource, read_texts};
 use qcqa::checkpoint::Checkpoint;
+use qcqa::pipeline::Preset;
 use qcqa::plan::{Plan, SharedHeads, read_plan};
 use qcqa::pooler::POOLERS;
 use qcqa::refit;
@@ -14,6 +14,7 @@ use qcqa::text::Texts;
 use qcqa::{Error, HeadSource, Run};
 
 use crate::Done;
+use crate::args::{from_one, path};
 use crate::hints::{CliError, about, of_calibration};
 
 #[derive(Debug, Clone, Args)]
@@ -24,10 +25,11 @@ pub(super) struct CalibrationArgs {
     /// Several have equal shares of the windows, unless they say `novels.txt:3 manual.txt:1`. Of each text an eighth of the
     /// windows fits nothing: it chooses, and shows what became of the model. `self`, where no text is at hand, is a poor
     /// substitute (a file of that name is ./self). `qcqa calibrate` writes moments.
-    #[arg(long, value_name = "FILE", num_args = 1..)]
+    #[arg(long, value_name = "FILE", num_args = 1.., value_parser = path())]
     pub(super) calibration: Vec<PathBuf>,
     /// The most windows to read, of all texts together, spaced over the whole of each
-    #[arg(long, value_name = "N", default_value = "128", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
     #[arg(hide_short_help = true)]
     calibration_windows: usize,
 }
@@ -128,6 +130,10 @@ impl CalibrationArgs {
 pub(super) fn plan_for(checkpoint: &Checkpoint, file: &Path) -> Result<Plan, CliError> {
     let plan = read_plan(file)?;
     plan.source.check_same(&checkpoint.id()?).map_err(|e| about(file, e))?;
+    // Methods of others have names of their own.
+    if let Ok(method) = plan.method.name.parse::<Preset>() {
+        method.check(&plan).map_err(|e| about(file, e))?;
+    }
     if plan.pooling.distilled.is_some() {
         return Err(about(file, Error::PlanDistilled));
     }

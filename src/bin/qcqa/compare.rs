@@ -16,22 +16,23 @@ use qcqa::{HeadSource, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, preset};
+use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, path, preset};
 use crate::calibrated::CalibrationArgs;
 use crate::comparison::{Line, curves, layer_table, line_json, model_table};
 use crate::eval::TextArgs;
 use crate::hints::CliError;
 use crate::plot;
-use crate::report::Output;
+use crate::report::{Output, shown};
 use crate::roles::{known, rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
 pub(super) struct CompareArgs {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Shares of the KV cache that may be kept
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction, required = true)]
+    #[arg(allow_negative_numbers = true)]
     kv: Vec<f64>,
     /// Methods to compare
     ///
@@ -39,7 +40,7 @@ pub(super) struct CompareArgs {
     #[arg(long, value_parser = methods(), value_name = "METHODS", value_delimiter = ',')]
     method: Vec<String>,
     /// Show the groups of this layer under every method
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     layer: Option<usize>,
     #[command(flatten)]
     options: MethodArgs,
@@ -50,7 +51,7 @@ pub(super) struct CompareArgs {
     #[command(flatten)]
     text: TextArgs,
     /// Draw perplexity over KV cache into this file (SVG)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     plot: Option<PathBuf>,
     /// Replace a picture that is already there
     #[arg(long)]
@@ -66,6 +67,9 @@ struct Candidate {
 /// What is compared unless said.
 const METHODS: [Preset; 5] = [Preset::Gqa, Preset::Mqa, Preset::KeyNorm, Preset::QcqaEc, Preset::QcqaAc];
 
+/// Pictures that are not drawn, by the endings of their names.
+const OTHER_PICTURES: [&str; 9] = ["png", "jpg", "jpeg", "gif", "webp", "pdf", "eps", "tif", "tiff"];
+
 /// A text, and the source to read it.
 type Reader = (Windows, Model);
 
@@ -74,6 +78,11 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     let layers = checkpoint.architecture().n_layers();
     if let Some(layer) = args.layer.filter(|&l| l >= layers) {
         return Err(CliError::usage(format!("there is no layer {layer}: the model has {layers}, from 0")));
+    }
+    let picture =
+        args.plot.as_ref().and_then(|plot| Some(plot.extension()?.to_string_lossy().to_lowercase()));
+    if let Some(other) = picture.filter(|form| OTHER_PICTURES.contains(&form.as_str())) {
+        return Err(CliError::usage(format!("--plot draws SVG, not {other}: let the name end in .svg")));
     }
     if args.plot.is_some() && !args.text.is_given() {
         return Err(CliError::usage("--plot draws perplexity: it needs --text FILE"));
@@ -112,7 +121,7 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
             None => not_drawn = "note: there is no finite perplexity, so no picture was drawn\n",
         }
     }
-    let shown = match args.layer {
+    let told = match args.layer {
         Some(layer) => layer_table(&lines, layer),
         None => model_table(&checkpoint, &lines, before.as_ref()),
     };
@@ -121,11 +130,11 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     rests += not_drawn;
     rests += &note.iter().map(|note| format!("note: {note}\n")).collect::<String>();
     let json = json!({
-        "model": args.model, "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
+        "model": shown(&args.model), "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
         "source_perplexity": before.as_ref().map(Evaluation::perplexity),
         "lines": lines.iter().map(|line| line_json(&checkpoint, line)).collect::<Vec<_>>(),
     });
-    Ok(Output { text: shown + &rests, json }.noting(&checkpoint))
+    Ok(Output { text: told + &rests, json }.noting(&checkpoint))
 }
 
 /// Every rule once, every search with each optimizer asked for.

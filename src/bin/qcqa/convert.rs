@@ -3,28 +3,28 @@ use std::path::PathBuf;
 use clap::Args;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::distil::Effort;
+use qcqa::distil::{Distill, Effort};
 use qcqa::files::check_apart;
 use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{SearchOptions, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
-use crate::distill::{beside, effort, told};
+use crate::distill::{beside, effort, state, told};
 use crate::hints::{CliError, about};
-use crate::report::{Output, bytes, file_bytes};
+use crate::report::{Output, bytes, file_bytes, shown};
 use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
 use crate::search::Planned;
 
 #[derive(Debug, Args)]
 pub(super) struct ConvertArgs {
     /// Directory of the model that the plan was made for
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// File of the plan
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     plan: PathBuf,
     #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
@@ -63,7 +63,7 @@ struct OutputArgs {
 #[derive(Debug, Args)]
 pub(super) struct Written {
     /// Directory of the output
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     pub(super) out: PathBuf,
     #[command(flatten)]
     pub(super) writing: Writing,
@@ -88,12 +88,15 @@ pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
 
 pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.asked.model)?;
-    args.output.written.check(&[&checkpoint], &args.asked.inputs())?;
+    let written = &args.output.written;
+    written.check(&[&checkpoint], &args.asked.inputs())?;
+    if let Some(effort) = args.distill {
+        written.check_state(&beside(effort, &written.out), &[&checkpoint], &args.asked.inputs())?;
+    }
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
     let target = target(&args.output.target)?;
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
-    let written = &args.output.written;
     if let Some(effort) = args.distill {
         compress = compress.distil(beside(effort, &written.out));
     }
@@ -115,6 +118,18 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
 }
 
 impl Written {
+    /// Checks the place of a distillation's state, as that of the output.
+    pub(super) fn check_state(
+        &self,
+        distill: &Distill,
+        models: &[&Checkpoint],
+        files: &[PathBuf],
+    ) -> Result<(), CliError> {
+        let directories = models.iter().map(|model| model.path());
+        check_apart(&state(&self.out), files.iter().map(PathBuf::as_path).chain(directories))?;
+        Ok(distill.check()?)
+    }
+
     /// Checks the place for the output, better now than after everything is computed: beside the models and the files that are
     /// read.
     pub(super) fn check(&self, models: &[&Checkpoint], files: &[PathBuf]) -> Result<(), CliError> {
@@ -147,9 +162,10 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
         report.files.len(),
         written.out.display(),
     ) + &left_out(&report.left_out);
+    let all = |paths: &[PathBuf]| paths.iter().map(|path| shown(path)).collect::<Vec<_>>();
     let json = json!({
-        "out": written.out, "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
-        "bytes": report.bytes, "files": report.files, "left_out": report.left_out, "removed": report.removed,
+        "out": shown(&written.out), "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
+        "bytes": report.bytes, "files": all(&report.files), "left_out": all(&report.left_out), "removed": all(&report.removed),
         "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
     });
     (text, json)

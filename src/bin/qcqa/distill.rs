@@ -14,7 +14,7 @@ use qcqa::{Error, Run};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::target;
+use crate::args::{path, target};
 use crate::calibrated::CalibrationArgs;
 use crate::convert::{Written, tell};
 use crate::hints::{CliError, about};
@@ -24,10 +24,10 @@ use crate::report::{Output, evaluation_json, table};
 #[derive(Debug, Args)]
 pub(super) struct DistillArgs {
     /// Directory that convert or compress has written
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_parser = path())]
     model: PathBuf,
     /// Directory of the model that it was made of
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", value_parser = path())]
     source: PathBuf,
     /// How long: tokens (500k, 2M) or time (30min, 2h)
     #[arg(long = "for", value_name = "EFFORT", value_parser = effort)]
@@ -70,7 +70,7 @@ pub(super) fn beside(effort: Effort, out: &Path) -> Distill {
     Distill::new(effort).state(state(out))
 }
 
-fn state(out: &Path) -> PathBuf {
+pub(super) fn state(out: &Path) -> PathBuf {
     let mut name = out.file_name().unwrap_or_default().to_os_string();
     name.push(".distilling");
     out.with_file_name(name)
@@ -116,7 +116,9 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let target = target(&name)?;
     let (out, options) = (&args.written.out, args.written.writing.options());
     let written = Checkpoint::open(&args.model)?;
-    args.written.check(&[&source, &written], &args.calibration.files().collect::<Vec<_>>())?;
+    let read = args.calibration.files().collect::<Vec<_>>();
+    args.written.check(&[&source, &written], &read)?;
+    args.written.check_state(&beside(args.effort, out), &[&source, &written], &read)?;
     let shared = read_back(&source, &written, &plan, target).map_err(|e| about(&args.model, e))?;
     let (model, texts) = args.calibration.texts(&source, run)?;
 
@@ -127,7 +129,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     if args.written.writing.dry_run {
         let report = convert(&source, &shared, target, out, options, run)?;
         let (text, json) = tell(&args.written, target, &report);
-        return Ok(Output { text, json });
+        return Ok(Output { text, json }.noting(&source));
     }
     let found = beside(args.effort, out).run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever broke it off wants what there is.

@@ -9,9 +9,10 @@ use qcqa::text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
 use serde_json::json;
 
 use crate::Done;
+use crate::args::path;
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
-use crate::report::{Output, bytes, evaluation_json, merge, percent, table};
+use crate::report::{Output, bytes, evaluation_json, merge, percent, shown, table};
 use crate::roles::known;
 
 /// A text, in words or in tokens.
@@ -19,12 +20,12 @@ use crate::roles::known;
 #[command(next_help_heading = "Text")]
 pub(super) struct TextArgs {
     /// Text to read, UTF-8; tokenised by the model's tokenizer.json
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     pub(super) text: Option<PathBuf>,
     /// Token ids to read instead
     ///
     /// Little-endian, 2 bytes each for vocabularies of up to 65536, else 4.
-    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    #[arg(long, value_name = "FILE", conflicts_with = "text", value_parser = path())]
     pub(super) ids: Option<PathBuf>,
 }
 
@@ -67,13 +68,13 @@ pub(super) fn windows_of_ids(file: &Path, model: &Model) -> Result<Windows, CliE
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
     /// Directory of the model, source or converted
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Evaluate the model under this plan, without writing it
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     plan: Option<PathBuf>,
     /// The model that MODEL was converted from, to compare it with
-    #[arg(long, value_name = "DIR", conflicts_with = "plan")]
+    #[arg(long, value_name = "DIR", conflicts_with = "plan", value_parser = path())]
     source: Option<PathBuf>,
     #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
@@ -82,7 +83,7 @@ pub(super) struct EvalArgs {
     /// Multiple choice items, a JSON object a line
     ///
     /// {"query": …, "choices": […], "gold": 0}
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     choices: Option<PathBuf>,
 }
 
@@ -107,11 +108,26 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             note = windows.as_ref().and_then(|windows| known(calibration.as_ref(), windows));
             (loaded.with_shared(&shared)?, Some(loaded))
         }
-        (None, Some(path)) => (loaded, Some(Model::open(&Checkpoint::open(path)?, run.device())?)),
+        (None, Some(path)) => {
+            let source = Model::open(&Checkpoint::open(path)?, run.device())?;
+            let sizes = [source.vocabulary(), loaded.vocabulary()];
+            if sizes[0] != sizes[1] {
+                return Err(CliError::failed(format!(
+                    "{} has a vocabulary of {} tokens, {} (--source) one of {}: only models of one vocabulary can be compared; give the \
+                     model that it was converted from",
+                    args.model.display(),
+                    sizes[1],
+                    path.display(),
+                    sizes[0],
+                )));
+            }
+            (loaded, Some(source))
+        }
         (None, None) => (loaded, None),
     };
     let mut rows = Vec::new();
-    let mut json = json!({ "model": args.model, "plan": args.plan, "note": note });
+    let mut json =
+        json!({ "model": shown(&args.model), "plan": args.plan.as_deref().map(shown), "note": note });
     if let Some(windows) = windows {
         let (before, after) = match &source {
             Some(source) => {

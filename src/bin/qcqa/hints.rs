@@ -106,7 +106,7 @@ fn of_files(error: &FileError) -> (u8, Option<&'static str>) {
         FileError::TargetPlan { .. } => {
             (1, Some("(`--target expanded`, for evaluation, or search with `--target stock`)"))
         }
-        FileError::Moment { .. } => (1, Some(AGAIN)),
+        FileError::Moment { .. } | FileError::NoMoments { .. } => (1, Some(AGAIN)),
         FileError::Core(error) => of_library(error),
         FileError::Plan { source, .. } => of_library(source),
         _ => (1, None),

@@ -8,13 +8,13 @@ use qcqa::model::{Architecture, AttentionSpec};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::fraction;
-use crate::report::{Output, bytes, counts, file_bytes, percent, table};
+use crate::args::{fraction, path};
+use crate::report::{Output, bytes, counts, file_bytes, percent, shown, table};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// Directory of the model: config.json and safetensors
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
     /// Budgets to show
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction)]
@@ -76,7 +76,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Done {
         table(header, rows),
     );
     let json = json!({
-        "model": args.model, "source": id, "weight_bytes": checkpoint.weight_bytes(),
+        "model": shown(&args.model), "source": id, "weight_bytes": checkpoint.weight_bytes(),
         "files": checkpoint.shards(), "bias": has_bias(model),
         "tied_embeddings": model.tied_embeddings, "kv_bytes_per_token": before, "budgets": budgets,
     });

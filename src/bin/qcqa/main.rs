@@ -42,7 +42,7 @@ struct Cli {
     /// Seed of every random choice
     ///
     /// One seed, one result, on any number of threads.
-    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    #[arg(long, global = true, default_value_t = 0, value_name = "N", allow_negative_numbers = true)]
     seed: u64,
     /// Where models run: cpu or cuda, the first NVIDIA GPU
     #[arg(long, global = true, default_value = "cpu", value_parser = device, value_name = "DEVICE")]

@@ -1,6 +1,7 @@
 //! What a command has to say: a table for people, JSON for machines.
 
 use std::io::{ErrorKind, Write, stderr, stdout};
+use std::path::Path;
 use std::process::ExitCode;
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -120,6 +121,11 @@ pub(super) fn evaluation_json(evaluation: &Evaluation) -> Value {
         "runtime_kv_bytes_per_token": evaluation.kv_bytes_per_token,
         "kl": evaluation.divergence.map(|d| d.kl), "same_top": evaluation.divergence.map(|d| d.same_top),
     })
+}
+
+/// A path as JSON can hold it: names that are no text are told as well as can be.
+pub(super) fn shown(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Puts the fields of one object into another.

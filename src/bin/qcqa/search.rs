@@ -11,10 +11,10 @@ use qcqa::plan::{Plan, write_plan};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{SearchOptions, Writing, target, targets_parser};
+use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::note;
 use crate::hints::CliError;
-use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, table, total_share};
+use crate::report::{Output, bytes, gap, is_wse, kv_bytes, percent, share, shown, table, total_share};
 use crate::roles::{rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
@@ -25,7 +25,7 @@ pub(super) struct SearchArgs {
     #[arg(long, value_parser = targets_parser())]
     target: Option<String>,
     /// File of the plan
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     out: PathBuf,
     #[command(flatten)]
     writing: Writing,
@@ -47,7 +47,7 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     let done = if dry_run { "would be written to" } else { "written to" };
     let planned = Planned::new(&plan, searched.layers(), &checkpoint, calibration)?;
     let mut json = planned.report();
-    json["out"] = json!(args.out);
+    json["out"] = json!(shown(&args.out));
     json["dry_run"] = dry_run.into();
     Ok(Output { text: format!("{}\nplan {done} {}\n", planned.describe(), args.out.display()), json }
         .noting(&checkpoint))
