@@ -114,7 +114,7 @@ fn bad_texts_say_what_to_do() {
     let root = tempfile::tempdir().unwrap();
     let model = novels();
     let file = root.path().join("text");
-    fs::write(&file, [0xff, 0xfe, 0x00]).unwrap();
+    fs::write(&file, b"caf\xe9").unwrap();
     says(&fails(1, &["eval", text(&model), "--text", text(&file)]), &["UTF-8", "--ids"]);
     fs::write(&file, "too short").unwrap();
     says(&fails(1, &["eval", text(&model), "--text", text(&file)]), &["256"]);
@@ -172,6 +172,8 @@ fn edited_plans_are_named_and_never_obeyed() {
 
     // What the target cannot hold: a rule of convert alone.
     edited(&|v| {
+        v["method"]["space"]["cardinality"] = "arbitrary".into();
+        v["method"]["name"] = "custom".into();
         for layer in v["layers"].as_array_mut().unwrap() {
             layer["groups"] = serde_json::json!([[0, 1, 2], [3, 4], [5, 6], [7]]);
         }

@@ -9,15 +9,18 @@ use super::FileError;
 /// Bytes at the beginning that tell UTF-16 without a mark.
 const LOOKED_AT: usize = 4096;
 
+/// What a failed download leaves.
+const WEB_PAGE: &str = "is a web page, as a failed download leaves: download the file again";
+
 /// Beginnings of files, and what such a file is and what to do.
 const BEGINNINGS: &[(&[u8], &str)] = &[
     (
         b"version https://git-lfs.github.com/spec/",
         "is a pointer of git-lfs and not the file itself: fetch it (git lfs pull)",
     ),
-    (b"<!DOCTYPE", "is a web page, as a failed download leaves: download the file again"),
-    (b"<!doctype", "is a web page, as a failed download leaves: download the file again"),
-    (b"<html", "is a web page, as a failed download leaves: download the file again"),
+    (b"<!DOCTYPE", WEB_PAGE),
+    (b"<!doctype", WEB_PAGE),
+    (b"<html", WEB_PAGE),
     (b"\xff\xfe", "is UTF-16: save it as UTF-8"),
     (b"\xfe\xff", "is UTF-16: save it as UTF-8"),
     (b"\x1f\x8b", "is compressed by gzip: unpack it"),
@@ -50,10 +53,11 @@ pub(crate) fn is_safetensors(bytes: &[u8]) -> bool {
     header.is_some_and(|(length, _)| u64::from_le_bytes(*length) <= LONGEST_HEADER)
 }
 
-/// What a file is that should be text, where it is known not to be; see [`mistaken`].
+/// What a file is that should be text, where it is known not to be; see [`mistaken`]. Web pages are texts.
 pub(crate) fn no_text(bytes: &[u8]) -> Option<&'static str> {
     const WEIGHTS: &str = "is a safetensors file and no text: give the file that was meant";
-    mistaken(bytes).or_else(|| is_safetensors(bytes).then_some(WEIGHTS))
+    let known = mistaken(bytes).filter(|what| *what != WEB_PAGE);
+    known.or_else(|| is_safetensors(bytes).then_some(WEIGHTS))
 }
 
 /// Whether every second byte is 0 and the others are not, as in UTF-16 of plain English.
@@ -108,7 +112,7 @@ impl FileError {
     /// What keeps a text from being read as JSON.
     pub(crate) fn json(path: &Path, text: &[u8], source: serde_json::Error) -> Self {
         let path = path.to_path_buf();
-        match no_text(text) {
+        match mistaken(text).or_else(|| no_text(text)) {
             Some(what) => Self::Mistaken { path, what },
             None => Self::Json { path, hint: no_json(text, &source), source },
         }

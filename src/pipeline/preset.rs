@@ -127,7 +127,7 @@ impl Preset {
         let other = plan.groups().enumerate().find(|(_, groups)| !space.admits(groups));
         other.map_or(Ok(()), |(layer, groups)| {
             let what = format!(
-                "its method is {self}, which makes {space}, but layer {layer} has groups of {:?} heads",
+                "its method is {self}, which makes {space}, but layer {layer} has groups of {:?} heads; call it `custom` if they are meant",
                 groups.sizes()
             );
             Err(Error::PlanInconsistent(what))

@@ -238,7 +238,9 @@ impl Plan {
         let limits = self.method.limits();
         // A search need not share: one group a head is outside no space.
         limits.check(self.groups()).map_err(|error| {
-            Error::PlanInconsistent(format!("it says that it was searched otherwise: {error}"))
+            Error::PlanInconsistent(format!(
+                "it says that it was searched otherwise: {error}; correct its groups, or what `method` says of them"
+            ))
         })?;
         for calibration in [&self.method.calibration, &self.pooling.calibration].into_iter().flatten() {
             let found = shown(calibration);
