@@ -61,7 +61,7 @@ fn configurations() {
     says(&with("hidden_size", json!(-24)), &["`hidden_size`", "found -24"]);
     says(&with("hidden_size", json!("24")), &["`hidden_size`", "found \"24\""]);
     says(&with("num_key_value_heads", json!(4)), &["a divisor of the 6 query heads", "found 4"]);
-    says(&with("model_type", json!("gpt_neox")), &["\"gpt_neox\" is not supported", "llama, mistral, qwen2"]);
+    says(&with("model_type", json!("mine")), &["\"mine\" is not supported", "llama, mistral"]);
     says(&with("model_type", Value::Null), &["`model_type` is missing"]);
     says(&with("quantization_config", json!({"bits": 4})), &["quantised", "dequantise it first"]);
     says(&with("partial_rotary_factor", json!(0.5)), &["partial_rotary_factor", "0.5"]);

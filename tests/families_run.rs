@@ -170,3 +170,28 @@ fn every_family_is_described() {
         assert_eq!(spec.rotary.is_none(), positions, "{kind}: layer 1 knows no rotation");
     }
 }
+
+/// A model type that nobody knows is refused with the families that have such tensors; one that is known and cannot be dealt
+/// with, by its reason.
+#[test]
+fn what_is_nobodys_is_refused_with_a_way_out() {
+    let root = tempfile::tempdir().unwrap();
+    let refused = |kind: &str| {
+        let model = running::runnable("llama", safetensors::Dtype::F32, 2, false);
+        model.set("model_type", kind.into()).write(root.path());
+        qcqa::checkpoint::Checkpoint::open(root.path()).unwrap_err().to_string()
+    };
+    models::says(
+        &refused("mine"),
+        &["\"mine\" is not supported", "its tensors are those of llama", "model_type"],
+    );
+    for (kind, reason) in [
+        ("deepseek_v3", "latent attention"),
+        ("qwen3_next", "linear attention or state spaces"),
+        ("t5", "cross-attention"),
+        ("bert", "an encoder"),
+        ("gpt_oss", "attention sinks"),
+    ] {
+        models::says(&refused(kind), &["config.json", reason, kind]);
+    }
+}

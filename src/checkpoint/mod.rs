@@ -10,6 +10,7 @@ mod config;
 mod dtype;
 mod family;
 mod layout;
+mod lookup;
 mod read;
 mod rows;
 mod shards;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use ndarray::{ArrayD, IxDyn};
 
 use super::layout::{bias_of, heads_of};
+use super::lookup::{elsewhere, family_of, resembling};
 use super::rows::{LayerRows, RowPart};
 use super::shards::SINGLE;
 use super::{CONFIG, Config, Dtype, Entry, Family, INDEX, Shards, TensorIndex};
@@ -49,8 +50,9 @@ impl Checkpoint {
         }
         let text = read_bounded(&file, CONFIG_LIMIT)?;
         let config = Config::parse(file, &text)?;
-        let family = family_of(&config, families)?;
+        let family = family_of(&config, families);
         let shards = Shards::open(&path)?;
+        let family = family.map_err(|error| resembling(error, &config, &shards, families))?;
         let ignored = shards.index.is_none() && path.join(INDEX).is_file();
         let mut opened = Self::described(path, config, family, shards)?;
         if ignored {
@@ -330,36 +332,6 @@ impl Checkpoint {
     pub(crate) fn files(&self) -> &Shards {
         &self.shards
     }
-}
-
-/// Where a directory without config.json has some below it: training keeps steps, and a hub's cache snapshots.
-fn elsewhere(directory: &Path) -> String {
-    const SHOWN: usize = 4;
-    let below = |directory: &Path| -> Vec<PathBuf> {
-        let entries = directory.read_dir().into_iter().flatten().flatten();
-        let mut below: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
-        below.sort();
-        below
-    };
-    let deeper = below(&directory.join("snapshots"));
-    let mut found = below(directory).into_iter().chain(deeper).filter(|path| path.join(CONFIG).is_file());
-    let names: Vec<_> = found.by_ref().take(SHOWN).map(|path| path.display().to_string()).collect();
-    let more = if found.next().is_some() { ", …" } else { "" };
-    match names[..] {
-        [] => "give the directory of a model of transformers, or download it again".to_string(),
-        _ => format!("give the directory that has one: {}{more}", names.join(", ")),
-    }
-}
-
-fn family_of<'a>(config: &Config, families: &[&'a dyn Family]) -> Result<&'a dyn Family, FileError> {
-    let model_type = config.model_type()?;
-    families.iter().copied().find(|family| family.model_types().contains(&model_type)).ok_or_else(|| {
-        let known: Vec<_> = families.iter().flat_map(|family| family.model_types()).copied().collect();
-        config.unsupported(
-            format!("model_type \"{}\"", shown(model_type)),
-            format!("supported are {}", known.join(", ")),
-        )
-    })
 }
 
 impl HeadSource for Checkpoint {

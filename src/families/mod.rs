@@ -19,6 +19,7 @@ mod names;
 mod nemotron;
 mod olmo;
 mod opt;
+mod others;
 mod phi;
 mod qwen;
 mod rope;
@@ -45,6 +46,7 @@ pub use mixtures::{Mixtral, Qwen3Moe};
 pub use nemotron::Nemotron;
 pub use olmo::{Olmo2, Olmo3};
 pub use opt::Opt;
+pub use others::Others;
 pub use phi::{Phi, Phi3};
 pub use qwen::{Qwen2, Qwen3};
 pub use smollm3::SmolLm3;
@@ -83,6 +85,7 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Bloom,
     &Falcon,
     &Mpt,
+    &Others,
 ];
 
 impl Checkpoint {
