@@ -36,6 +36,10 @@ def rope(theta=1e4, **more):
 
 # name -> (model_type, what differs from SMALL)
 MODELS = {
+    # Its sizes are an eighth of Llama 3.2 1B's; its tokenizer is that of novels-1m, so that it can be calibrated on a text.
+    "llama 3.2 shape": ("llama", dict(
+        vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=32, num_key_value_heads=8, head_dim=8,
+        max_position_embeddings=128, tie_word_embeddings=True, rope_parameters=dict(llama3(32.0), original_max_position_embeddings=64))),
     "llama": ("llama", dict()),
     "llama, MHA, biases, tied": ("llama", dict(num_key_value_heads=6, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "llama 3 (llama3)": ("llama", dict(rope_parameters=llama3(), tie_word_embeddings=True)),
