@@ -251,7 +251,7 @@ fn kinds_5_to_7_each_key_with_two_sources_is_as_in_transformers() {
             default(json!({ "rope_type": null, "rope_theta": 10000.0 })),
             &["rope scaling null", "rope_parameters"],
         ),
-        (default(json!({ "type": "linear", "factor": 2.0 })), &["\"linear\"", "rope_parameters"]),
+        (default(json!({ "type": "wild", "factor": 2.0 })), &["\"wild\"", "rope_parameters"]),
         (json!({ "rope_scaling": { "factor": 2.0 } }), &["of no type", "rope_scaling"]),
         (json!({ "partial_rotary_factor": 0.5 }), &["partial_rotary_factor"]),
         (json!({ "head_dim": 8 }), &["k_proj.weight", "[64, 128]", "[128, 128]"]),

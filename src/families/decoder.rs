@@ -61,7 +61,7 @@ impl<'a> Decoder<'a> {
             config,
             outer: None,
             tensors,
-            names: Names::found(tensors),
+            names: Names::llama("model."),
             keys: Keys::USUAL,
             query_heads: None,
             kv_heads: None,

@@ -61,7 +61,7 @@ impl Family for Gemma3 {
         decoder.query_heads = Some(8);
         if nested {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
-            decoder.outer = Some(whole);
+            (decoder.outer, decoder.names) = (Some(whole), Names::found(tensors));
         }
         let decoder = sandwich(decoder, layers, [None, None])?;
         let local = config.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0);

@@ -15,8 +15,11 @@ pub(super) fn windows(
 ) -> Result<LayerKinds, FileError> {
     let sliding = sliding(config, tensors, otherwise)?;
     if window.is_none() && config.get("layer_types").is_some() && sliding.contains(&true) {
-        let expected = "a number of tokens where `layer_types` has sliding layers";
-        return Err(config.wrong("sliding_window", expected, "none that is used"));
+        const KEY: &str = "sliding_window";
+        let expected =
+            "a number of tokens, and used (`use_sliding_window`), where `layer_types` has sliding layers";
+        let found = config.raw().get(KEY).unwrap_or(&Value::Null);
+        return Err(config.wrong(KEY, expected, found));
     }
     let windows = sliding.into_iter().map(|slides| window.filter(|_| slides)).collect();
     Ok(LayerKinds { windows, ..LayerKinds::default() })

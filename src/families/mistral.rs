@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
 use super::kinds::windows;
+use super::names::Names;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};
@@ -27,7 +28,7 @@ impl Family for Mistral {
         let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };
         if nested {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
-            decoder.outer = Some(whole);
+            (decoder.outer, decoder.names) = (Some(whole), Names::found(tensors));
         }
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 131_072).architecture()

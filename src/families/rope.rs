@@ -101,8 +101,8 @@ pub(super) fn rotary(
     }
     let plain = Rotary::from_theta(rotation, theta);
     let Some((place, of)) = object(config, kind) else { return Ok((plain, None)) };
-    let kind = of.get("rope_type").or(of.get("type")).filter(|kind| !kind.is_null());
-    let named = kind.map(|kind| kind.as_str().unwrap_or("?"));
+    let given = of.get("rope_type").or(of.get("type"));
+    let named = given.map(|given| given.as_str().unwrap_or("?"));
     let positions = config.count("max_position_embeddings")?.unwrap_or(rule.positions) as f64;
     let original = || -> Result<f64, FileError> {
         const KEY: &str = "original_max_position_embeddings";
@@ -187,8 +187,8 @@ pub(super) fn rotary(
             let frequencies = changed(&|own, f| own / long[f]).frequencies;
             short.with_stretch(Stretch::Beyond { tokens: original as usize, frequencies })
         }
-        Some(other) => {
-            let what = format!("rope scaling {other:?} (`{place}`)");
+        Some(_) => {
+            let what = format!("rope scaling {} (`{place}`)", given.unwrap_or(&Value::Null));
             let hint = "linear, dynamic, llama3, yarn and longrope are";
             return Ok((plain, Some(Unsupported::new(what, hint))));
         }
