@@ -11,32 +11,15 @@ use qcqa::checkpoint::Checkpoint;
 use qcqa::descent::Descent;
 use qcqa::distil::{Distill, Distilled, Effort, gradient};
 use qcqa::evaluation::evaluate_against;
-use qcqa::heads::{HeadSource, Heads, Needs, Pooled, Projection};
+use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::partition::Partition;
 use qcqa::plan::SharedHeads;
 use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
-use qcqa::spec::Spec;
 use qcqa::text::Windows;
-use qcqa::{KvPooler, Progress, Result, Run};
-use running::{Slow, calibration_text, neighbours, novels, opened, runnable, shared_by, windows};
+use qcqa::{Progress, Run};
+use running::{Given, Slow, calibration_text, neighbours, novels, opened, runnable, shared_by, windows};
 use safetensors::Dtype;
-
-/// Gives what it was given.
-#[derive(Debug, Clone)]
-struct Given(Vec<Pooled>);
-
-impl KvPooler for Given {
-    fn spec(&self) -> Spec {
-        Spec::new("given")
-    }
-    fn needs(&self) -> Needs {
-        Needs::QUERIES_AND_MOMENT
-    }
-    fn pool(&self, heads: &Heads, _: &Partition) -> Result<Pooled> {
-        Ok(self.0[heads.layer()].clone())
-    }
-}
 
 fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
     (0..shared.plan().layers.len()).map(|i| shared.layer(i).unwrap().1).collect()

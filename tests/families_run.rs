@@ -8,34 +8,17 @@ mod running;
 
 use made::{HEAD, QUERIES, VOCABULARY, kinds, made};
 use ndarray::{Array1, s};
+use qcqa::Run;
 use qcqa::distil::gradient;
-use qcqa::heads::{HeadSource, Heads, Needs, Pooled, Projection};
+use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::model::{NormOver, Part};
 use qcqa::partition::Partition;
 use qcqa::plan::{Refit, SharedHeads};
 use qcqa::pooler::MeanPooler;
 use qcqa::refit::refit;
 use qcqa::runtime::{KvCache, Model};
-use qcqa::spec::Spec;
 use qcqa::text::Windows;
-use qcqa::{KvPooler, Result, Run};
-use running::{near, shared_by, tokens};
-
-/// Shared heads that are given.
-#[derive(Debug, Clone)]
-struct Given(Vec<Pooled>);
-
-impl KvPooler for Given {
-    fn spec(&self) -> Spec {
-        Spec::new("given")
-    }
-    fn needs(&self) -> Needs {
-        Needs::QUERIES_AND_MOMENT
-    }
-    fn pool(&self, heads: &Heads, _: &Partition) -> Result<Pooled> {
-        Ok(self.0[heads.layer()].clone())
-    }
-}
+use running::{Given, near, shared_by, tokens};
 
 fn text() -> Windows {
     Windows::new((0..24u32).map(|t| (t * t * 5 + 3 * t) % VOCABULARY as u32).collect(), 12).unwrap()

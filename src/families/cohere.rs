@@ -1,5 +1,5 @@
 use super::decoder::Decoder;
-use super::kinds::windows;
+use super::kinds::{window, windows};
 use super::names::{Biases, Names, NormRule};
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
@@ -30,10 +30,7 @@ impl Family for Cohere2 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = match config.raw().get("sliding_window") {
-            Some(value) if value.is_null() => None,
-            _ => Some(config.count("sliding_window")?.unwrap_or(4096)),
-        };
+        let window = window(config)?;
         let every = config.count("sliding_window_pattern")?.unwrap_or(4);
         let mut layers = windows(config, tensors, window, |layer| (layer + 1) % every != 0)?;
         layers.turned = layers.windows.iter().map(Option::is_some).collect();

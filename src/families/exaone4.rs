@@ -1,5 +1,5 @@
 use super::decoder::Decoder;
-use super::kinds::windows;
+use super::kinds::{window, windows};
 use super::names::{Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
@@ -15,10 +15,7 @@ impl Family for Exaone4 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = match config.raw().get("sliding_window") {
-            Some(value) if value.is_null() => None,
-            _ => Some(config.count("sliding_window")?.unwrap_or(4096)),
-        };
+        let window = window(config)?;
         let pattern = config.get("sliding_window_pattern");
         let every = match pattern {
             None => 4,
@@ -35,13 +32,7 @@ impl Family for Exaone4 {
             layers.turned = layers.windows.iter().map(Option::is_some).collect();
         }
         let decoder = Decoder {
-            names: Names {
-                attention_norm: None,
-                attention_output_norm: Some("post_attention_layernorm"),
-                mlp_norm: None,
-                mlp_output_norm: Some("post_feedforward_layernorm"),
-                ..Names::llama("model.")
-            },
+            names: Names::llama("model.").normed_behind(),
             kv_heads: Some(32),
             layers,
             head_norms: Some(NormOver::Head),

@@ -1,7 +1,7 @@
 use serde_json::Value;
 
 use super::decoder::Decoder;
-use super::kinds::windows;
+use super::kinds::{window, windows};
 use super::names::{Biases, LayerKinds, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
@@ -122,11 +122,4 @@ fn sandwich(
         logit_cap: cap("final_logit_softcapping", logits)?,
         ..decoder
     })
-}
-
-fn window(config: &Config) -> Result<Option<usize>, FileError> {
-    match config.raw().get("sliding_window") {
-        Some(value) if value.is_null() => Ok(None),
-        _ => Ok(Some(config.count("sliding_window")?.unwrap_or(4096))),
-    }
 }

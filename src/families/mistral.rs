@@ -1,5 +1,5 @@
 use super::decoder::Decoder;
-use super::kinds::windows;
+use super::kinds::{window, windows};
 use super::names::Names;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
@@ -16,14 +16,10 @@ impl Family for Mistral {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        const KEY: &str = "sliding_window";
         // With pictures the text part has a configuration of its own.
         let (inner, whole) = (config.inner("text_config"), config);
         let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
-        let window = match config.raw().get(KEY) {
-            Some(value) if value.is_null() => None,
-            _ => Some(config.count(KEY)?.unwrap_or(4096)),
-        };
+        let window = window(config)?;
         let layers = windows(config, tensors, window, |_| true)?;
         let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };
         if nested {

@@ -149,6 +149,17 @@ impl Names {
         }
     }
 
+    /// With norms behind attention and MLP, and none before.
+    pub(super) fn normed_behind(self) -> Self {
+        Self {
+            attention_norm: None,
+            attention_output_norm: Some("post_attention_layernorm"),
+            mlp_norm: None,
+            mlp_output_norm: Some("post_feedforward_layernorm"),
+            ..self
+        }
+    }
+
     /// Modules of queries, keys and values.
     pub(super) fn heads(&self) -> Vec<&'static str> {
         match self.heads {

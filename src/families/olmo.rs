@@ -1,5 +1,5 @@
 use super::decoder::Decoder;
-use super::kinds::windows;
+use super::kinds::{window, windows};
 use super::names::{Biases, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
@@ -29,10 +29,7 @@ impl Family for Olmo3 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = match config.raw().get("sliding_window") {
-            Some(value) if value.is_null() => None,
-            _ => Some(config.count("sliding_window")?.unwrap_or(4096)),
-        };
+        let window = window(config)?;
         let mut layers = windows(config, tensors, window, |layer| (layer + 1) % 4 != 0)?;
         layers.ropes_by_kind(config, tensors, |layer| (layer + 1) % 4 != 0)?;
         let decoder = Decoder { layers, ..olmo(config, tensors)? };
@@ -45,13 +42,7 @@ impl Family for Olmo3 {
 fn olmo<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Result<Decoder<'a>, FileError> {
     let biased = config.flag("attention_bias")?;
     let decoder = Decoder {
-        names: Names {
-            attention_norm: None,
-            attention_output_norm: Some("post_attention_layernorm"),
-            mlp_norm: None,
-            mlp_output_norm: Some("post_feedforward_layernorm"),
-            ..Names::llama("model.")
-        },
+        names: Names::llama("model.").normed_behind(),
         biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
         head_norms: Some(NormOver::Width),
         norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use ndarray::{Array2, Array3, s};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::files::WriteOptions;
-use qcqa::heads::{HeadSource, Projection};
+use qcqa::heads::{HeadSource, Heads, Needs, Pooled, Projection};
 use qcqa::output::{Target, convert};
 use qcqa::partition::Partition;
 use qcqa::plan::{Plan, SharedHeads};
 use qcqa::runtime::Model;
+use qcqa::spec::Spec;
 use qcqa::text::{Vocabulary, Windows, read_text};
-use qcqa::{KvPooler, Run};
+use qcqa::{KvPooler, Result, Run};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -49,6 +50,22 @@ pub fn opened(model: &models::Model) -> (TempDir, Checkpoint) {
     model.write(&root.path().join("in"));
     let checkpoint = Checkpoint::open(root.path().join("in")).unwrap();
     (root, checkpoint)
+}
+
+/// Gives what it was given.
+#[derive(Debug, Clone)]
+pub struct Given(pub Vec<Pooled>);
+
+impl KvPooler for Given {
+    fn spec(&self) -> Spec {
+        Spec::new("given")
+    }
+    fn needs(&self) -> Needs {
+        Needs::QUERIES_AND_MOMENT
+    }
+    fn pool(&self, heads: &Heads, _: &Partition) -> Result<Pooled> {
+        Ok(self.0[heads.layer()].clone())
+    }
 }
 
 /// Makes a pooler.
