@@ -207,6 +207,12 @@ impl Checkpoint {
         self.checked(name, shape).map(drop)
     }
 
+    /// How a tensor is stored.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn dtype_of(&self, name: &str) -> Result<Dtype, FileError> {
+        Ok(self.entry(name)?.1)
+    }
+
     /// Rows of a matrix, one after the other, decoded. Each must be there.
     #[cfg(feature = "runtime")]
     pub(crate) fn rows_of(&self, name: &str, rows: &[u32]) -> Result<Vec<f32>, FileError> {

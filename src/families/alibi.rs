@@ -14,11 +14,9 @@ impl Family for Bloom {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let heads = config.required("n_head")?;
-        let hidden = if config.get("hidden_size").is_some() { "hidden_size" } else { "n_embed" };
         let decoder = Decoder {
-            keys: Keys { hidden, ..Keys::SHORT },
-            alibi: Some(Alibi::new(Alibi::usual(heads))),
+            keys: Keys { hidden: &["n_embed", "n_embd", "hidden_size"], ..Keys::SHORT },
+            alibi: Some(usual),
             unsupported: config.flag("apply_residual_connection_post_layernorm")?.then(|| {
                 let what = "sums of what was normed (`apply_residual_connection_post_layernorm`)";
                 Unsupported::new(what, "models without are")
@@ -52,17 +50,26 @@ impl Family for Falcon {
                 "a Falcon whose heads share keys and values (`multi_query`, `new_decoder_architecture`)";
             return Err(config.unsupported(what, "falcon-rw is; the others leave little to share"));
         }
-        let (heads, hidden) = (config.required("num_attention_heads")?, config.required("hidden_size")?);
+        let heads = config.required("num_attention_heads")?;
+        if config.count("num_kv_heads")?.is_some_and(|kv| kv != heads) {
+            let what = format!("a Falcon of fewer KV heads (`num_kv_heads`) than its {heads} query heads");
+            return Err(config.unsupported(what, "falcon-rw is"));
+        }
         let (biased, parallel) = (flag("bias", false)?, flag("parallel_attn", true)?);
         let decoder = stack(config, tensors);
-        let scale = (hidden as f64 / heads as f64).sqrt().recip();
         let alibi = flag("alibi", false)?;
         let mlp_norm = if parallel { "input_layernorm" } else { "post_attention_layernorm" };
         let decoder = Decoder {
             names: Names { mlp_norm: Some(mlp_norm), ..decoder.names.clone() },
             keys: Keys::USUAL,
-            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, head: false },
-            alibi: alibi.then(|| Alibi::new(Alibi::usual(heads)).rounded(scale)),
+            biases: Biases {
+                queries_keys_values: biased,
+                outputs: biased,
+                mlp: biased,
+                head: false,
+                ..Biases::default()
+            },
+            alibi: if alibi { Some(rounded) } else { None },
             rope: if alibi { None } else { Decoder::llama(config, tensors).rope },
             parallel,
             ..decoder
@@ -81,22 +88,12 @@ impl Family for Mpt {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let heads = config.required("n_heads")?;
         let of = config.get("attn_config").and_then(serde_json::Value::as_object);
         let value = |key: &str| of.and_then(|of| of.get(key)).filter(|v| !v.is_null());
-        let most = value("alibi_bias_max").and_then(serde_json::Value::as_f64).unwrap_or(8.0);
-        let power = heads.next_power_of_two();
-        let slope = |i: usize| (-(i as f64) * most / power as f64).exp2() as f32;
-        // All where their number is a power of 2; else every other one first.
-        let slopes: Vec<f32> = match heads == power {
-            true => (1..=heads).map(slope).collect(),
-            false => (1..=power / 2)
-                .map(|i| slope(2 * i))
-                .chain((0..power / 2).map(|i| slope(2 * i + 1)))
-                .take(heads)
-                .collect(),
-        };
-        let refused = ["clip_qkv", "softmax_scale"].into_iter().find(|key| value(key).is_some());
+        let refused = ["clip_qkv", "softmax_scale", "alibi_bias_max"].into_iter().find(|key| {
+            // transformers takes 8 whatever stands there.
+            value(key).is_some_and(|value| *key != "alibi_bias_max" || value.as_f64() != Some(8.0))
+        });
         if value("alibi").is_some_and(|alibi| alibi.as_bool() == Some(false)) {
             return Err(config.unsupported("an MPT without ALiBi (`attn_config`)", "models with it are"));
         }
@@ -114,22 +111,49 @@ impl Family for Mpt {
                 ..Names::llama("transformer.")
             },
             keys: Keys {
-                layers: "n_layers",
-                hidden: "d_model",
-                query_heads: "n_heads",
-                positions: "max_seq_len",
+                layers: &["n_layers", "num_hidden_layers"],
+                hidden: &["d_model", "hidden_size"],
+                query_heads: &["n_heads", "num_attention_heads"],
+                positions: &["max_seq_len"],
             },
             kv_heads_at: None,
             rope: None,
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_epsilon", 1e-5), offset: 0.0 },
             activation: Activation::Gelu,
-            alibi: Some(Alibi::new(slopes)),
+            alibi: Some(mosaic),
+            biases: Biases { no_norms: true, ..Biases::default() },
             tied: true,
-            unsupported: refused.map(|key| Unsupported::new(format!("`{key}` in `attn_config`"), "null is")),
+            unsupported: refused
+                .map(|key| Unsupported::new(format!("`{key}` in `attn_config`"), "its default is")),
             ..Decoder::llama(config, tensors)
         };
         decoder.architecture()
     }
+}
+
+/// BLOOM's slopes.
+fn usual(heads: usize) -> Alibi {
+    Alibi::new(Alibi::usual(heads))
+}
+
+/// Falcon's: BLOOM's, rounded on the way.
+fn rounded(heads: usize) -> Alibi {
+    Alibi::new(Alibi::usual(heads)).rounded(1.0)
+}
+
+/// MPT's: all where their number is a power of 2; else of the next power every other one first.
+fn mosaic(heads: usize) -> Alibi {
+    let power = heads.next_power_of_two();
+    let slope = |i: usize| (-8.0 * i as f64 / power as f64).exp2() as f32;
+    Alibi::new(match heads == power {
+        true => (1..=heads).map(slope).collect(),
+        false => (1..=power / 2)
+            .map(|i| 2 * i)
+            .chain((0..power / 2).map(|i| 2 * i + 1))
+            .map(slope)
+            .take(heads)
+            .collect(),
+    })
 }
 
 /// Files of the model without its head have no prefix.
@@ -152,7 +176,13 @@ fn stack<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Decoder<'a> {
             ..Names::llama(root)
         },
         kv_heads_at: None,
-        biases: Biases { queries_keys_values: true, outputs: true, mlp: true, head: false },
+        biases: Biases {
+            queries_keys_values: true,
+            outputs: true,
+            mlp: true,
+            head: false,
+            ..Biases::default()
+        },
         rope: None,
         norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_epsilon", 1e-5), offset: 0.0 },
         activation: Activation::GeluTanh,

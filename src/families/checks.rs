@@ -1,7 +1,7 @@
 //! What must hold of a configuration and its tensors, and whose a tensor is.
 
 use super::decoder::Decoder;
-use super::names::{Biases, MlpNames};
+use super::names::{Biases, MlpNames, given};
 use crate::files::FileError;
 use crate::model::{Architecture, AttentionSpec, Norm, StoredHeads};
 use crate::partition::Partition;
@@ -9,6 +9,8 @@ use crate::partition::Partition;
 /// Buffers that follow from the configuration, which older checkpoints hold.
 const BUFFERS: [&str; 4] = ["rotary_emb.inv_freq", "bias", "masked_bias", "rotary_emb.cos_cached"];
 
+/// Dimensions that a head may have.
+const WIDEST: usize = 1 << 16;
 /// Endings of tensors in which quantised weights are stored.
 const QUANTISED: [&str; 7] =
     [".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax"];
@@ -62,9 +64,10 @@ impl Decoder<'_> {
     pub(super) fn heads(&self) -> Result<(usize, usize), FileError> {
         const KEY: &str = "num_key_value_heads";
         let config = self.config;
-        let query_heads = match (config.count(self.keys.query_heads)?, self.query_heads) {
+        let key = given(config, self.keys.query_heads);
+        let query_heads = match (config.count(key)?, self.query_heads) {
             (Some(heads), _) | (None, Some(heads)) => heads,
-            (None, None) => return Err(config.missing(self.keys.query_heads)),
+            (None, None) => return Err(config.missing(key)),
         };
         // As transformers has it: an absent key takes the family's default, an explicit null the query heads.
         let kv_heads = match (self.kv_heads_at, config.raw().get(KEY)) {
@@ -94,7 +97,11 @@ impl Decoder<'_> {
                 return Err(config.wrong("hidden_size", expected, hidden));
             }
         };
-        let fits = head_dim % 2 == 0 && query_heads.checked_mul(head_dim).is_some();
+        let all = query_heads.checked_mul(3).and_then(|heads| heads.checked_mul(head_dim));
+        if head_dim > WIDEST || all.is_none() {
+            return Err(config.wrong("head_dim", format!("at most {WIDEST} dimensions"), head_dim));
+        }
+        let fits = head_dim % 2 == 0;
         if fits {
             Ok(head_dim)
         } else {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::checks::heads_and_norms;
-use super::names::{Biases, HeadNames, Keys, LayerKinds, Mixture, MlpNames, Names, NormRule};
+use super::names::{Biases, HeadNames, Keys, LayerKinds, Mixture, MlpNames, Names, NormRule, given};
 use super::rope::{self, RopeRule};
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
@@ -45,7 +45,8 @@ pub(super) struct Decoder<'a> {
     pub(super) residual: f64,
     pub(super) embedding_scale: f64,
     pub(super) learned: Option<Learned>,
-    pub(super) alibi: Option<Alibi>,
+    /// The slopes of so many heads.
+    pub(super) alibi: Option<fn(usize) -> Alibi>,
     pub(super) logit_scale: f64,
     pub(super) logit_cap: Option<f64>,
     /// Whether embeddings are tied where config.json says nothing.
@@ -72,6 +73,10 @@ impl<'a> Decoder<'a> {
                 theta: 10_000.0,
                 partial: 1.0,
                 partial_key: None,
+                theta_key: "rope_theta",
+                fixed: None,
+                original: None,
+                yarn_is_longrope: false,
                 pairs: rope::half_split,
                 positions: 2048,
                 of_kind: None,
@@ -129,7 +134,10 @@ impl<'a> Decoder<'a> {
     /// The model, or why it cannot be dealt with.
     pub(super) fn architecture(self) -> Result<Architecture, FileError> {
         let (config, tensors) = (self.config, self.tensors);
-        let (n_layers, hidden) = (config.required(self.keys.layers)?, config.required(self.keys.hidden)?);
+        let (n_layers, hidden) = (
+            config.required(given(config, self.keys.layers))?,
+            config.required(given(config, self.keys.hidden))?,
+        );
         let (query_heads, kv_heads) = self.heads()?;
         let head_dim = self.width_of_heads(hidden, query_heads)?;
         let mut notes: Vec<String> = rope::contradicted(config, "rope_theta").into_iter().collect();
@@ -146,8 +154,10 @@ impl<'a> Decoder<'a> {
             if let Some(window) = self.layers.windows.get(layer).copied().flatten() {
                 spec = spec.with_mask(Mask::Sliding { window });
             }
-            if let Some(alibi) = &self.alibi {
-                spec = spec.with_alibi(alibi.clone());
+            if let Some(alibi) = self.alibi {
+                let alibi = alibi(query_heads);
+                let factor = spec.scale;
+                spec = spec.with_alibi(if alibi.rounded { alibi.rounded(factor) } else { alibi });
             }
             if let Some(rule) = self.rope.filter(|_| self.layers.turned.get(layer) != Some(&false)) {
                 let kind = self.layers.ropes.get(layer).copied();
@@ -182,6 +192,11 @@ impl<'a> Decoder<'a> {
         // An explicit null is no yes.
         if config.raw().get("is_causal").is_some_and(|causal| causal.as_bool() != Some(true)) {
             let what = "an attention to what follows (`is_causal` is not true)";
+            unsupported = Some(Unsupported::new(what, "causal is"));
+        }
+        let both = |config: &Config| config.get("use_bidirectional_attention").is_some_and(|v| *v != false);
+        if self.outer.into_iter().chain([config]).any(both) {
+            let what = "an attention to what follows (`use_bidirectional_attention`)";
             unsupported = Some(Unsupported::new(what, "causal is"));
         }
         let model = Architecture {
@@ -265,7 +280,8 @@ impl<'a> Decoder<'a> {
         let bias = self.tensors.existing(format!("{name}.bias"));
         // As the norm computes: in f32.
         let norm = Norm::new(format!("{name}.weight"), f64::from(epsilon as f32)).with_kind(self.norms.kind);
-        Ok(norm.with_offset(self.norms.offset).with_bias(bias.filter(|_| self.norms.kind == NormKind::Layer)))
+        let biased = self.norms.kind == NormKind::Layer && !self.biases.no_norms;
+        Ok(norm.with_offset(self.norms.offset).with_bias(bias.filter(|_| biased)))
     }
 
     fn tied_embeddings(&self, notes: &mut Vec<String>) -> Result<bool, FileError> {
@@ -319,7 +335,7 @@ impl<'a> Decoder<'a> {
         let rows = tensors.shape(&names.embedding).and_then(|shape| shape.first().copied());
         let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
         let otherwise = self.rope.map_or(2048, |rule| rule.positions);
-        let positions = config.count(self.keys.positions)?.unwrap_or(otherwise);
+        let positions = config.count(given(config, self.keys.positions))?.unwrap_or(otherwise);
         let positions = stretched(positions, model);
         let norm = names.norm.as_ref().map(|name| self.norm(name)).transpose()?;
         let head = if model.tied_embeddings { &names.embedding } else { &names.head };
@@ -353,8 +369,10 @@ impl<'a> Decoder<'a> {
                 .map(|part| Linear::new(self.of_layer(layer, &format!("{experts}.{e}.{part}.weight")), None));
             Mlp::new(gate, up, down).with_activation(self.activation)
         };
-        // However many config.json claims, no more than there are tensors.
-        let count = (*count).min(self.tensors.names().count());
+        // However many config.json claims, not many more than there are.
+        let stored = |e: &usize| self.tensors.shape(&expert(*e).up.weight).is_some();
+        let count = (0..*count).take_while(stored).count().max(1) + 1;
+        let count = count.min(mixture.count);
         let router = self.of_layer(layer, &format!("{router}.weight"));
         Experts::new(router, (0..count).map(expert).collect(), *chosen, *normalised)
     }
@@ -363,7 +381,7 @@ impl<'a> Decoder<'a> {
 /// How many positions a model has whose frequencies grow with the text.
 fn stretched(positions: usize, model: &Architecture) -> usize {
     let of = |spec: &AttentionSpec| match spec.rotary.as_ref().map(|rotary| &rotary.stretch) {
-        Some(Stretch::Dynamic { factor, .. }) => (positions as f64 * factor) as usize,
+        Some(Stretch::Dynamic { factor, .. }) => ((positions as f64 * factor) as usize).max(positions),
         _ => positions,
     };
     model.layers.iter().map(of).max().unwrap_or(positions)

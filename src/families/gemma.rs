@@ -1,8 +1,6 @@
-use serde_json::Value;
-
 use super::decoder::Decoder;
 use super::kinds::{window, windows};
-use super::names::{Biases, LayerKinds, Names, NormRule};
+use super::names::{Biases, LayerKinds, Names, NormRule, only};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -17,7 +15,7 @@ impl Family for Gemma {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let mut decoder = gemma(config, tensors, 16)?;
+        let mut decoder = gemma(config, tensors, 16)?.acting(&["hidden_act"], Activation::GeluTanh);
         if decoder.activation == Activation::Gelu {
             decoder.activation = Activation::GeluTanh;
         }
@@ -53,6 +51,7 @@ impl Family for Gemma3 {
         // With pictures the text part has a configuration of its own.
         let (inner, whole) = (config.inner("text_config"), config);
         let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
+        only(config, nested, "gemma3_text")?;
         let every = config.count("sliding_window_pattern")?.unwrap_or(6);
         let slides = |layer: usize| (layer + 1) % every != 0;
         let mut layers = windows(config, tensors, window(config)?, slides)?;
@@ -63,8 +62,17 @@ impl Family for Gemma3 {
             decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
             (decoder.outer, decoder.names) = (Some(whole), Names::found(tensors));
         }
-        let decoder = sandwich(decoder, layers, [None, None])?;
-        let local = config.get("rope_local_base_freq").and_then(Value::as_f64).unwrap_or(10_000.0);
+        let mut decoder = sandwich(decoder, layers, [None, None])?;
+        // Read, and never used.
+        decoder.cap = None;
+        const LOCAL: &str = "rope_local_base_freq";
+        let local = match config.get(LOCAL) {
+            None => 10_000.0,
+            Some(value) => match value.as_f64().filter(|theta| *theta > 0.0) {
+                Some(theta) => theta,
+                None => return Err(config.wrong(LOCAL, "a number above 0", value)),
+            },
+        };
         decoder
             .with_rope(|rope| {
                 (rope.theta, rope.positions) = (1_000_000.0, 131_072);
@@ -89,7 +97,7 @@ fn gemma<'a>(
         tied: true,
         ..Decoder::llama(config, tensors)
     };
-    let decoder = decoder.acting(&["hidden_activation", "hidden_act"], Activation::GeluTanh);
+    let decoder = decoder.acting(&["hidden_activation"], Activation::GeluTanh);
     Ok(decoder.with_rope(|rope| rope.positions = 8192))
 }
 

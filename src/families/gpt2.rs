@@ -1,5 +1,5 @@
 use super::decoder::Decoder;
-use super::names::{Biases, HeadNames, Keys, MlpNames, Names, NormRule};
+use super::names::{Biases, HeadNames, Keys, MlpNames, Names, NormRule, given};
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
@@ -26,6 +26,7 @@ impl Family for Gpt2 {
                 ..names(root)
             },
             rope: None,
+            scale: (config.given_flag("scale_attn_weights")? == Some(false)).then_some(1.0),
             learned: Some(Learned::new(format!("{root}wpe.weight"), 0)),
             tied: true,
             ..gpt(config, tensors)
@@ -50,8 +51,6 @@ impl Family for GptJ {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let (hidden, heads) = (config.required("n_embd")?, config.required("n_head")?);
-        let dims = config.count("rotary_dim")?.unwrap_or(64) as f64;
         let decoder = Decoder {
             names: Names {
                 output: "out_proj",
@@ -64,12 +63,17 @@ impl Family for GptJ {
             ..gpt(config, tensors)
         };
         let decoder = decoder.acting(&["activation_function"], Activation::GeluTanh);
-        decoder
-            .with_rope(|rope| {
-                rope.partial = dims * heads as f64 / hidden as f64;
-                (rope.pairs, rope.partial_key) = (rope::interleaved, Some("partial_rotary_factor"));
-            })
-            .architecture()
+        // All where that is null.
+        let (heads, hidden) = (decoder.heads()?.0, config.required(given(config, decoder.keys.hidden))?);
+        let h = decoder.width_of_heads(hidden, heads)?;
+        let dims = match config.raw().get("rotary_dim") {
+            Some(value) if value.is_null() => h,
+            _ => config.count("rotary_dim")?.unwrap_or(64),
+        };
+        if dims > h || dims % 2 != 0 {
+            return Err(config.wrong("rotary_dim", format!("an even number up to the {h} of a head"), dims));
+        }
+        decoder.with_rope(|rope| (rope.pairs, rope.fixed) = (rope::interleaved, Some(dims))).architecture()
     }
 }
 
@@ -88,7 +92,13 @@ fn gpt<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Decoder<'a> {
     Decoder {
         keys: Keys::SHORT,
         kv_heads_at: None,
-        biases: Biases { queries_keys_values: true, outputs: true, mlp: true, head: false },
+        biases: Biases {
+            queries_keys_values: true,
+            outputs: true,
+            mlp: true,
+            head: false,
+            ..Biases::default()
+        },
         norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_epsilon", 1e-5), offset: 0.0 },
         ..Decoder::llama(config, tensors)
     }

@@ -30,13 +30,24 @@ impl Family for GptNeoX {
                 ..Names::llama("gpt_neox.")
             },
             kv_heads_at: None,
-            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: true, head: false },
+            biases: Biases {
+                queries_keys_values: biased,
+                outputs: biased,
+                mlp: true,
+                head: false,
+                ..Biases::default()
+            },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
             parallel: config.get("use_parallel_residual").is_none()
                 || config.flag("use_parallel_residual")?,
             ..Decoder::llama(config, tensors)
         };
         let decoder = decoder.acting(&["hidden_act"], Activation::Gelu);
-        decoder.with_rope(|rope| (rope.partial, rope.partial_key) = (0.25, Some("rotary_pct"))).architecture()
+        decoder
+            .with_rope(|rope| {
+                (rope.partial, rope.partial_key) = (0.25, Some("rotary_pct"));
+                rope.theta_key = "rotary_emb_base";
+            })
+            .architecture()
     }
 }

@@ -1,6 +1,6 @@
 use super::decoder::Decoder;
 use super::kinds::{window, windows};
-use super::names::Names;
+use super::names::{Names, only};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};
@@ -19,6 +19,7 @@ impl Family for Mistral {
         // With pictures the text part has a configuration of its own.
         let (inner, whole) = (config.inner("text_config"), config);
         let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
+        only(config, nested, "mistral")?;
         let window = window(config)?;
         let layers = windows(config, tensors, window, |_| true)?;
         let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };

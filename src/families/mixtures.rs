@@ -2,7 +2,6 @@ use serde_json::Value;
 
 use super::decoder::Decoder;
 use super::names::{Biases, LayerKinds, Mixture, NormRule};
-use super::qwen;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -39,7 +38,7 @@ impl Family for Mixtral {
     }
 }
 
-/// Qwen3-MoE: as Qwen3, with experts in the place of most MLPs. Experts are run, never changed.
+/// Qwen3-MoE: as Qwen3, with experts in the place of most MLPs, and windows in all layers or in none. Experts are run, never changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Qwen3Moe;
 
@@ -55,7 +54,10 @@ impl Family for Qwen3Moe {
             Some(list) => list.iter().filter_map(Value::as_u64).collect(),
             None => Vec::new(),
         };
-        let layers = qwen::windows_of(config, tensors)?;
+        // Unlike Qwen3's, all layers slide or none does.
+        let window = if config.flag("use_sliding_window")? { config.count("sliding_window")? } else { None };
+        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
+        let layers = LayerKinds { windows: vec![window; layers], ..LayerKinds::default() };
         let dense = |layer: usize| listed.contains(&(layer as u64)) || (layer + 1) % every != 0;
         let decoder = Decoder {
             kv_heads: Some(4),

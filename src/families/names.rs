@@ -1,27 +1,48 @@
 //! Where families keep things, by name, and what their layers differ in.
 
-use crate::checkpoint::TensorIndex;
+use crate::checkpoint::{Config, TensorIndex};
+use crate::files::FileError;
 use crate::model::NormKind;
 
-/// Keys of config.json.
+/// Keys of config.json, each with its other names: the first that is there counts.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Keys {
-    pub(super) layers: &'static str,
-    pub(super) hidden: &'static str,
-    pub(super) query_heads: &'static str,
-    pub(super) positions: &'static str,
+    pub(super) layers: &'static [&'static str],
+    pub(super) hidden: &'static [&'static str],
+    pub(super) query_heads: &'static [&'static str],
+    pub(super) positions: &'static [&'static str],
 }
 
 impl Keys {
     pub(super) const USUAL: Self = Self {
-        layers: "num_hidden_layers",
-        hidden: "hidden_size",
-        query_heads: "num_attention_heads",
-        positions: "max_position_embeddings",
+        layers: &["num_hidden_layers"],
+        hidden: &["hidden_size"],
+        query_heads: &["num_attention_heads"],
+        positions: &["max_position_embeddings"],
     };
     /// Those of GPT-2 and what followed it.
-    pub(super) const SHORT: Self =
-        Self { layers: "n_layer", hidden: "n_embd", query_heads: "n_head", positions: "n_positions" };
+    pub(super) const SHORT: Self = Self {
+        layers: &["n_layer", "num_hidden_layers"],
+        hidden: &["n_embd", "hidden_size"],
+        query_heads: &["n_head", "num_attention_heads"],
+        positions: &["n_positions", "max_position_embeddings"],
+    };
+}
+
+/// The name under which a number is given; the first where it is not.
+pub(super) fn given(config: &Config, names: &'static [&'static str]) -> &'static str {
+    names.iter().copied().find(|name| config.get(name).is_some()).unwrap_or(names[0])
+}
+
+/// That the text part of a model with pictures is of this type.
+pub(super) fn only(config: &Config, nested: bool, model_type: &str) -> Result<(), FileError> {
+    match config.get("model_type").filter(|_| nested) {
+        Some(found) if found != model_type => {
+            let what = format!("a text part of the type {found} (`text_config`)");
+            Err(config.unsupported(what, format!("{model_type} is")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Names of tensors, without `.weight`; those of a layer without its prefix.
@@ -91,13 +112,15 @@ pub(super) struct Biases {
     pub(super) outputs: bool,
     pub(super) mlp: bool,
     pub(super) head: bool,
+    /// Of norms that have none, although layer norms may.
+    pub(super) no_norms: bool,
 }
 
 /// How norms are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NormRule {
     pub(super) kind: NormKind,
-    /// Key of ε and its value where that is missing.
+    /// Key of ε, if it has one, and its value where that is missing.
     pub(super) epsilon: (&'static str, f64),
     /// What is added to stored weights.
     pub(super) offset: f64,

@@ -39,9 +39,15 @@ impl Family for Opt {
                 ..Names::llama(root)
             },
             kv_heads_at: None,
-            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, head: false },
+            biases: Biases {
+                queries_keys_values: biased,
+                outputs: biased,
+                mlp: biased,
+                head: false,
+                ..Biases::default()
+            },
             rope: None,
-            norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
+            norms: NormRule { kind: NormKind::Layer, epsilon: ("", 1e-5), offset: 0.0 },
             learned: Some(Learned::new(format!("{root}embed_positions.weight"), 2)),
             tied: true,
             ..Decoder::llama(config, tensors)

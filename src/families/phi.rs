@@ -24,7 +24,13 @@ impl Family for Phi {
                 norm: Some("model.final_layernorm".to_string()),
                 ..Names::llama("model.")
             },
-            biases: Biases { queries_keys_values: true, outputs: true, mlp: true, head: true },
+            biases: Biases {
+                queries_keys_values: true,
+                outputs: true,
+                mlp: true,
+                head: true,
+                ..Biases::default()
+            },
             head_norms: normed.then_some(NormOver::Head),
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
             parallel: true,
@@ -61,7 +67,10 @@ impl Family for Phi3 {
         };
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder
-            .with_rope(|rope| (rope.positions, rope.partial_key) = (4096, Some("partial_rotary_factor")))
+            .with_rope(|rope| {
+                (rope.positions, rope.partial_key) = (4096, Some("partial_rotary_factor"));
+                (rope.original, rope.yarn_is_longrope) = (Some(4096), true);
+            })
             .architecture()
     }
 }

@@ -49,10 +49,7 @@ impl Family for Qwen3 {
 }
 
 /// The window of the layers from `max_window_layers` on, where `use_sliding_window`.
-pub(super) fn windows_of(
-    config: &Config,
-    tensors: &dyn TensorIndex,
-) -> Result<super::names::LayerKinds, FileError> {
+fn windows_of(config: &Config, tensors: &dyn TensorIndex) -> Result<super::names::LayerKinds, FileError> {
     let window = match config.flag("use_sliding_window")? {
         false => None,
         true => config.count("sliding_window")?.or(match config.raw().contains_key("sliding_window") {

@@ -19,19 +19,32 @@ impl Family for SmolLm3 {
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         const KEY: &str = "no_rope_layers";
         let every = config.count("no_rope_layer_interval")?.unwrap_or(4);
-        let listed = config.get(KEY).and_then(Value::as_array);
+        let listed = match config.get(KEY) {
+            None => None,
+            Some(value) => match value.as_array().filter(|list| list.iter().all(Value::is_u64)) {
+                Some(list) if list.len() >= config.required("num_hidden_layers")? => Some(list),
+                _ => return Err(config.wrong(KEY, "a list of 0 and 1, one for each layer", value)),
+            },
+        };
         let turned = |layer: usize| match listed {
             Some(list) => list.get(layer).and_then(Value::as_u64) != Some(0),
             None => (layer + 1) % every != 0,
         };
-        let window = if config.flag("use_sliding_window")? { config.count("sliding_window")? } else { None };
+        let used = config.flag("use_sliding_window")? || config.get("layer_types").is_some();
+        let window = if used { config.count("sliding_window")? } else { None };
         let mut layers = windows(config, tensors, window, |layer| !turned(layer))?;
         layers.turned = (0..layers.windows.len()).map(turned).collect();
         let biased = config.flag("attention_bias")?;
         let mlp = config.flag("mlp_bias")?;
         let decoder = Decoder {
             kv_heads: Some(4),
-            biases: Biases { queries_keys_values: biased, outputs: biased, mlp, head: false },
+            biases: Biases {
+                queries_keys_values: biased,
+                outputs: biased,
+                mlp,
+                head: false,
+                ..Biases::default()
+            },
             layers,
             tied: true,
             ..Decoder::llama(config, tensors)

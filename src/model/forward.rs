@@ -88,7 +88,7 @@ impl Forward {
 /// A layer around its attention.
 ///
 /// One after the other: `y = x + r·after(attention(before(x)))`, then `y + r·after'(mlp(before'(y)))`; in parallel:
-/// `x + attention(before(x)) + mlp(before'(x))`. A norm that is not there leaves things as they are.
+/// `x + r·after(attention(before(x))) + r·after'(mlp(before'(x)))`. A norm that is not there leaves things as they are.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Block {

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::runtime::{Joint, Model, Pass};
+use crate::runtime::{Joint, Model, Pass, times};
 use crate::text::{RuntimeError, Windows};
 
 /// Bytes of streams in f32 from which on they are held in bf16.
@@ -62,7 +62,7 @@ impl Texts {
             let attended = model.attend(i, &model.attention_input(i, &source)?, pass)?;
             match joint {
                 Joint::Added(share) => {
-                    part(window, held, &(source + (attended * share)?)?, |w, own| w.source = own)
+                    part(window, held, &(source + times(attended, share)?)?, |w, own| w.source = own)
                 }
                 _ => part(window, held, &attended, |w, own| w.attended = Some(own)),
             }
@@ -119,10 +119,10 @@ impl Texts {
             let attended = chosen.iter().filter_map(|w| w.attended.as_ref());
             // What should come into the stream, and what decides how much an error there matters.
             let (target, size) = match joint {
-                Joint::Added(share) => (((&source - &stream)? / share)?, source),
+                Joint::Added(share) => (times((&source - &stream)?, share.recip())?, source),
                 Joint::Parallel(share) => {
-                    let after = (source + (joined(attended)? * share)?)?;
-                    (((&after - &stream)? / share)?, after)
+                    let after = (source + times(joined(attended)?, share)?)?;
+                    (times((&after - &stream)?, share.recip())?, after)
                 }
                 // Its length goes in the norm: what layers below lost cannot be made up for here.
                 Joint::Normed => {

@@ -226,9 +226,6 @@ impl Attention {
 
     /// What passes back through these norms, from what was projected and the gradient of what they made of it.
     pub(super) fn normed_backward(&self, all: &Tensor, gradient: &Tensor) -> candle_core::Result<Tensor> {
-        if self.norms.is_empty() {
-            return Ok(gradient.clone());
-        }
         let ([query, key, _], [of_query, of_key, of_value]) = (self.parts(all)?, self.parts(gradient)?);
         let of_query = times(of_query, self.scale_after)?;
         let back = |norm: &Option<HeadNormed>, x: &Tensor, of: Tensor| match norm {

@@ -82,8 +82,8 @@ impl Layer {
 
 /// What attention computes on the way, for the way back.
 pub(super) struct Kept {
-    /// Queries, keys and values before norms and rotation, (N, (n_q + 2k)·h).
-    projected: Tensor,
+    /// Queries, keys and values before norms and rotation, (N, (n_q + 2k)·h), where there are norms.
+    projected: Option<Tensor>,
     blocks: Vec<KeptBlock>,
     /// What query heads read, (N, n_q·h).
     pub(super) heads: Tensor,
@@ -120,6 +120,7 @@ impl Attention {
         let read = blocks.iter().map(|block| block.probabilities.matmul(&block.values));
         let heads = self.side_by_side(read, pass)?;
         let output = self.write(&heads)?;
+        let projected = (!self.norms.is_empty()).then_some(projected);
         Ok((Kept { projected, blocks, heads }, output))
     }
 
@@ -145,7 +146,7 @@ impl Attention {
         let turned = rope.apply_back(&joined(&of_query)?.contiguous()?)?;
         let of_all = joined(&[&[turned][..], &of_values].concat())?.transpose(1, 2)?.contiguous()?;
         let of_all = of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))?;
-        self.normed_backward(&kept.projected, &of_all)
+        kept.projected.as_ref().map_or(Ok(of_all.clone()), |all| self.normed_backward(all, &of_all))
     }
 
     /// Sums over tokens of what every weight is given times what it is worth.

@@ -25,7 +25,7 @@ impl Ends {
         let d = weights.width;
         let norm = |norm: &Option<Norm>| norm.as_ref().map(|norm| Normed::load(weights, norm, d)).transpose();
         let learned = |Learned { tensor, first, .. }: &Learned| {
-            let rows = weights.take(tensor, &[first + forward.positions, d])?;
+            let rows = weights.take(tensor, &[first.saturating_add(forward.positions), d])?;
             Ok::<_, RuntimeError>(rows.narrow(0, *first, forward.positions)?)
         };
         let bias = forward.head_bias.as_ref();

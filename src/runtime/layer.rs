@@ -153,7 +153,7 @@ impl Layer {
 }
 
 /// A tensor, multiplied.
-pub(super) fn times(x: Tensor, factor: f64) -> Candle<Tensor> {
+pub(crate) fn times(x: Tensor, factor: f64) -> Candle<Tensor> {
     if factor == 1.0 { Ok(x) } else { x.affine(factor, 0.0) }
 }
 

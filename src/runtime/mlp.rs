@@ -78,8 +78,13 @@ impl Dense {
     fn load(weights: &Weights<'_>, mlp: &Mlp) -> Result<Self, RuntimeError> {
         let (d, m) = (weights.width, weights.intermediate(mlp)?);
         let above: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up]).collect();
-        let rows = above.iter().map(|linear| weights.weight(linear, m, d));
-        let rows: Vec<Tensor> = rows.collect::<Result<_, _>>()?;
+        let rows = match above[..] {
+            // Both halves of one tensor: as it is.
+            [gate, up] if gate.weight == up.weight && (gate.part, up.part) == ((0, 2), (1, 2)) => {
+                vec![weights.weight(&gate.clone().part(0, 1), 2 * m, d)?]
+            }
+            _ => above.iter().map(|linear| weights.weight(linear, m, d)).collect::<Result<_, _>>()?,
+        };
         let biases = above.iter().map(|linear| weights.bias(linear, m));
         let biases: Vec<Option<Tensor>> = biases.collect::<Result<_, _>>()?;
         let up_bias = if biases.iter().all(Option::is_none) {

@@ -49,5 +49,6 @@ pub use cache::KvCache;
 pub use model::Model;
 
 pub(crate) use attention::Pass;
+pub(crate) use layer::times;
 pub(crate) use model::Joint;
 pub(crate) use weights::AttentionWeights;

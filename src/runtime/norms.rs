@@ -4,6 +4,7 @@ use candle_core::{Result as Candle, Tensor};
 
 use super::RuntimeError;
 use super::layer::{Normed, Weights};
+use crate::checkpoint::Dtype;
 use crate::files::FileError;
 use crate::model::{AttentionSpec, HeadNorm, Norm, NormOver, Part};
 
@@ -19,6 +20,8 @@ pub(super) struct HeadNorms {
 pub(super) struct HeadNormed {
     norm: Normed,
     over: NormOver,
+    /// As which its weights are stored, of what was made of them too.
+    stored: Dtype,
 }
 
 impl HeadNorms {
@@ -26,7 +29,14 @@ impl HeadNorms {
     pub(super) fn load(weights: &Weights<'_>, spec: &AttentionSpec) -> Result<Self, RuntimeError> {
         let [query, key] = sized(spec).map(|(norm, size)| {
             let load = |HeadNorm { norm, over, .. }: &HeadNorm| {
-                Ok::<_, RuntimeError>(HeadNormed { norm: Normed::load(weights, norm, size)?, over: *over })
+                let stored =
+                    norm.weight.as_ref().map(|name| weights.checkpoint.dtype_of(name)).transpose()?;
+                let normed = Normed::load(weights, norm, size)?;
+                Ok::<_, RuntimeError>(HeadNormed {
+                    norm: normed,
+                    over: *over,
+                    stored: stored.unwrap_or(Dtype::F32),
+                })
             };
             norm.map(load).transpose()
         });
@@ -76,14 +86,18 @@ impl HeadNormed {
         }
         let mean = |weights: &Tensor| {
             let numbers: Vec<f32> = weights.to_vec1()?;
-            let of = |members: &[usize], r: usize| {
-                members.iter().map(|head| numbers[head * h + r]).sum::<f32>() / members.len() as f32
+            let of = |members: &[usize], r: usize| match members {
+                [alone] => numbers[alone * h + r],
+                _ => {
+                    let sum: f32 = members.iter().map(|head| numbers[head * h + r]).sum();
+                    self.stored.round(sum / members.len() as f32)
+                }
             };
             let means: Vec<f32> = groups.iter().flat_map(|g| (0..h).map(move |r| of(g, r))).collect();
             Tensor::from_vec(means, groups.len() * h, weights.device())
         };
         let (weight, bias) = (mean(&self.norm.weight)?, mean(&self.norm.bias)?);
-        Ok(Self { norm: Normed { weight, bias, ..self.norm }, over: self.over })
+        Ok(Self { norm: Normed { weight, bias, ..self.norm }, ..self })
     }
 
     /// Heads (N, n·h) → (N, n·h).

@@ -1,6 +1,7 @@
 //! A plan, put on a model that is already there.
 
 use super::attention::Attention;
+use super::norms::HeadNorms;
 use super::{Model, RuntimeError};
 use crate::checkpoint::Dtype;
 use crate::error::Error;
@@ -38,7 +39,11 @@ impl Model {
         let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, i)?;
-        let norms = self.shelf.layer(i)?.attention.norms;
+        // Without norms nothing is read.
+        let norms = match spec.norms.iter().all(Option::is_none) {
+            true => HeadNorms::default(),
+            false => self.shelf.layer(i)?.attention.norms,
+        };
         let shared = Some((&pooled, partition));
         model.attention[i] = Some(Attention::new(heads, shared, spec, norms, &self.device)?);
         Ok(model)

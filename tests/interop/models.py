@@ -1,7 +1,9 @@
 """Small random models of every family, as stock transformers makes them."""
 
+import json
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 # Heads whose numbers hide no transposition: 6 query heads on 2 KV heads, unless a family says otherwise.
 SMALL = dict(
@@ -59,6 +61,7 @@ MODELS = {
         sliding_attention=rope(5e3), full_attention=yarn()))),
     "smollm3": ("smollm3", dict(no_rope_layer_interval=2, tie_word_embeddings=True)),
     "phi3": ("phi3", dict(num_key_value_heads=6)),
+    "phi3, original by default": ("phi3", dict(rope_parameters=dict(longrope(4), original_max_position_embeddings=4096))),
     "phi3, longrope, partial, window": ("phi3", dict(sliding_window=48, hidden_size=96, rope_parameters=dict(longrope(4), partial_rotary_factor=0.5),
                                                       original_max_position_embeddings=32)),
     "phi": ("phi", dict(num_key_value_heads=6)),
@@ -85,6 +88,7 @@ MODELS = {
     "exaone4, no window": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
     "opt": ("opt", dict(ffn_dim=64, word_embed_proj_dim=48, tie_word_embeddings=True)),
     "gpt2": ("gpt2", dict(GPT2, tie_word_embeddings=True)),
+    "gpt2, scores as they are": ("gpt2", dict(GPT2, scale_attn_weights=False)),
     "gptj": ("gptj", dict(GPT2, rotary_dim=4)),
     "bloom": ("bloom", dict(n_layer=3, n_head=6, tie_word_embeddings=True)),
     "falcon-rw": ("falcon", dict(alibi=True, multi_query=False, parallel_attn=False, bias=True, ffn_hidden_size=64,
@@ -93,13 +97,46 @@ MODELS = {
     "mpt": ("mpt", dict(d_model=48, n_heads=6, n_layers=3, expansion_ratio=2, max_seq_len=64, tie_word_embeddings=True)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16, norm_topk_prob=True)),
+    "qwen3_moe, windows": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
+                                             use_sliding_window=True, sliding_window=16)),
     "qwen3_moe, some dense": ("qwen3_moe", dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=2)),
+    "mistral3, with pictures": ("mistral3", dict(
+        text_config=dict(SMALL, model_type="mistral", head_dim=8, sliding_window=None),
+        vision_config=dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           head_dim=16, image_size=28, patch_size=14), image_token_index=92, tie_word_embeddings=False)),
     "gemma3, with pictures": ("gemma3", dict(
         text_config=dict({**SMALL, "num_attention_heads": 8}, head_dim=16, sliding_window=16, layer_types=alternating(),
                          rope_parameters=dict(sliding_attention=rope(1e3), full_attention=rope(1e5))),
         vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
         boi_token_index=90, eoi_token_index=91, image_token_index=92, tie_word_embeddings=True)),
 }
+
+
+# How published files spell what transformers 5 writes otherwise.
+BEFORE = {
+    "bloom": {"n_head": "num_attention_heads", "hidden_size": "n_embed"},
+    "gpt2": {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"},
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+}
+
+
+def spell_as_before(path):
+    """Writes a config.json as transformers 4 did; False where nothing is spelled otherwise."""
+    config = json.loads(path.read_text())
+    before = dict(config)
+    rope = config.get("rope_parameters")
+    if rope and not any(isinstance(value, dict) for value in rope.values()):
+        config.pop("rope_parameters")
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                config[key] = rope.pop(key)
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {("type" if key == "rope_type" and rope[key] == "linear" else key): value for key, value in rope.items()}
+    for key, other in BEFORE.get(config["model_type"], {}).items():
+        if key in config:
+            config[other] = config.pop(key)
+    path.write_text(json.dumps(config))
+    return config != before
 
 
 def config_of(name):
@@ -121,7 +158,8 @@ def config_of(name):
 def make(name, seed=0):
     """A model whose every tensor matters: norms of 0.5 to 2, biases that are not 0, heads that look at one another."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(name), attn_implementation="eager", dtype=torch.float32).eval()
+    kind = AutoModelForImageTextToText if "with pictures" in name else AutoModelForCausalLM
+    model = kind.from_config(config_of(name), attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for key, value in model.named_parameters():
             if value.dim() == 1:
