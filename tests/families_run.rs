@@ -178,3 +178,33 @@ fn what_is_nobodys_is_refused_with_a_way_out() {
         models::says(&refused(kind), &["config.json", reason, kind]);
     }
 }
+
+/// Counts that no file backs end in an error, before anything of their size is made.
+#[test]
+fn counts_that_no_file_backs_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    for (kind, key) in [
+        ("bloom", "n_head"),
+        ("mpt", "n_heads"),
+        ("falcon", "num_attention_heads"),
+        ("mine", "n_head"),
+        ("llama", "head_dim"),
+        ("llama", "hidden_size"),
+        ("phi3", "num_attention_heads"),
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "num_experts"),
+        ("gemma2", "num_hidden_layers"),
+        ("opt", "max_position_embeddings"),
+    ] {
+        for count in [1_000_000_000_000, u64::MAX / 2 + 2] {
+            let model = running::runnable("llama", safetensors::Dtype::F32, 2, false);
+            let falcon = model.set("multi_query", false.into()).set("alibi", true.into());
+            falcon.set("model_type", kind.into()).set(key, count.into()).write(root.path());
+            let opened = qcqa::checkpoint::Checkpoint::open(root.path());
+            let loaded = opened
+                .map_err(|e| e.to_string())
+                .and_then(|checkpoint| Model::load(&checkpoint).map(drop).map_err(|e| e.to_string()));
+            assert!(loaded.is_err(), "{kind}, {key} {count}");
+        }
+    }
+}
