@@ -62,13 +62,7 @@ impl Family for Falcon {
         let decoder = Decoder {
             names: Names { mlp_norm: Some(mlp_norm), ..decoder.names.clone() },
             keys: Keys::USUAL,
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp: biased,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, ..Biases::default() },
             alibi: if alibi { Some(rounded) } else { None },
             rope: if alibi { None } else { Decoder::llama(config, tensors).rope },
             parallel,
@@ -176,13 +170,7 @@ fn stack<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Decoder<'a> {
             ..Names::llama(root)
         },
         kv_heads_at: None,
-        biases: Biases {
-            queries_keys_values: true,
-            outputs: true,
-            mlp: true,
-            head: false,
-            ..Biases::default()
-        },
+        biases: Biases { queries_keys_values: true, outputs: true, mlp: true, ..Biases::default() },
         rope: None,
         norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_epsilon", 1e-5), offset: 0.0 },
         activation: Activation::GeluTanh,

@@ -92,13 +92,7 @@ fn gpt<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Decoder<'a> {
     Decoder {
         keys: Keys::SHORT,
         kv_heads_at: None,
-        biases: Biases {
-            queries_keys_values: true,
-            outputs: true,
-            mlp: true,
-            head: false,
-            ..Biases::default()
-        },
+        biases: Biases { queries_keys_values: true, outputs: true, mlp: true, ..Biases::default() },
         norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_epsilon", 1e-5), offset: 0.0 },
         ..Decoder::llama(config, tensors)
     }

@@ -30,13 +30,7 @@ impl Family for GptNeoX {
                 ..Names::llama("gpt_neox.")
             },
             kv_heads_at: None,
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp: true,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: true, ..Biases::default() },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
             parallel: config.get("use_parallel_residual").is_none()
                 || config.flag("use_parallel_residual")?,

@@ -24,13 +24,7 @@ impl Family for Granite {
         let biased = config.flag("attention_bias")?;
         let mlp = config.flag("mlp_bias")?;
         let decoder = Decoder {
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp, ..Biases::default() },
             scale: Some(number("attention_multiplier")?),
             residual: number("residual_multiplier")?,
             embedding_scale: number("embedding_multiplier")?,

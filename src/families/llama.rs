@@ -17,8 +17,7 @@ impl Family for Llama {
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let biased = config.flag("attention_bias")?;
         let mlp = config.flag("mlp_bias")?;
-        let biases =
-            Biases { queries_keys_values: biased, outputs: biased, mlp, head: false, ..Biases::default() };
+        let biases = Biases { queries_keys_values: biased, outputs: biased, mlp, ..Biases::default() };
         let decoder = Decoder { biases, ..Decoder::llama(config, tensors) };
         decoder.acting(&["hidden_act"], Activation::Silu).architecture()
     }

@@ -18,13 +18,7 @@ impl Family for Nemotron {
         let mlp = config.flag("mlp_bias")?;
         let decoder = Decoder {
             names: Names { mlp: MlpNames::Plain(["mlp.up_proj", "mlp.down_proj"]), ..Names::llama("model.") },
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp, ..Biases::default() },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("norm_eps", 1e-5), offset: 1.0 },
             ..Decoder::llama(config, tensors)
         };

@@ -39,13 +39,7 @@ impl Family for Opt {
                 ..Names::llama(root)
             },
             kv_heads_at: None,
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp: biased,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, ..Biases::default() },
             rope: None,
             norms: NormRule { kind: NormKind::Layer, epsilon: ("", 1e-5), offset: 0.0 },
             learned: Some(Learned::new(format!("{root}embed_positions.weight"), 2)),

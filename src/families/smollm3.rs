@@ -38,13 +38,7 @@ impl Family for SmolLm3 {
         let mlp = config.flag("mlp_bias")?;
         let decoder = Decoder {
             kv_heads: Some(4),
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp, ..Biases::default() },
             layers,
             tied: true,
             ..Decoder::llama(config, tensors)

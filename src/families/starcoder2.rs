@@ -20,13 +20,7 @@ impl Family for Starcoder2 {
         let decoder = Decoder {
             names: Names { mlp: MlpNames::Plain(["mlp.c_fc", "mlp.c_proj"]), ..Names::llama("model.") },
             kv_heads: Some(2),
-            biases: Biases {
-                queries_keys_values: biased,
-                outputs: biased,
-                mlp: biased,
-                head: false,
-                ..Biases::default()
-            },
+            biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, ..Biases::default() },
             layers: LayerKinds { windows: vec![window; layers], ..LayerKinds::default() },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("norm_epsilon", 1e-5), offset: 0.0 },
             tied: true,
