@@ -79,6 +79,16 @@ impl Config {
         number.map(Some).ok_or_else(|| self.wrong(key, "a whole number from 0 on", value))
     }
 
+    /// A number above 0, where it is given.
+    ///
+    /// # Errors
+    /// [`FileError::ConfigValue`].
+    pub fn positive(&self, key: &'static str) -> Result<Option<f64>, FileError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let number = value.as_f64().filter(|&n| n > 0.0 && n.is_finite());
+        number.map(Some).ok_or_else(|| self.wrong(key, "a number above 0", value))
+    }
+
     /// A whole number from 1 on that must be there.
     ///
     /// # Errors

@@ -41,11 +41,7 @@ impl Family for Falcon {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let flag = |key: &'static str, otherwise: bool| match config.get(key) {
-            None => Ok(otherwise),
-            Some(_) => config.flag(key),
-        };
-        if flag("multi_query", true)? || flag("new_decoder_architecture", false)? {
+        if config.given_flag("multi_query")?.unwrap_or(true) || config.flag("new_decoder_architecture")? {
             let what =
                 "a Falcon whose heads share keys and values (`multi_query`, `new_decoder_architecture`)";
             return Err(config.unsupported(what, "falcon-rw is; the others leave little to share"));
@@ -55,9 +51,9 @@ impl Family for Falcon {
             let what = format!("a Falcon of fewer KV heads (`num_kv_heads`) than its {heads} query heads");
             return Err(config.unsupported(what, "falcon-rw is"));
         }
-        let (biased, parallel) = (flag("bias", false)?, flag("parallel_attn", true)?);
+        let (biased, parallel) = (config.flag("bias")?, config.given_flag("parallel_attn")?.unwrap_or(true));
         let decoder = stack(config, tensors);
-        let alibi = flag("alibi", false)?;
+        let alibi = config.flag("alibi")?;
         let mlp_norm = if parallel { "input_layernorm" } else { "post_attention_layernorm" };
         let decoder = Decoder {
             names: Names { mlp_norm: Some(mlp_norm), ..decoder.names.clone() },

@@ -101,11 +101,9 @@ impl Decoder<'_> {
         if head_dim > WIDEST || all.is_none() {
             return Err(config.wrong("head_dim", format!("at most {WIDEST} dimensions"), head_dim));
         }
-        let fits = head_dim % 2 == 0;
-        if fits {
-            Ok(head_dim)
-        } else {
-            Err(config.wrong("head_dim", "an even number of dimensions", head_dim))
+        match head_dim % 2 {
+            0 => Ok(head_dim),
+            _ => Err(config.wrong("head_dim", "an even number of dimensions", head_dim)),
         }
     }
 

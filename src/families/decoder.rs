@@ -123,6 +123,12 @@ impl<'a> Decoder<'a> {
         self
     }
 
+    /// Says that the stack is the text part of this model.
+    pub(super) fn within(self, whole: &'a Config) -> Self {
+        let kv_heads_at = Some("/text_config/num_key_value_heads");
+        Self { kv_heads_at, outer: Some(whole), names: Names::found(self.tensors), ..self }
+    }
+
     /// Replaces what is said of rotary positions.
     pub(super) fn with_rope(mut self, change: impl FnOnce(&mut RopeRule)) -> Self {
         if let Some(rule) = &mut self.rope {

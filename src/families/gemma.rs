@@ -59,20 +59,12 @@ impl Family for Gemma3 {
         let mut decoder = Decoder { head_norms: Some(NormOver::Head), ..gemma(config, tensors, 4)? };
         decoder.query_heads = Some(8);
         if nested {
-            decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
-            (decoder.outer, decoder.names) = (Some(whole), Names::found(tensors));
+            decoder = decoder.within(whole);
         }
         let mut decoder = sandwich(decoder, layers, [None, None])?;
         // Read, and never used.
         decoder.cap = None;
-        const LOCAL: &str = "rope_local_base_freq";
-        let local = match config.get(LOCAL) {
-            None => 10_000.0,
-            Some(value) => match value.as_f64().filter(|theta| *theta > 0.0) {
-                Some(theta) => theta,
-                None => return Err(config.wrong(LOCAL, "a number above 0", value)),
-            },
-        };
+        let local = config.positive("rope_local_base_freq")?.unwrap_or(10_000.0);
         decoder
             .with_rope(|rope| {
                 (rope.theta, rope.positions) = (1_000_000.0, 131_072);
@@ -108,13 +100,10 @@ fn sandwich(
     [scores, logits]: [Option<f64>; 2],
 ) -> Result<Decoder<'_>, FileError> {
     let config = decoder.config;
-    let cap = |key: &'static str, otherwise: Option<f64>| match config.raw().get(key) {
-        None => Ok(otherwise),
-        Some(value) if value.is_null() => Ok(None),
-        Some(value) => match value.as_f64().filter(|&cap| cap > 0.0) {
-            Some(cap) => Ok(Some(cap)),
-            None => Err(config.wrong(key, "a number above 0", value)),
-        },
+    // An explicit null is none.
+    let cap = |key: &'static str, otherwise: Option<f64>| match config.raw().contains_key(key) {
+        true => config.positive(key),
+        false => Ok(otherwise),
     };
     let scalar = config.count("query_pre_attn_scalar")?.unwrap_or(256);
     Ok(Decoder {

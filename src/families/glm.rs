@@ -40,7 +40,7 @@ impl Family for Glm4 {
 }
 
 fn glm<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Result<Decoder<'a>, FileError> {
-    let biased = config.get("attention_bias").is_none() || config.flag("attention_bias")?;
+    let biased = config.given_flag("attention_bias")?.unwrap_or(true);
     let decoder = Decoder {
         names: Names {
             mlp: MlpNames::Joined(["mlp.gate_up_proj", "mlp.down_proj"]),

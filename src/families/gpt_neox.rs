@@ -14,7 +14,7 @@ impl Family for GptNeoX {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let biased = config.get("attention_bias").is_none() || config.flag("attention_bias")?;
+        let biased = config.given_flag("attention_bias")?.unwrap_or(true);
         let head =
             ["embed_out.weight", "lm_head.weight"].into_iter().find(|head| tensors.shape(head).is_some());
         let decoder = Decoder {
@@ -32,8 +32,7 @@ impl Family for GptNeoX {
             kv_heads_at: None,
             biases: Biases { queries_keys_values: biased, outputs: biased, mlp: true, ..Biases::default() },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
-            parallel: config.get("use_parallel_residual").is_none()
-                || config.flag("use_parallel_residual")?,
+            parallel: config.given_flag("use_parallel_residual")?.unwrap_or(true),
             ..Decoder::llama(config, tensors)
         };
         let decoder = decoder.acting(&["hidden_act"], Activation::Gelu);

@@ -14,13 +14,7 @@ impl Family for Granite {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let number = |key: &'static str| match config.get(key) {
-            None => Ok(1.0),
-            Some(value) => match value.as_f64().filter(|n| n.is_finite() && *n > 0.0) {
-                Some(number) => Ok(number),
-                None => Err(config.wrong(key, "a number above 0", value)),
-            },
-        };
+        let number = |key| Ok::<_, FileError>(config.positive(key)?.unwrap_or(1.0));
         let biased = config.flag("attention_bias")?;
         let mlp = config.flag("mlp_bias")?;
         let decoder = Decoder {

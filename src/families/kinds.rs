@@ -34,6 +34,21 @@ pub(super) fn windows(
     Ok(LayerKinds { windows, ..LayerKinds::default() })
 }
 
+/// Layers of which all look back only so far, if any does.
+pub(super) fn same_window(
+    config: &Config,
+    tensors: &dyn TensorIndex,
+    window: Option<usize>,
+) -> Result<LayerKinds, FileError> {
+    let windows = vec![window; layers(config, tensors)?];
+    Ok(LayerKinds { windows, ..LayerKinds::default() })
+}
+
+/// However many layers config.json claims, no more than there are tensors.
+fn layers(config: &Config, tensors: &dyn TensorIndex) -> Result<usize, FileError> {
+    Ok(config.required("num_hidden_layers")?.min(tensors.names().count()))
+}
+
 /// Whether each layer slides.
 pub(super) fn sliding(
     config: &Config,
@@ -41,8 +56,7 @@ pub(super) fn sliding(
     otherwise: impl Fn(usize) -> bool,
 ) -> Result<Vec<bool>, FileError> {
     const KEY: &str = "layer_types";
-    // However many layers config.json claims, no more than there are tensors.
-    let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
+    let layers = layers(config, tensors)?;
     let Some(types) = config.get(KEY) else { return Ok((0..layers).map(otherwise).collect()) };
     let kind = |kind: &Value| match kind.as_str() {
         Some("full_attention") => Ok(false),

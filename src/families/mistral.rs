@@ -1,6 +1,6 @@
 use super::decoder::Decoder;
 use super::kinds::{window, windows};
-use super::names::{Names, only};
+use super::names::only;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture};
@@ -24,8 +24,7 @@ impl Family for Mistral {
         let layers = windows(config, tensors, window, |_| true)?;
         let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };
         if nested {
-            decoder.kv_heads_at = Some("/text_config/num_key_value_heads");
-            (decoder.outer, decoder.names) = (Some(whole), Names::found(tensors));
+            decoder = decoder.within(whole);
         }
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 131_072).architecture()

@@ -1,7 +1,8 @@
 use serde_json::Value;
 
 use super::decoder::Decoder;
-use super::names::{Biases, LayerKinds, Mixture, NormRule};
+use super::kinds::same_window;
+use super::names::{Biases, Mixture, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -17,10 +18,9 @@ impl Family for Mixtral {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let window = config.count("sliding_window")?;
-        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
         let decoder = Decoder {
             kv_heads: Some(8),
-            layers: LayerKinds { windows: vec![window; layers], ..LayerKinds::default() },
+            layers: same_window(config, tensors, window)?,
             norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },
             mixture: Some(Mixture {
                 router: "block_sparse_moe.gate",
@@ -56,8 +56,7 @@ impl Family for Qwen3Moe {
         };
         // Unlike Qwen3's, all layers slide or none does.
         let window = if config.flag("use_sliding_window")? { config.count("sliding_window")? } else { None };
-        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
-        let layers = LayerKinds { windows: vec![window; layers], ..LayerKinds::default() };
+        let layers = same_window(config, tensors, window)?;
         let dense = |layer: usize| listed.contains(&(layer as u64)) || (layer + 1) % every != 0;
         let decoder = Decoder {
             kv_heads: Some(4),

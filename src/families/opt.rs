@@ -15,8 +15,8 @@ impl Family for Opt {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let hidden = config.required("hidden_size")?;
-        let biased = config.get("enable_bias").is_none() || config.flag("enable_bias")?;
-        let before = config.get("do_layer_norm_before").is_none() || config.flag("do_layer_norm_before")?;
+        let biased = config.given_flag("enable_bias")?.unwrap_or(true);
+        let before = config.given_flag("do_layer_norm_before")?.unwrap_or(true);
         let projected = config.count("word_embed_proj_dim")?.is_some_and(|width| width != hidden);
         let refused = match (before, projected) {
             (false, _) => Some("norms behind the sum (`do_layer_norm_before` false)"),

@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, HeadNames, LayerKinds, MlpNames, Names, NormRule};
+use super::kinds::same_window;
+use super::names::{Biases, HeadNames, MlpNames, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -54,14 +55,13 @@ impl Family for Phi3 {
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
         let window = config.count("sliding_window")?;
-        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
         let decoder = Decoder {
             names: Names {
                 heads: HeadNames::Joined("qkv_proj"),
                 mlp: MlpNames::Joined(["mlp.gate_up_proj", "mlp.down_proj"]),
                 ..Names::llama("model.")
             },
-            layers: LayerKinds { windows: vec![window; layers], ..LayerKinds::default() },
+            layers: same_window(config, tensors, window)?,
             norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },
             ..Decoder::llama(config, tensors)
         };

@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, LayerKinds, MlpNames, Names, NormRule};
+use super::kinds::same_window;
+use super::names::{Biases, MlpNames, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind};
@@ -14,14 +15,13 @@ impl Family for Starcoder2 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let biased = config.get("use_bias").is_none() || config.flag("use_bias")?;
+        let biased = config.given_flag("use_bias")?.unwrap_or(true);
         let window = config.count("sliding_window")?;
-        let layers = config.required("num_hidden_layers")?.min(tensors.names().count());
         let decoder = Decoder {
             names: Names { mlp: MlpNames::Plain(["mlp.c_fc", "mlp.c_proj"]), ..Names::llama("model.") },
             kv_heads: Some(2),
             biases: Biases { queries_keys_values: biased, outputs: biased, mlp: biased, ..Biases::default() },
-            layers: LayerKinds { windows: vec![window; layers], ..LayerKinds::default() },
+            layers: same_window(config, tensors, window)?,
             norms: NormRule { kind: NormKind::Layer, epsilon: ("norm_epsilon", 1e-5), offset: 0.0 },
             tied: true,
             ..Decoder::llama(config, tensors)
