@@ -106,12 +106,12 @@ fn loss_and_divergence_are_their_definitions() {
     }
     let (before, after) = evaluate_against(&source, &[&grouped], &windows, Run::new(0)).unwrap();
     assert_eq!((before.tokens, before.windows, after[0].tokens), (70, 10, 70));
-    assert_relative_eq!(before.loss, losses[0] / 70.0, max_relative = 1e-9);
-    assert_relative_eq!(after[0].loss, losses[1] / 70.0, max_relative = 1e-9);
-    assert_relative_eq!(after[0].perplexity(), (losses[1] / 70.0).exp(), max_relative = 1e-9);
+    assert_relative_eq!(before.loss, losses[0] / 70.0, max_relative = 1e-6);
+    assert_relative_eq!(after[0].loss, losses[1] / 70.0, max_relative = 1e-6);
+    assert_relative_eq!(after[0].perplexity(), (losses[1] / 70.0).exp(), max_relative = 1e-6);
     let divergence = after[0].divergence.unwrap();
     assert!(kl / 70.0 > 1e-3, "the grouping must be felt");
-    assert_relative_eq!(divergence.kl, kl / 70.0, max_relative = 1e-6);
+    assert_relative_eq!(divergence.kl, kl / 70.0, max_relative = 1e-5);
     assert_eq!(divergence.same_top, same as f64 / 70.0);
     assert!(before.divergence.is_none() && before.tokens_per_second > 0.0);
     // 2 layers of 2 groups of 4 dimensions, keys and values in f32.

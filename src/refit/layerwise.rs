@@ -16,7 +16,7 @@ const RATE: f64 = 5e-3;
 const WARM_UP: u64 = 5;
 /// Steps that a layer takes where the text is long enough for that, and how often a shorter one is read at most.
 const STEPS: usize = 512;
-const EPOCHS: usize = 5;
+const EPOCHS: usize = 10;
 
 /// The model with queries, keys, values and outputs of layer `i` where [`Descent::Muon`] leads them: down the gradient of
 /// `Σ_t w_t ‖y_t − target_t‖²` over the attention outputs y_t.

@@ -5,7 +5,7 @@ use candle_nn::ops::{log_softmax, softmax_last_dim};
 use rayon::prelude::*;
 
 use super::layer::{linear, normed, normed_backward, times};
-use super::ops::{capped, capped_backward};
+use super::ops::{capped, capped_backward, exp, largest, sum_of_exp, sum_of_exp_apart};
 use super::{Model, RuntimeError};
 
 /// Numbers of logits held at once, of each of two models.
@@ -143,26 +143,12 @@ fn divergence(p: &Tensor, q: &Tensor) -> Candle<(Vec<f64>, Tensor)> {
 
 /// KL of one row, and q − p into `back`.
 fn row(p: &[f32], q: &[f32], back: &mut [f32]) -> f64 {
-    let most = |logits: &[f32]| logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let (most_p, most_q) = (most(p), most(q));
-    // Probabilities of p wait in `back`; sums in f64, of parts that are not.
-    let (mut sum_p, mut sum_q, mut apart) = (0.0f64, 0.0f64, 0.0f64);
-    for ((p, q), back) in p.chunks(256).zip(q.chunks(256)).zip(back.chunks_mut(256)) {
-        let (mut part_p, mut part_q, mut part) = (0.0f32, 0.0f32, 0.0f32);
-        for ((p, q), back) in p.iter().zip(q).zip(back) {
-            let (shifted_p, shifted_q) = (p - most_p, q - most_q);
-            *back = shifted_p.exp();
-            part_p += *back;
-            part_q += shifted_q.exp();
-            part += *back * (shifted_p - shifted_q);
-        }
-        sum_p += f64::from(part_p);
-        sum_q += f64::from(part_q);
-        apart += f64::from(part);
-    }
+    let (most_p, most_q) = (largest(p), largest(q));
+    let (sum_p, sum_q) = (sum_of_exp(p, most_p), sum_of_exp(q, most_q));
+    let apart = sum_of_exp_apart(p, most_p, q);
     let (share_p, share_q) = ((1.0 / sum_p) as f32, (1.0 / sum_q) as f32);
-    for (back, q) in back.iter_mut().zip(q) {
-        *back = (q - most_q).exp() * share_q - *back * share_p;
+    for ((back, p), q) in back.iter_mut().zip(p).zip(q) {
+        *back = exp(q - most_q) * share_q - exp(p - most_p) * share_p;
     }
-    apart / sum_p - sum_p.ln() + sum_q.ln()
+    apart / sum_p - (f64::from(most_p) + sum_p.ln()) + (f64::from(most_q) + sum_q.ln())
 }

@@ -5,6 +5,7 @@ use ndarray::{Array1, Array2, Array3};
 
 use super::attention::Attention;
 use super::backward::Backward;
+use super::ops::combined;
 use super::{Model, Pass, RuntimeError};
 use crate::error::Error;
 use crate::heads::{Pooled, Projection};
@@ -45,7 +46,7 @@ impl AttentionWeights {
     /// These and others, added up.
     pub(crate) fn plus(&self, others: &Self) -> Candle<Self> {
         let mut others = others.tensors();
-        self.map(|own| others.next().map_or(Ok(own.clone()), |other| own + other))
+        self.map(|own| others.next().map_or(Ok(own.clone()), |other| combined(own, 1.0, other, 1.0)))
     }
 }
 

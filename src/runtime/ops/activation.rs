@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Te
 use candle_nn::ops::{sigmoid, swiglu};
 use rayon::prelude::*;
 
+use super::exponential::exp;
 use super::numbers;
 use crate::model::Activation;
 
@@ -102,17 +103,18 @@ const DENSITY: f64 = 0.398_942_280_401_432_7;
 fn both(activation: Activation, x: f32) -> (f32, f32) {
     match activation {
         Activation::Silu => {
-            let share = 1.0 / (1.0 + (-x).exp());
+            let share = 1.0 / (1.0 + exp(-x));
             let silu = x * share;
             (silu, share + silu * (1.0 - share))
         }
         Activation::Gelu => {
             let below = 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2));
-            (x * below, below + x * DENSITY as f32 * (-0.5 * x * x).exp())
+            (x * below, below + x * DENSITY as f32 * exp(-0.5 * x * x))
         }
         Activation::GeluTanh => {
             let [a, b] = TANH;
-            let t = (a * (x + b * x * x * x)).tanh();
+            // tanh y = 1 − 2 / (e^2y + 1).
+            let t = 1.0 - 2.0 / (exp(2.0 * a * (x + b * x * x * x)) + 1.0);
             let bend = (1.0 - t * t) * a * (1.0 + 3.0 * b * x * x);
             (0.5 * x * (1.0 + t), 0.5 * (1.0 + t + x * bend))
         }

@@ -4,6 +4,8 @@ use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use rayon::prelude::*;
 
+use super::exponential::{exp, largest, sum};
+
 /// For each query the keys that it may look at, where both are given by their positions, ascending: those at positions
 /// p ≤ t with t − p < `reach`.
 pub(crate) fn visible(queries: &[usize], keys: &[usize], reach: usize) -> Vec<Range<usize>> {
@@ -59,14 +61,11 @@ impl CausalSoftmax {
     /// Softmax of one row of scores over a part of it.
     pub(crate) fn row(row: &mut [f32], visible: Range<usize>) {
         let Range { start, end } = visible;
-        let most = row[start..end].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for score in &mut row[start..end] {
-            *score = (*score - most).exp();
-            sum += *score;
-        }
-        let share = sum.recip();
-        row[start..end].iter_mut().for_each(|weight| *weight *= share);
+        let seen = &mut row[start..end];
+        let most = largest(seen);
+        seen.iter_mut().for_each(|score| *score = exp(*score - most));
+        let share = sum(seen).recip();
+        seen.iter_mut().for_each(|weight| *weight *= share);
         row[..start].fill(0.0);
         row[end..].fill(0.0);
     }

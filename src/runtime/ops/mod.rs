@@ -3,12 +3,16 @@
 
 mod activation;
 mod causal_softmax;
+mod combined;
+mod exponential;
 mod gradients;
 
 use candle_core::{CpuStorage, Layout, Result};
 
 pub(super) use activation::{activated, activated_backward, gated, gated_backward};
 pub(crate) use causal_softmax::{CausalSoftmax, visible};
+pub(crate) use combined::combined;
+pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
 pub(super) use gradients::{
     capped, capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward,
 };
