@@ -173,7 +173,6 @@ fn what_is_nobodys_is_refused_with_a_way_out() {
         ("qwen3_next", "linear attention or state spaces"),
         ("t5", "cross-attention"),
         ("bert", "an encoder"),
-        ("gpt_oss", "attention sinks"),
     ] {
         models::says(&refused(kind), &["config.json", reason, kind]);
     }

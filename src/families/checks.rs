@@ -43,7 +43,8 @@ impl Decoder<'_> {
             let (module, kind) = rest.rsplit_once('.').unwrap_or((rest, ""));
             let projection = names.heads().contains(&module) || module == names.output;
             let norm = normed && names.head_norms.contains(&module);
-            ((projection || norm) && ["weight", "bias"].contains(&kind)) || BUFFERS.contains(&rest)
+            let own = (projection || norm) && ["weight", "bias"].contains(&kind);
+            own || BUFFERS.contains(&rest) || names.sinks == Some(rest)
         };
         let other =
             self.tensors.names().find(|name| names.of_attention(name).is_some_and(|rest| !known(rest)));
@@ -160,10 +161,11 @@ impl Decoder<'_> {
     }
 }
 
-/// Names of the tensors of all heads, their biases and their norms.
+/// Names of the tensors of all heads, their biases, norms and sinks.
 pub(super) fn heads_and_norms(model: &Architecture) -> impl Iterator<Item = &str> {
     model.layers.iter().flat_map(|layer| {
         let heads = layer.stored.iter().flat_map(StoredHeads::tensors);
-        heads.chain(layer.norms.iter().flatten().flat_map(|norm| Norm::tensors(&norm.norm)))
+        let norms = layer.norms.iter().flatten().flat_map(|norm| Norm::tensors(&norm.norm));
+        heads.chain(norms).chain(layer.sinks.as_deref())
     })
 }

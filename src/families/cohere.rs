@@ -30,7 +30,7 @@ impl Family for Cohere2 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = window(config)?;
+        let window = window(config, 4096)?;
         let every = config.count("sliding_window_pattern")?.unwrap_or(4);
         let mut layers = windows(config, tensors, window, |layer| (layer + 1) % every != 0)?;
         layers.turned = layers.windows.iter().map(Option::is_some).collect();

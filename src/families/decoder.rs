@@ -4,13 +4,14 @@
 use std::collections::BTreeSet;
 
 use super::checks::heads_and_norms;
-use super::names::{Biases, HeadNames, Keys, LayerKinds, Mixture, MlpNames, Names, NormRule, given};
+use super::experts::Mixture;
+use super::names::{Biases, HeadNames, Keys, LayerKinds, MlpNames, Names, NormRule, given};
 use super::rope::{self, RopeRule};
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
-    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Experts, Forward, HeadNorm, Learned, Linear,
-    Mask, Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
+    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask,
+    Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
 };
 
 /// A family's model. Made by [`Decoder::llama`], changed where the family differs, and turned into an [`Architecture`].
@@ -178,7 +179,9 @@ impl<'a> Decoder<'a> {
                 });
                 spec = spec.with_norms(query?, key?);
             }
-            layers.push(spec.with_stored(stored));
+            let sinks = self.names.sinks;
+            let sinks = sinks.map(|name| self.of_layer(layer, &format!("{}.{name}", self.names.attention)));
+            layers.push(spec.with_stored(stored).with_sinks(sinks));
             if !present {
                 break;
             }
@@ -218,7 +221,7 @@ impl<'a> Decoder<'a> {
         Ok(model.with_forward(forward))
     }
 
-    fn of_layer(&self, layer: usize, name: &str) -> String {
+    pub(super) fn of_layer(&self, layer: usize, name: &str) -> String {
         format!("{}.{layer}.{name}", self.names.layers)
     }
 
@@ -366,21 +369,6 @@ impl<'a> Decoder<'a> {
             return Ok(Err(Unsupported::new(format!("{what} {name}"), hint)));
         }
         Ok(Ok(forward))
-    }
-
-    fn experts(&self, layer: usize, mixture: &Mixture) -> Experts {
-        let Mixture { router, experts, of_one, count, chosen, normalised, .. } = mixture;
-        let expert = |e: usize| {
-            let [gate, up, down] = of_one
-                .map(|part| Linear::new(self.of_layer(layer, &format!("{experts}.{e}.{part}.weight")), None));
-            Mlp::new(gate, up, down).with_activation(self.activation)
-        };
-        // However many config.json claims, not many more than there are.
-        let stored = |e: &usize| self.tensors.shape(&expert(*e).up.weight).is_some();
-        let count = (0..*count).take_while(stored).count().max(1) + 1;
-        let count = count.min(mixture.count);
-        let router = self.of_layer(layer, &format!("{router}.weight"));
-        Experts::new(router, (0..count).map(expert).collect(), *chosen, *normalised)
     }
 }
 

@@ -15,7 +15,7 @@ impl Family for Exaone4 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = window(config)?;
+        let window = window(config, 4096)?;
         let pattern = config.get("sliding_window_pattern");
         let every = match pattern {
             None => 4,

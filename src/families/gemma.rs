@@ -33,7 +33,7 @@ impl Family for Gemma2 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let layers = windows(config, tensors, window(config)?, |layer| (layer + 1) % 2 != 0)?;
+        let layers = windows(config, tensors, window(config, 4096)?, |layer| (layer + 1) % 2 != 0)?;
         sandwich(gemma(config, tensors, 4)?, layers, [Some(50.0), Some(30.0)])?.architecture()
     }
 }
@@ -54,7 +54,7 @@ impl Family for Gemma3 {
         only(config, nested, "gemma3_text")?;
         let every = config.count("sliding_window_pattern")?.unwrap_or(6);
         let slides = |layer: usize| (layer + 1) % every != 0;
-        let mut layers = windows(config, tensors, window(config)?, slides)?;
+        let mut layers = windows(config, tensors, window(config, 4096)?, slides)?;
         layers.ropes_by_kind(config, tensors, slides)?;
         let mut decoder = Decoder { head_norms: Some(NormOver::Head), ..gemma(config, tensors, 4)? };
         decoder.query_heads = Some(8);

@@ -6,12 +6,12 @@ use super::names::LayerKinds;
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 
-/// The window of the layers that have one: 4096 unless config.json says otherwise, none where that is null.
-pub(super) fn window(config: &Config) -> Result<Option<usize>, FileError> {
+/// The window of the layers that have one: `otherwise` unless config.json says another, none where that is null.
+pub(super) fn window(config: &Config, otherwise: usize) -> Result<Option<usize>, FileError> {
     const KEY: &str = "sliding_window";
     match config.raw().get(KEY) {
         Some(value) if value.is_null() => Ok(None),
-        _ => Ok(Some(config.count(KEY)?.unwrap_or(4096))),
+        _ => Ok(Some(config.count(KEY)?.unwrap_or(otherwise))),
     }
 }
 

@@ -20,7 +20,7 @@ impl Family for Mistral {
         let (inner, whole) = (config.inner("text_config"), config);
         let (config, nested) = (inner.as_ref().unwrap_or(whole), inner.is_some());
         only(config, nested, "mistral")?;
-        let window = window(config)?;
+        let window = window(config, 4096)?;
         let layers = windows(config, tensors, window, |_| true)?;
         let mut decoder = Decoder { kv_heads: Some(8), layers, ..Decoder::llama(config, tensors) };
         if nested {

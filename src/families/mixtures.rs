@@ -1,11 +1,12 @@
 use serde_json::Value;
 
 use super::decoder::Decoder;
-use super::kinds::same_window;
-use super::names::{Biases, Mixture, NormRule};
+use super::experts::{Mixture, Within};
+use super::kinds::{same_window, window, windows};
+use super::names::{Biases, Names, NormRule};
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
-use crate::model::{Activation, Architecture, NormKind, NormOver};
+use crate::model::{Activation, Architecture, NormKind, NormOver, Unsupported};
 
 /// Mixtral: as Mistral, with experts in the place of MLPs. Experts are run, never changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +26,7 @@ impl Family for Mixtral {
             mixture: Some(Mixture {
                 router: "block_sparse_moe.gate",
                 experts: "block_sparse_moe.experts",
-                of_one: ["w1", "w3", "w2"],
+                within: Within::Each(["w1", "w3", "w2"]),
                 count: config.count("num_local_experts")?.unwrap_or(8),
                 chosen: config.count("num_experts_per_tok")?.unwrap_or(2),
                 normalised: true,
@@ -65,7 +66,7 @@ impl Family for Qwen3Moe {
             mixture: Some(Mixture {
                 router: "mlp.gate",
                 experts: "mlp.experts",
-                of_one: ["gate_proj", "up_proj", "down_proj"],
+                within: Within::Each(["gate_proj", "up_proj", "down_proj"]),
                 count: config.count("num_experts")?.or(config.count("num_local_experts")?).unwrap_or(128),
                 chosen: config.count("num_experts_per_tok")?.unwrap_or(8),
                 normalised: config.flag("norm_topk_prob")?,
@@ -76,5 +77,51 @@ impl Family for Qwen3Moe {
         };
         let decoder = decoder.acting(&["hidden_act"], Activation::Silu);
         decoder.with_rope(|rope| rope.positions = 32_768).architecture()
+    }
+}
+
+/// gpt-oss, its weights in BF16, F16 or F32: query heads with sinks, windows in every other layer, YaRN. Experts are run, never
+/// changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GptOss;
+
+impl Family for GptOss {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["gpt_oss"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        let biased = config.get("attention_bias").is_none() || config.flag("attention_bias")?;
+        let slides = |layer: usize| (layer + 1) % 2 != 0;
+        // Without them transformers takes a YaRN of its own.
+        if config.get("rope_parameters").or(config.get("rope_scaling")).is_none() {
+            return Err(config.missing("rope_scaling"));
+        }
+        let mut decoder = Decoder {
+            names: Names { sinks: Some("sinks"), ..Names::llama("model.") },
+            kv_heads: Some(8),
+            head_dim: Some(64),
+            biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
+            layers: windows(config, tensors, window(config, 128)?, slides)?,
+            norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-5), offset: 0.0 },
+            activation: Activation::Clipped,
+            mixture: Some(Mixture {
+                router: "mlp.router",
+                experts: "mlp.experts",
+                within: Within::Stacked(["gate_up_proj", "down_proj"]),
+                count: config.count("num_local_experts")?.or(config.count("num_experts")?).unwrap_or(128),
+                chosen: config.count("num_experts_per_tok")?.unwrap_or(4),
+                normalised: true,
+                dense: Vec::new(),
+            }),
+            ..Decoder::llama(config, tensors)
+        };
+        for (key, built) in [("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)] {
+            if let Some(found) = config.get(key).filter(|found| found.as_f64() != Some(built)) {
+                let what = format!("experts with another activation (`{key}` {found})");
+                decoder.unsupported = Some(Unsupported::new(what, format!("{built} is")));
+            }
+        }
+        decoder.with_rope(|rope| (rope.theta, rope.positions) = (150_000.0, 131_072)).architecture()
     }
 }

@@ -6,6 +6,7 @@ mod checks;
 mod cohere;
 mod decoder;
 mod exaone4;
+mod experts;
 mod gemma;
 mod glm;
 mod gpt2;
@@ -42,7 +43,7 @@ pub use gpt2::{Gpt2, GptJ};
 pub use granite::Granite;
 pub use llama::Llama;
 pub use mistral::Mistral;
-pub use mixtures::{Mixtral, Qwen3Moe};
+pub use mixtures::{GptOss, Mixtral, Qwen3Moe};
 pub use nemotron::Nemotron;
 pub use olmo::{Olmo2, Olmo3};
 pub use opt::Opt;
@@ -61,6 +62,7 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Qwen3,
     &Mixtral,
     &Qwen3Moe,
+    &GptOss,
     &Olmo2,
     &Olmo3,
     &SmolLm3,

@@ -61,6 +61,8 @@ pub(super) struct Names {
     pub(super) mlp_output_norm: Option<&'static str>,
     pub(super) mlp: MlpNames,
     pub(super) head_norms: [&'static str; 2],
+    /// Of query heads, in the attention.
+    pub(super) sinks: Option<&'static str>,
     pub(super) embedding: String,
     pub(super) embedding_norm: Option<String>,
     pub(super) norm: Option<String>,
@@ -87,22 +89,6 @@ pub(super) enum MlpNames {
     Joined([&'static str; 2]),
     /// Up and down, without a gate.
     Plain([&'static str; 2]),
-}
-
-/// Experts of a layer, of whom each is like an MLP.
-#[derive(Debug, Clone)]
-pub(super) struct Mixture {
-    /// Scores: a weight in the layer.
-    pub(super) router: &'static str,
-    /// Where the experts are, one after the other by number.
-    pub(super) experts: &'static str,
-    /// Gate, up and down of one.
-    pub(super) of_one: [&'static str; 3],
-    pub(super) count: usize,
-    pub(super) chosen: usize,
-    pub(super) normalised: bool,
-    /// Layers that have one MLP instead.
-    pub(super) dense: Vec<bool>,
 }
 
 /// Which projections may have a bias: one that is not stored is 0, one that is stored elsewhere is nobody's.
@@ -165,6 +151,7 @@ impl Names {
             mlp_output_norm: None,
             mlp: MlpNames::Gated(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
             head_norms: ["q_norm", "k_norm"],
+            sinks: None,
             embedding: format!("{prefix}embed_tokens.weight"),
             embedding_norm: None,
             norm: Some(format!("{prefix}norm")),

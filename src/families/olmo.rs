@@ -29,7 +29,7 @@ impl Family for Olmo3 {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let window = window(config)?;
+        let window = window(config, 4096)?;
         let mut layers = windows(config, tensors, window, |layer| (layer + 1) % 4 != 0)?;
         layers.ropes_by_kind(config, tensors, |layer| (layer + 1) % 4 != 0)?;
         let decoder = Decoder { layers, ..olmo(config, tensors)? };

@@ -47,10 +47,9 @@ const ENCODERS: [&str; 14] = [
     "xlm-roberta",
     "xlnet",
 ];
-const SINKS: [&str; 1] = ["gpt_oss"];
 
 /// All of them: model types and what keeps them out.
-const REASONS: [(&[&str], &str, &str); 5] = [
+const REASONS: [(&[&str], &str, &str); 4] = [
     (
         &LATENT,
         "latent attention",
@@ -63,13 +62,12 @@ const REASONS: [(&[&str], &str, &str); 5] = [
     ),
     (&CROSSED, "cross-attention", "models of decoder layers alone are"),
     (&ENCODERS, "an encoder", "it keeps no cache that sharing could make smaller; decoders are"),
-    (&SINKS, "attention sinks", "models without them are"),
 ];
 
 impl Family for Others {
     fn model_types(&self) -> &'static [&'static str] {
-        const ALL: [&str; 45] = {
-            let mut all = [""; 45];
+        const ALL: [&str; 44] = {
+            let mut all = [""; 44];
             let (mut at, mut kind) = (0, 0);
             while kind < REASONS.len() {
                 let mut i = 0;

@@ -28,6 +28,9 @@ pub struct AttentionSpec {
     pub alibi: Option<Alibi>,
     /// The norms of queries and of keys, between projection and rotation; their biases come before.
     pub norms: [Option<HeadNorm>; 2],
+    /// Name of the sinks, (query_heads), where there are any: a score of each query head that takes its share of the softmax and
+    /// reads nothing (Xiao et al. 2024, arXiv 2309.17453; learned in gpt-oss, arXiv 2508.10925).
+    pub sinks: Option<String>,
 }
 
 /// Linear biases (ALiBi, Press et al. 2022, arXiv 2108.12409): a score of query head q for the key at position p gets
@@ -214,6 +217,7 @@ impl AttentionSpec {
             cap: None,
             alibi: None,
             norms: [None, None],
+            sinks: None,
         }
     }
 
@@ -250,6 +254,11 @@ impl AttentionSpec {
     /// Adds the norms of queries and of keys.
     pub fn with_norms(self, query: HeadNorm, key: HeadNorm) -> Self {
         Self { norms: [Some(query), Some(key)], ..self }
+    }
+
+    /// Adds the name of the sinks.
+    pub fn with_sinks(self, sinks: Option<String>) -> Self {
+        Self { sinks, ..self }
     }
 
     /// Query heads of each KV head, r.

@@ -12,6 +12,8 @@ pub enum Activation {
     Relu,
     /// `max(x, 0)²` (So et al. 2021, arXiv 2109.08668).
     ReluSquared,
+    /// `x σ(1.702 x)` of `min(x, 7)`, and behind a gate `1 + v` of values v kept within ±7 (gpt-oss, arXiv 2508.10925).
+    Clipped,
 }
 
 /// An MLP: `down(a(up(x)))`, or with a gate `down(a(gate(x)) ⊙ up(x))` (Shazeer 2020, arXiv 2002.05202), a the activation.
@@ -54,6 +56,7 @@ impl Mlp {
 /// What a layer puts its stream through besides attention.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "a layer has one")]
 pub enum FeedForward {
     /// One MLP for all tokens.
     Mlp(Mlp),
@@ -84,11 +87,12 @@ impl FeedForward {
 
     /// Names of its tensors; one that holds two projections comes twice.
     pub fn tensors(&self) -> impl Iterator<Item = &str> {
-        let router = match self {
+        let experts = match self {
             Self::Mlp(_) => None,
-            Self::Experts(experts) => Some(experts.router.as_str()),
+            Self::Experts(experts) => Some(experts),
         };
-        self.mlps().iter().flat_map(Mlp::tensors).chain(router)
+        let router = experts.map(|experts| [Some(experts.router.as_str()), experts.router_bias.as_deref()]);
+        self.mlps().iter().flat_map(Mlp::tensors).chain(router.into_iter().flatten().flatten())
     }
 }
 
@@ -99,6 +103,8 @@ impl FeedForward {
 pub struct Experts {
     /// Name of the scores' weight, (experts, d).
     pub router: String,
+    /// Name of their bias, (experts), where there is one.
+    pub router_bias: Option<String>,
     /// The experts.
     pub experts: Vec<Mlp>,
     /// How many a token goes through.
@@ -110,7 +116,12 @@ pub struct Experts {
 impl Experts {
     /// These experts, of which each token goes through `chosen`.
     pub fn new(router: impl Into<String>, experts: Vec<Mlp>, chosen: usize, normalised: bool) -> Self {
-        Self { router: router.into(), experts, chosen, normalised }
+        Self { router: router.into(), router_bias: None, experts, chosen, normalised }
+    }
+
+    /// Adds the name of the scores' bias.
+    pub fn with_router_bias(self, router_bias: Option<String>) -> Self {
+        Self { router_bias, ..self }
     }
 }
 
@@ -126,12 +137,23 @@ pub struct Linear {
     pub part: (usize, usize),
     /// Whether the tensor is stored the other way round, (in, out), as GPT-2 does.
     pub transposed: bool,
+    /// Whether the outputs of its parts take turns in the tensor, and do not follow one another.
+    pub interleaved: bool,
+    /// Which of the projections it is, (number, of how many), that lie in one tensor along a first dimension of their own.
+    pub stacked: Option<(usize, usize)>,
 }
 
 impl Linear {
     /// The projection of this weight and bias.
     pub fn new(weight: impl Into<String>, bias: Option<String>) -> Self {
-        Self { weight: weight.into(), bias, part: (0, 1), transposed: false }
+        Self {
+            weight: weight.into(),
+            bias,
+            part: (0, 1),
+            transposed: false,
+            interleaved: false,
+            stacked: None,
+        }
     }
 
     /// Says that it is part number `number` of `of` in its tensors.
@@ -142,5 +164,22 @@ impl Linear {
     /// Says that its weight is stored as (in, out).
     pub fn transposed(self) -> Self {
         Self { transposed: true, ..self }
+    }
+
+    /// Says that parts take turns in its tensors.
+    pub fn interleaved(self) -> Self {
+        Self { interleaved: true, ..self }
+    }
+
+    /// Says that it is projection number `number` of the `of` that its tensors hold.
+    pub fn stacked(self, number: usize, of: usize) -> Self {
+        Self { stacked: Some((number, of)), ..self }
+    }
+
+    /// Shapes of its tensors, weight and bias, of so many outputs and inputs.
+    pub fn shapes(&self, out: usize, inputs: usize) -> [Vec<usize>; 2] {
+        let (stack, out) = (self.stacked.map(|(_, of)| of), self.part.1 * out);
+        let matrix = if self.transposed { [inputs, out] } else { [out, inputs] };
+        [&matrix[..], &[out]].map(|of| stack.into_iter().chain(of.iter().copied()).collect())
     }
 }

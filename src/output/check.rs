@@ -39,6 +39,7 @@ pub(super) fn check(
             Content::Heads { layer, .. }
             | Content::OutputBias(layer)
             | Content::HeadNorm { layer, .. }
+            | Content::Sinks { layer, .. }
             | Content::Made { layer, .. } => *layer,
         };
         let of = laid.get_mut(layer);

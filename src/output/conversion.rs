@@ -14,7 +14,7 @@ use super::{Content, OutputModel, OutputTensor, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
 use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
-use crate::model::Axis;
+use crate::model::{Axis, Part};
 use crate::plan::{Plan, SharedHeads};
 use crate::run::Run;
 
@@ -215,6 +215,11 @@ fn outputs<'a>(
                 let (entry, h) = (like(of)?, source.architecture().layers[*layer].head_dim);
                 let numbers = Numbers::Norm(source.float(of, entry)?, *layer, of, *part, slots);
                 (entry.shard, entry.dtype, vec![slots.len() * h], numbers)
+            }
+            Content::Sinks { like: of, layer, slots } => {
+                let entry = like(of)?;
+                let numbers = Numbers::Norm(source.float(of, entry)?, *layer, of, Part::Query, slots);
+                (entry.shard, entry.dtype, vec![slots.len()], numbers)
             }
             Content::Made { layer, shape, dtype, make } => {
                 let keys = like(&source.stored(*layer)?.key.tensor)?;

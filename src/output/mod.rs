@@ -155,6 +155,16 @@ pub enum Content {
         /// The heads in their new order.
         slots: Vec<Slot>,
     },
+    /// Sinks of the query heads of a layer, (heads): of those that are not there 0.
+    #[non_exhaustive]
+    Sinks {
+        /// The tensor of the source.
+        like: String,
+        /// The layer of the heads.
+        layer: usize,
+        /// The query heads in their new order.
+        slots: Vec<Slot>,
+    },
     /// Numbers that are made from the shared heads of a layer.
     #[non_exhaustive]
     Made {
@@ -226,6 +236,10 @@ impl Debug for Content {
                 norm.field("like", like).field("layer", layer).field("part", part);
                 norm.field("slots", slots).finish()
             }
+            Self::Sinks { like, layer, slots } => {
+                let mut sinks = f.debug_struct("Sinks");
+                sinks.field("like", like).field("layer", layer).field("slots", slots).finish()
+            }
             Self::Made { layer, shape, dtype, .. } => {
                 let mut made = f.debug_struct("Made");
                 made.field("layer", layer).field("shape", shape).field("dtype", dtype).finish_non_exhaustive()
@@ -277,6 +291,10 @@ impl OutputModel {
                         .tensors
                         .push(OutputTensor::new(name, Content::HeadNorm { like, layer, part, slots }));
                 }
+            }
+            if let Some(like) = attention.sinks.clone() {
+                let (name, slots) = (like.clone(), query.clone());
+                output.tensors.push(OutputTensor::new(name, Content::Sinks { like, layer, slots }));
             }
             output.kv_heads.push(kv.len());
         }

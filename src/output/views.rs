@@ -84,7 +84,7 @@ pub(super) struct Tensor<'a> {
 pub(super) enum Numbers<'a> {
     /// From the source, bit for bit.
     Stored(&'a Entry),
-    /// Of this norm of the source, for queries or keys of a layer in these slots, stored as this type.
+    /// Of this norm of the source, or these sinks, for queries or keys of a layer in these slots, stored as this type.
     Norm(Dtype, usize, &'a str, Part, &'a [Slot]),
     /// Made from a layer, and stored as this type.
     Made(Dtype, usize, Made<'a>),
@@ -161,7 +161,7 @@ impl Tensor<'_> {
         Ok(Cow::Owned(bytes))
     }
 
-    /// Weights of a norm over all heads, for those in these slots.
+    /// Weights of a norm over all heads, or their sinks, for those in these slots.
     fn norm(&self, layer: usize, like: &str, part: Part, slots: &[Slot]) -> Result<Vec<f32>, FileError> {
         let stored = self.job.source.tensor(like)?;
         let (heads, groups) =

@@ -182,7 +182,8 @@ impl Attention {
         let softmax = self.softmax(pass, seen);
         let outputs = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            softmax.of(self.scores(place, [&query, &keys], seen)?)?.matmul(&values)
+            let scores = self.scores(place, [&query, &keys], seen)?;
+            softmax.of(scores, self.sinks(place))?.matmul(&values)
         });
         self.write(&self.side_by_side(outputs, pass)?)
     }
@@ -263,6 +264,13 @@ impl Attention {
     /// The softmax of new tokens over those at the positions `seen`.
     pub(super) fn softmax(&self, pass: &Pass, seen: &[usize]) -> CausalSoftmax {
         CausalSoftmax { visible: visible(pass.positions(), seen, self.reach), keys: seen.len() }
+    }
+
+    /// The sinks of a block's query heads; none where the model has none.
+    pub(super) fn sinks(&self, place: Place) -> &[f32] {
+        let all = &self.norms.sinks[..];
+        let heads = place.block.groups * place.block.queries;
+        if all.is_empty() { all } else { &all[place.first_query..][..heads] }
     }
 
     /// Where each block's groups and query heads begin.

@@ -114,7 +114,13 @@ impl Attention {
             let scores = self.scores(place, [&query, &keys], pass.positions())?;
             // The softmax overwrites what it reads.
             let kept = self.cap.map(|_| scores.copy()).transpose()?;
-            Ok(KeptBlock { probabilities: softmax.of(scores)?, query, keys, values, scores: kept })
+            Ok(KeptBlock {
+                probabilities: softmax.of(scores, self.sinks(place))?,
+                query,
+                keys,
+                values,
+                scores: kept,
+            })
         });
         let blocks: Vec<KeptBlock> = blocks.collect::<Result<_>>()?;
         let read = blocks.iter().map(|block| block.probabilities.matmul(&block.values));

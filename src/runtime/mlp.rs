@@ -34,6 +34,7 @@ pub(super) struct Dense {
 pub(super) struct Mixture {
     /// (E, d).
     router: Tensor,
+    router_bias: Option<Tensor>,
     experts: Vec<Dense>,
     chosen: usize,
     normalised: bool,
@@ -41,18 +42,22 @@ pub(super) struct Mixture {
 
 impl Hidden {
     pub(super) fn load(weights: &Weights<'_>, of: &FeedForward) -> Result<Self, RuntimeError> {
-        let Experts { router, chosen, normalised, .. } = match of {
+        let Experts { router, router_bias, chosen, normalised, .. } = match of {
             FeedForward::Mlp(mlp) => return Ok(Self::Dense(Dense::load(weights, mlp)?)),
             FeedForward::Experts(experts) => experts,
         };
         let experts = of.mlps().iter().map(|mlp| Dense::load(weights, mlp)).collect::<Result<Vec<_>, _>>()?;
         let router = weights.take(router, &[experts.len(), weights.width])?;
-        Ok(Self::Experts(Mixture { router, experts, chosen: *chosen, normalised: *normalised }))
+        let bias = router_bias.as_ref().map(|bias| weights.take(bias, &[experts.len()]));
+        let router_bias = bias.transpose()?;
+        Ok(Self::Experts(Mixture { router, router_bias, experts, chosen: *chosen, normalised: *normalised }))
     }
 
     pub(super) fn check(weights: &Weights<'_>, of: &FeedForward) -> Result<(), FileError> {
-        if let FeedForward::Experts(Experts { router, experts, .. }) = of {
+        if let FeedForward::Experts(Experts { router, router_bias, experts, .. }) = of {
             weights.checkpoint.check_tensor(router, &[experts.len(), weights.width])?;
+            let mut bias = router_bias.iter();
+            bias.try_for_each(|bias| weights.checkpoint.check_tensor(bias, &[experts.len()]))?;
         }
         of.mlps().iter().try_for_each(|mlp| Dense::check(weights, mlp))
     }
@@ -80,7 +85,12 @@ impl Dense {
         let above: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up]).collect();
         let rows = match above[..] {
             // Both halves of one tensor: as it is.
-            [gate, up] if gate.weight == up.weight && (gate.part, up.part) == ((0, 2), (1, 2)) => {
+            [gate, up]
+                if gate.weight == up.weight
+                    && (gate.part, up.part) == ((0, 2), (1, 2))
+                    && !gate.interleaved
+                    && gate.stacked.is_none() =>
+            {
                 vec![weights.weight(&gate.clone().part(0, 1), 2 * m, d)?]
             }
             _ => above.iter().map(|linear| weights.weight(linear, m, d)).collect::<Result<_, _>>()?,
@@ -151,7 +161,7 @@ struct Choice {
 
 impl Mixture {
     fn choose(&self, x: &Tensor) -> Candle<Choice> {
-        let all = softmax(&x.matmul(&self.router.t()?)?, D::Minus1)?.to_vec2::<f32>()?;
+        let all = softmax(&linear(x, &self.router, &self.router_bias)?, D::Minus1)?.to_vec2::<f32>()?;
         let chosen = self.chosen.min(self.experts.len());
         let best = |row: &Vec<f32>| {
             let mut order: Vec<usize> = (0..row.len()).collect();
@@ -232,33 +242,51 @@ impl Weights<'_> {
     /// The width of an MLP, m, which no configuration need say.
     fn intermediate(&self, mlp: &Mlp) -> Result<usize, FileError> {
         let shape = self.checkpoint.tensors().shape(&mlp.up.weight);
-        let all = shape.and_then(|shape| shape.get(usize::from(mlp.up.transposed)).copied());
+        let place = usize::from(mlp.up.transposed) + usize::from(mlp.up.stacked.is_some());
+        let all = shape.and_then(|shape| shape.get(place).copied());
         all.map(|all| all / mlp.up.part.1).ok_or_else(|| self.checkpoint.missing(&mlp.up.weight, &[]))
     }
 
     /// The weight of a projection, (out, inputs).
     fn weight(&self, linear: &Linear, out: usize, inputs: usize) -> Result<Tensor, RuntimeError> {
-        let stored = self.take(&linear.weight, &shape(linear, out, inputs))?;
+        let [shape, _] = linear.shapes(out, inputs);
+        let stored = self.one(linear, &linear.weight, &shape)?;
         let whole = if linear.transposed { stored.t()? } else { stored };
-        Ok(whole.narrow(0, linear.part.0 * out, out)?.contiguous()?)
+        Ok(part(linear, &whole, out)?.contiguous()?)
     }
 
     /// The bias of a projection, (out).
     fn bias(&self, linear: &Linear, out: usize) -> Result<Option<Tensor>, RuntimeError> {
         let Some(name) = &linear.bias else { return Ok(None) };
-        let (number, of) = linear.part;
-        Ok(Some(self.take(name, &[of * out])?.narrow(0, number * out, out)?))
+        let [_, shape] = linear.shapes(out, 0);
+        let whole = self.one(linear, name, &shape)?;
+        Ok(Some(part(linear, &whole, out)?.contiguous()?))
+    }
+
+    /// A tensor of a projection; where it holds several, no more than its own is read.
+    fn one(&self, linear: &Linear, name: &str, shape: &[usize]) -> Result<Tensor, RuntimeError> {
+        let Some((number, _)) = linear.stacked else { return self.take(name, shape) };
+        self.checkpoint.check_tensor(name, shape)?;
+        let own = &shape[1..];
+        let rows: usize = own[..own.len() - 1].iter().product();
+        let rows: Vec<u32> = (number * rows..(number + 1) * rows).map(|row| row as u32).collect();
+        Ok(Tensor::from_vec(self.checkpoint.rows_of(name, &rows)?, own, self.device)?)
     }
 
     fn check(&self, linear: &Linear, out: usize, inputs: usize) -> Result<(), FileError> {
-        self.checkpoint.check_tensor(&linear.weight, &shape(linear, out, inputs))?;
-        let bias = linear.bias.as_ref();
-        bias.map_or(Ok(()), |bias| self.checkpoint.check_tensor(bias, &[linear.part.1 * out]))
+        let [weight, bias] = linear.shapes(out, inputs);
+        self.checkpoint.check_tensor(&linear.weight, &weight)?;
+        let named = linear.bias.as_ref();
+        named.map_or(Ok(()), |name| self.checkpoint.check_tensor(name, &bias))
     }
 }
 
-/// The shape of the tensor that holds a projection.
-fn shape(linear: &Linear, out: usize, inputs: usize) -> [usize; 2] {
-    let out = linear.part.1 * out;
-    if linear.transposed { [inputs, out] } else { [out, inputs] }
+/// The outputs of a projection among those of all parts, `out` each, along the first dimension.
+fn part(linear: &Linear, whole: &Tensor, out: usize) -> Candle<Tensor> {
+    let (number, of) = linear.part;
+    if !linear.interleaved {
+        return whole.narrow(0, number * out, out);
+    }
+    let places: Vec<u32> = (0..out).map(|i| (i * of + number) as u32).collect();
+    whole.contiguous()?.index_select(&Tensor::from_vec(places, out, whole.device())?, 0)
 }

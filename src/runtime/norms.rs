@@ -1,4 +1,4 @@
-//! Norms between projection and rotation.
+//! What belongs to heads besides their projections: norms between projection and rotation, and sinks.
 
 use candle_core::{Result as Candle, Tensor};
 
@@ -8,11 +8,13 @@ use crate::checkpoint::Dtype;
 use crate::files::FileError;
 use crate::model::{AttentionSpec, HeadNorm, Norm, NormOver, Part};
 
-/// The norms of queries and of keys, where there are any.
+/// The norms of queries and of keys, and the sinks of query heads, where there are any.
 #[derive(Debug, Clone, Default)]
 pub(super) struct HeadNorms {
     pub(super) query: Option<HeadNormed>,
     pub(super) key: Option<HeadNormed>,
+    /// One for each query head; empty for none.
+    pub(super) sinks: Vec<f32>,
 }
 
 /// A norm of heads and its weights: (h), or (heads·h) in the order of the heads.
@@ -40,11 +42,15 @@ impl HeadNorms {
             };
             norm.map(load).transpose()
         });
-        Ok(Self { query: query?, key: key? })
+        let sinks = spec.sinks.as_ref().map(|name| weights.checkpoint.tensor_of(name, &[spec.query_heads]));
+        let sinks = sinks.transpose()?.map(|sinks| sinks.into_raw_vec_and_offset().0).unwrap_or_default();
+        Ok(Self { query: query?, key: key?, sinks })
     }
 
     /// Whether what [`HeadNorms::load`] reads is there and of its shape.
     pub(super) fn check(weights: &Weights<'_>, spec: &AttentionSpec) -> Result<(), FileError> {
+        let mut sinks = spec.sinks.iter();
+        sinks.try_for_each(|name| weights.checkpoint.check_tensor(name, &[spec.query_heads]))?;
         sized(spec).into_iter().try_for_each(|(norm, size)| {
             let mut names = norm.iter().flat_map(|norm| Norm::tensors(&norm.norm));
             names.try_for_each(|name| weights.checkpoint.check_tensor(name, &[size]))
@@ -53,14 +59,16 @@ impl HeadNorms {
 
     /// For these query heads of the source, and for keys that each stand for some of its heads.
     pub(super) fn ordered(self, queries: &[usize], groups: &[&[usize]], h: usize) -> Candle<Self> {
+        let own = if self.sinks.is_empty() { &[] } else { queries };
+        let sinks = own.iter().map(|&query| self.sinks[query]).collect();
         let queries: Vec<&[usize]> = queries.chunks(1).collect();
         let order = |normed: Option<HeadNormed>, groups: &[&[usize]]| {
             normed.map(|normed| normed.ordered(groups, h)).transpose()
         };
-        Ok(Self { query: order(self.query, &queries)?, key: order(self.key, groups)? })
+        Ok(Self { query: order(self.query, &queries)?, key: order(self.key, groups)?, sinks })
     }
 
-    /// Whether there is none.
+    /// Whether there is no norm.
     pub(super) fn is_empty(&self) -> bool {
         self.query.is_none() && self.key.is_none()
     }

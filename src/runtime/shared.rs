@@ -39,8 +39,8 @@ impl Model {
         let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, i)?;
-        // Without norms nothing is read.
-        let norms = match spec.norms.iter().all(Option::is_none) {
+        // Without norms and sinks nothing is read.
+        let norms = match spec.norms.iter().all(Option::is_none) && spec.sinks.is_none() {
             true => HeadNorms::default(),
             false => self.shelf.layer(i)?.attention.norms,
         };

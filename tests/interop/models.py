@@ -100,6 +100,9 @@ MODELS = {
     "qwen3_moe, windows": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
                                              use_sliding_window=True, sliding_window=16)),
     "qwen3_moe, some dense": ("qwen3_moe", dict(num_experts=5, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16, decoder_sparse_step=2)),
+    "gpt_oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=16, rope_parameters=yarn(truncate=False))),
+    "gpt_oss, all full": ("gpt_oss", dict(num_local_experts=5, num_experts_per_tok=3, head_dim=8, attention_bias=False,
+                                         layer_types=["full_attention"] * 3, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
     "mistral3, with pictures": ("mistral3", dict(
         text_config=dict(SMALL, model_type="mistral", head_dim=8, sliding_window=None),
         vision_config=dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -76,6 +76,11 @@ pub fn kinds() -> Vec<(&'static str, Value)> {
         ("mpt", json!({})),
         ("mixtral", json!({"num_local_experts": 3, "num_experts_per_tok": 2})),
         ("qwen3_moe", json!({"num_experts": 3, "num_experts_per_tok": 2})),
+        (
+            "gpt_oss",
+            json!({"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5, "rope_scaling":
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "truncate": false}}),
+        ),
     ]
 }
 
@@ -115,10 +120,9 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
     }
     for block in &forward.blocks {
         let mut linear = |linear: &Linear, out: usize, inputs: usize| {
-            let out = linear.part.1 * out;
-            let shape = if linear.transposed { [inputs, out] } else { [out, inputs] };
-            add(&linear.weight, &shape);
-            linear.bias.iter().for_each(|bias| drop(add(bias, &[out])));
+            let [weight, bias] = linear.shapes(out, inputs);
+            add(&linear.weight, &weight);
+            linear.bias.iter().for_each(|name| drop(add(name, &bias)));
         };
         for mlp in block.mlp.mlps() {
             mlp.gate.iter().for_each(|gate| linear(gate, MLP, d));
@@ -127,9 +131,11 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
         }
         if let FeedForward::Experts(experts) = &block.mlp {
             add(&experts.router, &[experts.experts.len(), d]);
+            experts.router_bias.iter().for_each(|bias| drop(add(bias, &[experts.experts.len()])));
         }
     }
     for spec in &model.layers {
+        spec.sinks.iter().for_each(|name| drop(add(name, &[spec.query_heads])));
         let stored = spec.stored.as_ref().unwrap();
         for part in Part::ALL {
             let of = stored.part(part);

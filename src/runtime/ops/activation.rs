@@ -26,7 +26,7 @@ pub(in crate::runtime) fn gated(activation: Activation, x: &Tensor) -> Result<Te
         return swiglu(x);
     }
     let (gate, value) = halves(x)?;
-    of(activation, &gate)? * value
+    of(activation, &gate)? * behind(activation, &value)?
 }
 
 /// Of a(x): x and the gradient (N, m) → (N, m).
@@ -51,8 +51,13 @@ pub(in crate::runtime) fn gated_backward(
         return x.apply_op2_no_bwd(gradient, &GatedBackward(activation));
     }
     let (gate, value) = halves(x)?;
-    let of_gate = ((gradient * value)? * slope(activation, &gate)?)?;
-    Tensor::cat(&[of_gate, (gradient * of(activation, &gate)?)?], D::Minus1)
+    let of_gate = ((gradient * behind(activation, &value)?)? * slope(activation, &gate)?)?;
+    let of_value = (gradient * of(activation, &gate)?)?;
+    let of_value = match activation {
+        Activation::Clipped => (of_value * value.abs()?.le(CLIP)?.to_dtype(value.dtype())?)?,
+        _ => of_value,
+    };
+    Tensor::cat(&[of_gate, of_value], D::Minus1)
 }
 
 fn halves(x: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -68,8 +73,24 @@ fn of(activation: Activation, x: &Tensor) -> Result<Tensor> {
         Activation::GeluTanh => x.gelu(),
         Activation::Relu => x.relu(),
         Activation::ReluSquared => x.relu()?.sqr(),
+        Activation::Clipped => {
+            let x = x.minimum(CLIP)?;
+            &x * sigmoid(&(&x * STEEP)?)?
+        }
     }
 }
+
+/// What a gate is multiplied by, of the value behind it.
+fn behind(activation: Activation, value: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Clipped => value.clamp(-CLIP, CLIP)? + 1.0,
+        _ => Ok(value.clone()),
+    }
+}
+
+/// Where [`Activation::Clipped`] ends, and how steep it is.
+const CLIP: f64 = 7.0;
+const STEEP: f64 = 1.702;
 
 /// a'(x), of candle's operations.
 fn slope(activation: Activation, x: &Tensor) -> Result<Tensor> {
@@ -92,6 +113,13 @@ fn slope(activation: Activation, x: &Tensor) -> Result<Tensor> {
         }
         Activation::Relu => x.gt(0.0)?.to_dtype(x.dtype()),
         Activation::ReluSquared => x.relu()? * 2.0,
+        Activation::Clipped => {
+            let below = x.le(CLIP)?.to_dtype(x.dtype())?;
+            let x = x.minimum(CLIP)?;
+            let share = sigmoid(&(&x * STEEP)?)?;
+            let bend = (((&x * &share)? * (1.0 - &share)?)? * STEEP)?;
+            (share + bend)? * below
+        }
     }
 }
 
@@ -120,6 +148,24 @@ fn both(activation: Activation, x: f32) -> (f32, f32) {
         }
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
         Activation::ReluSquared => (x.max(0.0) * x.max(0.0), 2.0 * x.max(0.0)),
+        Activation::Clipped => {
+            let (steep, low) = (STEEP as f32, x.min(CLIP as f32));
+            let share = 1.0 / (1.0 + exp(-steep * low));
+            let slope = share + steep * low * share * (1.0 - share);
+            (low * share, if x > CLIP as f32 { 0.0 } else { slope })
+        }
+    }
+}
+
+/// What a gate is multiplied by, of the value behind it, and its slope.
+#[inline(always)]
+fn both_behind(activation: Activation, value: f32) -> (f32, f32) {
+    match activation {
+        Activation::Clipped => {
+            let kept = value.clamp(-CLIP as f32, CLIP as f32);
+            (kept + 1.0, if kept == value { 1.0 } else { 0.0 })
+        }
+        _ => (value, 1.0),
     }
 }
 
@@ -155,7 +201,7 @@ impl CustomOp1 for Gated {
         made.par_chunks_exact_mut(m).zip(x.par_chunks_exact(width)).for_each(|(made, x)| {
             let (gates, values) = x.split_at(m);
             for ((made, &gate), &value) in made.iter_mut().zip(gates).zip(values) {
-                *made = both(self.0, gate).0 * value;
+                *made = both(self.0, gate).0 * both_behind(self.0, value).0;
             }
         });
         Ok((CpuStorage::F32(made), (n, m).into()))
@@ -203,9 +249,9 @@ impl CustomOp2 for GatedBackward {
         back.par_chunks_exact_mut(width).zip(rows).for_each(|(back, (x, gradient))| {
             let ((gates, values), (of_gate, of_value)) = (x.split_at(m), back.split_at_mut(m));
             for i in 0..m {
-                let (value, slope) = both(self.0, gates[i]);
-                of_gate[i] = gradient[i] * values[i] * slope;
-                of_value[i] = gradient[i] * value;
+                let ((made, slope), (value, of)) = (both(self.0, gates[i]), both_behind(self.0, values[i]));
+                of_gate[i] = gradient[i] * value * slope;
+                of_value[i] = gradient[i] * made * of;
             }
         });
         Ok((CpuStorage::F32(back), (n, width).into()))
@@ -219,8 +265,14 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Activation; 5] =
-        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ReluSquared];
+    const ALL: [Activation; 6] = [
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Relu,
+        Activation::ReluSquared,
+        Activation::Clipped,
+    ];
 
     fn apart(a: &Tensor, b: &Tensor) -> f32 {
         (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap()
@@ -234,10 +286,10 @@ mod tests {
     proptest! {
         /// What other devices compute is what the CPU computes.
         #[test]
-        fn both_ways_agree(n in 1usize..6, m in 1usize..40, seed in 0usize..1000, which in 0usize..5) {
+        fn both_ways_agree(n in 1usize..6, m in 1usize..40, seed in 0usize..1000, which in 0usize..6) {
             let (a, x, gradient) = (ALL[which], tensor(n, 2 * m, seed), tensor(n, m, seed + 1));
             let (gate, value) = halves(&x).unwrap();
-            let general = (of(a, &gate).unwrap() * &value).unwrap();
+            let general = (of(a, &gate).unwrap() * behind(a, &value).unwrap()).unwrap();
             prop_assert!(apart(&gated(a, &x).unwrap(), &general) < 1e-4);
             prop_assert!(apart(&activated(a, &x).unwrap(), &of(a, &x).unwrap()) < 1e-5);
             let back = (&gradient * slope(a, &value.contiguous().unwrap()).unwrap()).unwrap();
@@ -247,7 +299,7 @@ mod tests {
 
         /// Slopes are those of the values, by differences in f64.
         #[test]
-        fn slopes_are_differences(x in -6.0f32..6.0, which in 0usize..5) {
+        fn slopes_are_differences(x in -6.0f32..6.0, which in 0usize..6) {
             let a = ALL[which];
             prop_assume!(x.abs() > 0.01);
             let h = 1e-2f32;
@@ -270,5 +322,8 @@ mod tests {
         );
         close(Activation::Relu, -1.0, 0.0);
         close(Activation::ReluSquared, 3.0, 9.0);
+        close(Activation::Clipped, 1.0, 1.0 / (1.0 + (-1.702f64).exp()));
+        close(Activation::Clipped, 9.0, 7.0 / (1.0 + (-1.702 * 7.0f64).exp()));
+        assert_eq!(both_behind(Activation::Clipped, -9.0), (-6.0, 0.0));
     }
 }

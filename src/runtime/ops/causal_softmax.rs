@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor};
+use candle_core::{CpuStorage, D, Device, InplaceOp1, Layout, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use rayon::prelude::*;
 
@@ -16,7 +16,8 @@ pub(crate) fn visible(queries: &[usize], keys: &[usize], reach: usize) -> Vec<Ra
     queries.iter().map(of).collect()
 }
 
-/// Softmax of scores (…, T, S) over the keys that each of T queries may look at, in place; 0 elsewhere.
+/// Softmax of scores (…, T, S) over the keys that each of T queries may look at, in place; 0 elsewhere. Heads may have a sink each:
+/// one more score, whose share is left out.
 #[derive(Debug, Clone)]
 pub(crate) struct CausalSoftmax {
     /// Of each query, T.
@@ -26,22 +27,30 @@ pub(crate) struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
-    /// Of contiguous scores: on the CPU in place, elsewhere of candle's operations.
-    pub(crate) fn of(&self, scores: Tensor) -> Result<Tensor> {
+    /// Of contiguous scores of these heads, one after the other: on the CPU in place, elsewhere of candle's operations. `sinks`:
+    /// one for each head, or none.
+    pub(crate) fn of(&self, scores: Tensor, sinks: &[f32]) -> Result<Tensor> {
         if !scores.device().is_cpu() {
-            return self.by_mask(&scores);
+            return self.by_mask(&scores, sinks);
         }
-        scores.inplace_op1(self)?;
+        scores.inplace_op1(&Rows { softmax: self, sinks })?;
         Ok(scores)
     }
 
     /// Scores and −∞ where nothing may be looked at, then the softmax of whole rows: every query has to see a key.
-    fn by_mask(&self, scores: &Tensor) -> Result<Tensor> {
+    fn by_mask(&self, scores: &Tensor, sinks: &[f32]) -> Result<Tensor> {
         let (t, s) = (self.visible.len(), self.keys);
         // Every dimension of a broadcast is a division for each number.
         let flat = scores.reshape(((), t * s))?;
         let masked = flat.broadcast_add(&self.mask(scores.device())?.reshape((1, t * s))?)?;
-        softmax_last_dim(&masked.reshape(((), s))?)?.reshape(scores.shape())
+        if sinks.is_empty() {
+            return softmax_last_dim(&masked.reshape(((), s))?)?.reshape(scores.shape());
+        }
+        let masked = masked.reshape(((), sinks.len(), t, s))?;
+        let sinks = Tensor::new(sinks, scores.device())?.reshape((1, sinks.len(), 1, 1))?;
+        let sinks = sinks.broadcast_as((masked.dim(0)?, sinks.elem_count(), t, 1))?;
+        let shares = softmax_last_dim(&Tensor::cat(&[&masked, &sinks], D::Minus1)?.contiguous()?)?;
+        shares.narrow(D::Minus1, 0, s)?.contiguous()?.reshape(scores.shape())
     }
 
     /// 0 where a query may look, −∞ elsewhere, (T, S).
@@ -58,20 +67,26 @@ impl CausalSoftmax {
         seen.where_cond(&nothing?, &hidden?)
     }
 
-    /// Softmax of one row of scores over a part of it.
-    pub(crate) fn row(row: &mut [f32], visible: Range<usize>) {
+    /// Softmax of one row of scores over a part of it, and a sink.
+    pub(crate) fn row(row: &mut [f32], visible: Range<usize>, sink: Option<f32>) {
         let Range { start, end } = visible;
         let seen = &mut row[start..end];
-        let most = largest(seen);
+        let most = sink.map_or(largest(seen), |sink| largest(seen).max(sink));
         seen.iter_mut().for_each(|score| *score = exp(*score - most));
-        let share = sum(seen).recip();
+        let share = (sum(seen) + sink.map_or(0.0, |sink| exp(sink - most))).recip();
         seen.iter_mut().for_each(|weight| *weight *= share);
         row[..start].fill(0.0);
         row[end..].fill(0.0);
     }
 }
 
-impl InplaceOp1 for CausalSoftmax {
+/// A softmax on the CPU.
+struct Rows<'a> {
+    softmax: &'a CausalSoftmax,
+    sinks: &'a [f32],
+}
+
+impl InplaceOp1 for Rows<'_> {
     fn name(&self) -> &'static str {
         "causal-softmax"
     }
@@ -80,9 +95,11 @@ impl InplaceOp1 for CausalSoftmax {
         let (CpuStorage::F32(scores), Some((from, to))) = (storage, layout.contiguous_offsets()) else {
             candle_core::bail!("scores must be contiguous and f32");
         };
-        scores[from..to].par_chunks_exact_mut(self.keys * self.visible.len()).for_each(|head| {
-            for (row, visible) in head.chunks_exact_mut(self.keys).zip(&self.visible) {
-                Self::row(row, visible.clone());
+        let CausalSoftmax { visible, keys } = self.softmax;
+        scores[from..to].par_chunks_exact_mut(keys * visible.len()).enumerate().for_each(|(i, head)| {
+            let sink = self.sinks.get(i % self.sinks.len().max(1)).copied();
+            for (row, visible) in head.chunks_exact_mut(*keys).zip(visible) {
+                CausalSoftmax::row(row, visible.clone(), sink);
             }
         });
         Ok(())
@@ -100,7 +117,7 @@ mod tests {
         #[test]
         fn positions_decide_what_is_seen(
             gaps in prop::collection::vec(1usize..5, 1..24), first in 0usize..9, new in 1usize..6,
-            reach in prop_oneof![1usize..12, Just(usize::MAX)],
+            reach in prop_oneof![1usize..12, Just(usize::MAX)], sink in prop::option::of(-3.0f32..3.0),
         ) {
             let keys: Vec<usize> = gaps.iter().scan(first, |at, gap| { *at += gap; Some(*at) }).collect();
             let queries = &keys[keys.len().saturating_sub(new)..];
@@ -110,9 +127,9 @@ mod tests {
                 prop_assert!(range.clone().eq((0..keys.len()).filter(sees)));
                 let scores: Vec<f32> = keys.iter().map(|p| (p * 7 % 5) as f32 - 2.0).collect();
                 let mut weights = scores.clone();
-                CausalSoftmax::row(&mut weights, range);
+                CausalSoftmax::row(&mut weights, range, sink);
                 let part = |i: usize| if sees(&i) { f64::from(scores[i]).exp() } else { 0.0 };
-                let all: f64 = (0..keys.len()).map(part).sum();
+                let all: f64 = (0..keys.len()).map(part).sum::<f64>() + sink.map_or(0.0, |s| f64::from(s).exp());
                 for (i, &weight) in weights.iter().enumerate() {
                     prop_assert!((f64::from(weight) - part(i) / all).abs() < 1e-6);
                 }
@@ -125,15 +142,16 @@ mod tests {
         #[test]
         fn both_ways_agree(
             t in 1usize..12, before in 0usize..9, heads in 1usize..4, reach in prop_oneof![1usize..12, Just(usize::MAX)],
-            seed in 0usize..1000,
+            seed in 0usize..1000, sunk: bool,
         ) {
             let keys: Vec<usize> = (0..before + t).collect();
             let softmax = CausalSoftmax { visible: visible(&keys[before..], &keys, reach), keys: keys.len() };
             let n = 2 * heads * t * keys.len();
             let scores: Vec<f32> = (0..n).map(|i| ((i * 7919 + seed * 31) % 401) as f32 / 20.0 - 10.0).collect();
             let scores = Tensor::from_vec(scores, (2, heads, t, keys.len()), &Device::Cpu).unwrap();
-            let general = softmax.by_mask(&scores).unwrap();
-            let apart = (softmax.of(scores).unwrap() - general).unwrap().abs().unwrap().max_all().unwrap();
+            let sinks: Vec<f32> = (0..heads * usize::from(sunk)).map(|head| head as f32 - 1.0).collect();
+            let general = softmax.by_mask(&scores, &sinks).unwrap();
+            let apart = (softmax.of(scores, &sinks).unwrap() - general).unwrap().abs().unwrap().max_all().unwrap();
             prop_assert!(apart.to_scalar::<f32>().unwrap() < 1e-6);
         }
     }
