@@ -50,18 +50,13 @@ impl Descent {
         step: u64,
         rate: f64,
     ) -> Result<AttentionWeights> {
-        let mut each = gradients.tensors().zip(memory).enumerate();
-        weights.map(|weight| {
-            let Some((i, (gradient, memory))) = each.next() else { return Ok(weight.clone()) };
-            let change = if self.orthogonal(i) {
+        let mut changes = Vec::new();
+        for (i, (gradient, memory)) in gradients.tensors().zip(memory).enumerate() {
+            changes.push(if self.orthogonal(i) {
                 let momentum = combined(&memory[0], 1.0 - FRESH, gradient, FRESH)?;
                 let mixture = combined(gradient, FRESH, &momentum, 1.0 - FRESH)?;
                 memory[0] = momentum;
-                match self {
-                    Self::MuonByHead if i == OUTPUTS => by_rows(&mixture.t()?, weights.head_dim)?.t()?,
-                    Self::MuonByHead => by_rows(&mixture, weights.head_dim)?,
-                    _ => orthogonal(&mixture.unsqueeze(0)?)?.squeeze(0)?,
-                }
+                if self == Self::Muon { orthogonal(&mixture.unsqueeze(0)?)?.squeeze(0)? } else { mixture }
             } else {
                 let means = [gradient.clone(), gradient.sqr()?];
                 let mut corrected = Vec::with_capacity(2);
@@ -70,8 +65,15 @@ impl Descent {
                     corrected.push((&*held / (1.0 - beta.powf(step as f64 + 1.0)))?);
                 }
                 (&corrected[0] / (corrected[1].sqrt()? + EPSILON)?)?
-            };
-            combined(weight, 1.0, &change, -rate)
+            });
+        }
+        if self == Self::MuonByHead {
+            by_heads(&mut changes[..MATRICES], weights.head_dim)?;
+        }
+        let mut changes = changes.iter();
+        weights.map(|weight| match changes.next() {
+            Some(change) => combined(weight, 1.0, change, -rate),
+            None => Ok(weight.clone()),
         })
     }
 
@@ -85,10 +87,20 @@ impl Descent {
 const MATRICES: usize = 4;
 const OUTPUTS: usize = MATRICES - 1;
 
-/// [`orthogonal`] of each `rows` rows of a matrix.
-fn by_rows(matrix: &Tensor, rows: usize) -> Result<Tensor> {
-    let (all, columns) = matrix.dims2()?;
-    orthogonal(&matrix.contiguous()?.reshape((all / rows, rows, columns))?)?.reshape((all, columns))
+/// [`orthogonal`] of every head of a layer's matrices, all at once: rows of queries, keys and values, columns of outputs.
+fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
+    let turned =
+        |i: usize, matrix: &Tensor| if i == OUTPUTS { matrix.t()?.contiguous() } else { Ok(matrix.clone()) };
+    let rows: Vec<Tensor> = matrices.iter().enumerate().map(|(i, m)| turned(i, m)).collect::<Result<_>>()?;
+    let all = Tensor::cat(&rows, 0)?;
+    let (heads, d) = (all.dim(0)? / h, all.dim(1)?);
+    let all = orthogonal(&all.reshape((heads, h, d))?)?.reshape((heads * h, d))?;
+    let mut first = 0;
+    for (i, (matrix, rows)) in matrices.iter_mut().zip(rows).enumerate() {
+        *matrix = turned(i, &all.narrow(0, first, rows.dim(0)?)?)?;
+        first += rows.dim(0)?;
+    }
+    Ok(())
 }
 
 /// Of each of some matrices, (n, a, b), roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration, as
@@ -179,12 +191,19 @@ mod tests {
 
     #[test]
     fn heads_one_by_one_are_what_each_is_alone() {
-        let matrix = Tensor::from_vec(numbers(6 * 8, 5), (6, 8), &Device::Cpu).unwrap();
-        let found: Vec<Vec<f32>> = by_rows(&matrix, 2).unwrap().to_vec2().unwrap();
-        for head in 0..3 {
-            let alone = matrix.narrow(0, 2 * head, 2).unwrap().unsqueeze(0).unwrap();
-            let alone: Vec<Vec<f32>> = orthogonal(&alone).unwrap().squeeze(0).unwrap().to_vec2().unwrap();
-            assert_eq!(found[2 * head..2 * head + 2], alone[..]);
+        let matrix =
+            |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
+        let of = [matrix(6, 5), matrix(2, 6), matrix(2, 7), matrix(6, 8).t().unwrap().contiguous().unwrap()];
+        let mut found = of.clone();
+        by_heads(&mut found, 2).unwrap();
+        for (i, (of, found)) in of.iter().zip(&found).enumerate() {
+            for head in 0..of.elem_count() / 16 {
+                let dim = usize::from(i == OUTPUTS);
+                let alone = of.narrow(dim, 2 * head, 2).unwrap().contiguous().unwrap().unsqueeze(0).unwrap();
+                let alone = orthogonal(&alone).unwrap().squeeze(0).unwrap();
+                let apart = (alone - found.narrow(dim, 2 * head, 2).unwrap()).unwrap().abs().unwrap();
+                assert!(apart.max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-6, "{i}, {head}");
+            }
         }
     }
 
