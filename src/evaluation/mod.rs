@@ -198,10 +198,10 @@ struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    /// All parts of the windows of `tokens`, which `model` has read as these tensors.
+    /// All parts of the windows of `tokens`, which `model` has read as these tensors: all of one size, but the last may have less.
     fn all(model: &Model, tokens: &'a [u32], last: &[Tensor], window: usize) -> impl Iterator<Item = Self> {
-        let size = tokens.len() / last.len().max(1);
-        let most = (model.batch(window) * window / size.max(1)).max(1);
+        let size = last.first().map_or(1, |x| x.dims()[0]).max(1);
+        let most = (model.batch(window) * window / size).max(1);
         tokens.chunks(most * size).enumerate().map(move |(i, tokens)| {
             let first = i * most;
             Self { tokens, window, tensors: first..first + tokens.len().div_ceil(size) }
@@ -279,4 +279,28 @@ impl Tally {
 fn loss(logits: &Tensor, tokens: &[u32], window: usize) -> Result<(f64, u64), RuntimeError> {
     let scores = scores(logits, None, tokens, window)?;
     Ok((scores.iter().map(|score| score.loss).sum(), scores.len() as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    #[test]
+    fn parts_are_whole_tensors_however_few_windows_the_last_has() {
+        let model = Model::load(&Checkpoint::open("tests/data/novels-1m").unwrap()).unwrap();
+        let (window, tokens) = (4, vec![0; 40]);
+        for sizes in [vec![3, 3, 3, 1], vec![4, 4, 2], vec![10], vec![9, 1]] {
+            let tensor = |n: &usize| Tensor::zeros((n * window, 2), DType::F32, &Device::Cpu).unwrap();
+            let last: Vec<Tensor> = sizes.iter().map(tensor).collect();
+            let parts: Vec<Part<'_>> = Part::all(&model, &tokens, &last, window).collect();
+            for part in &parts {
+                let rows: usize = last[part.tensors.clone()].iter().map(|x| x.dims()[0]).sum();
+                assert_eq!(rows, part.tokens.len(), "{sizes:?}");
+            }
+            assert_eq!(parts.last().unwrap().tensors.end, last.len());
+        }
+    }
 }
