@@ -198,6 +198,14 @@ pub enum Error {
         /// The model's type.
         model: String,
     },
+    /// A form that models of this type do not have.
+    #[error("models of the type {model:?} cannot be written so: {reason}")]
+    NoForm {
+        /// The model's type.
+        model: String,
+        /// What stands against it, and what does not.
+        reason: String,
+    },
     /// A budget that is not a fraction in (0, 1] or not a number of heads in range.
     #[error(
         "a budget of {0} is outside its range (a fraction above 0 and at most 1, or heads from 1 to all)"

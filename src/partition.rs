@@ -240,6 +240,10 @@ pub struct SearchSpace {
     pub max_groups: Option<usize>,
     /// The most heads in one group; `None`: no limit.
     pub max_group_size: Option<usize>,
+    /// Percent of H that k groups may take when all are filled up to the largest, k times its size; those of the most equal
+    /// sizes always may. `None`: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_filled: Option<usize>,
 }
 
 impl SearchSpace {
@@ -269,7 +273,7 @@ impl SearchSpace {
 
     fn holds(&self, n_heads: usize, k: usize) -> bool {
         let divides = self.cardinality == Cardinality::Arbitrary || n_heads % k == 0;
-        divides && k <= self.groups_at_most(n_heads) && n_heads.div_ceil(k) <= self.size_at_most(n_heads)
+        divides && k <= self.groups_at_most(n_heads) && n_heads.div_ceil(k) <= self.size_at_most(n_heads, k)
     }
 
     /// Whether the partition belongs to the space.
@@ -278,7 +282,7 @@ impl SearchSpace {
         k == n
             || (self.holds(n, k)
                 && (self.cardinality == Cardinality::Arbitrary || partition.is_equal())
-                && partition.sizes().iter().all(|&s| s <= self.size_at_most(n)))
+                && partition.sizes().iter().all(|&s| s <= self.size_at_most(n, k)))
     }
 
     /// The most groups of a partition of `n_heads` heads, the one without sharing aside.
@@ -286,9 +290,11 @@ impl SearchSpace {
         self.max_groups.map_or(n_heads, |m| m.min(n_heads))
     }
 
-    /// The most heads of a group.
-    pub(crate) fn size_at_most(&self, n_heads: usize) -> usize {
-        self.max_group_size.map_or(n_heads, |m| m.min(n_heads))
+    /// The most heads of a group among k; the more groups, the fewer.
+    pub(crate) fn size_at_most(&self, n_heads: usize, k: usize) -> usize {
+        let filled = |percent: usize| (n_heads.saturating_mul(percent) / 100 / k).max(n_heads.div_ceil(k));
+        let most = self.max_filled.map_or(n_heads, filled).min(n_heads);
+        self.max_group_size.map_or(most, |m| m.min(most))
     }
 }
 
@@ -301,6 +307,8 @@ impl fmt::Display for SearchSpace {
             if self.cardinality == Cardinality::Equal { "equal groups" } else { "groups of any size" }
         )?;
         groups.map_or(Ok(()), |most| write!(f, ", at most {most}"))?;
-        sizes.map_or(Ok(()), |most| write!(f, ", of at most {most} heads"))
+        sizes.map_or(Ok(()), |most| write!(f, ", of at most {most} heads"))?;
+        let filled = self.max_filled;
+        filled.map_or(Ok(()), |most| write!(f, ", filled up to the largest at most {most}% of the heads"))
     }
 }

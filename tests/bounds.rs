@@ -32,7 +32,12 @@ fn points() -> impl Strategy<Value = Vec<Vec<f64>>> {
 fn spaces() -> impl Strategy<Value = SearchSpace> {
     let cardinality = prop_oneof![Just(Cardinality::Arbitrary), Just(Cardinality::Equal)];
     (cardinality, prop::option::of(1usize..6), prop::option::of(1usize..9)).prop_map(
-        |(cardinality, max_group_size, max_groups)| SearchSpace { cardinality, max_group_size, max_groups },
+        |(cardinality, max_group_size, max_groups)| SearchSpace {
+            cardinality,
+            max_group_size,
+            max_groups,
+            ..SearchSpace::default()
+        },
     )
 }
 

@@ -24,10 +24,10 @@ fn search(heads: &Heads, optimizer: Nsga2, space: SearchSpace, seed: u64) -> Fro
 
 fn any_space() -> impl Strategy<Value = SearchSpace> {
     let limit = || prop::option::of(1usize..8);
-    (prop::bool::ANY, limit(), limit()).prop_map(|(equal, max_groups, max_group_size)| SearchSpace {
-        cardinality: if equal { Cardinality::Equal } else { Cardinality::Arbitrary },
-        max_groups,
-        max_group_size,
+    let filled = prop::option::of(100usize..250);
+    (prop::bool::ANY, limit(), limit(), filled).prop_map(|(equal, max_groups, max_group_size, max_filled)| {
+        let cardinality = if equal { Cardinality::Equal } else { Cardinality::Arbitrary };
+        SearchSpace { cardinality, max_groups, max_group_size, max_filled }
     })
 }
 

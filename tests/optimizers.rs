@@ -67,9 +67,13 @@ fn points(heads: impl Strategy<Value = usize>) -> impl Strategy<Value = Vec<Vec<
 
 fn spaces() -> impl Strategy<Value = SearchSpace> {
     let cardinality = prop_oneof![Just(Cardinality::Arbitrary), Just(Cardinality::Equal)];
-    (cardinality, prop::option::of(1usize..9), prop::option::of(1usize..6)).prop_map(
-        |(cardinality, max_groups, max_group_size)| SearchSpace { cardinality, max_groups, max_group_size },
-    )
+    let limits = (prop::option::of(1usize..9), prop::option::of(1usize..6), prop::option::of(100usize..250));
+    (cardinality, limits).prop_map(|(cardinality, (max_groups, max_group_size, max_filled))| SearchSpace {
+        cardinality,
+        max_groups,
+        max_group_size,
+        max_filled,
+    })
 }
 
 /// A sum over groups that is not one over pairs: the largest distance to the group's first head, times its size.

@@ -70,8 +70,10 @@ fn the_space_names_the_group_counts_it_holds() {
 fn group_counts_and_admission_agree_with_enumeration() {
     for cardinality in [Cardinality::Arbitrary, Cardinality::Equal] {
         for max_groups in [None, Some(2), Some(4)] {
-            for max_group_size in [None, Some(1), Some(2), Some(4)] {
-                let space = SearchSpace { cardinality, max_groups, max_group_size };
+            let limits =
+                [(None, None), (Some(1), None), (Some(2), None), (Some(4), Some(150)), (None, Some(134))];
+            for (max_group_size, max_filled) in limits {
+                let space = SearchSpace { cardinality, max_groups, max_group_size, max_filled };
                 let mut ks: Vec<_> = common::all_partitions(6)
                     .iter()
                     .filter(|p| {
@@ -79,7 +81,11 @@ fn group_counts_and_admission_agree_with_enumeration() {
                         let fits = (cardinality == Cardinality::Arbitrary
                             || sizes.iter().all(|&s| s == sizes[0]))
                             && max_groups.is_none_or(|m| sizes.len() <= m)
-                            && max_group_size.is_none_or(|m| sizes.iter().all(|&s| s <= m));
+                            && max_group_size.is_none_or(|m| sizes.iter().all(|&s| s <= m))
+                            && max_filled.is_none_or(|percent| {
+                                let filled = sizes.len() * sizes.iter().max().unwrap();
+                                100 * filled <= 6 * percent || filled < 6 + sizes.len()
+                            });
                         assert_eq!(space.admits(p), fits || sizes.len() == 6, "{space:?} {p:?}");
                         fits || sizes.len() == 6
                     })

@@ -147,11 +147,14 @@ impl<'a> Decoder<'a> {
         );
         let (query_heads, kv_heads) = self.heads()?;
         let head_dim = self.width_of_heads(hidden, query_heads)?;
+        let by_layer = self.heads_by_layer(n_layers, head_dim)?;
         let mut notes: Vec<String> = rope::contradicted(config, "rope_theta").into_iter().collect();
         let mut unsupported = self.unsupported.clone();
         let mut layers = Vec::new();
         for layer in 0..n_layers {
             // Ends with the first missing layer, which the reader will name, however many config.json claims.
+            let [query_heads, kv_heads] =
+                by_layer.as_ref().map_or([query_heads, kv_heads], |heads| heads[layer]);
             let stored = self.stored(layer, [query_heads, kv_heads, head_dim])?;
             let present = tensors.shape(&stored.key.tensor).is_some();
             let mut spec = AttentionSpec::new(query_heads, kv_heads, head_dim).with_cap(self.cap);

@@ -169,7 +169,7 @@ pub fn nearest_bounds(distances: ArrayView2<'_, f64>, space: &SearchSpace) -> Re
             bounds[k - 1] = sum * (1.0 - margin(n));
             continue;
         }
-        let most = space.size_at_most(n).min(n - k + 1);
+        let most = space.size_at_most(n, k).min(n - k + 1);
         let dual = |mu: f64| {
             let (mut sum, mut groups) = (0.0, 0.0);
             for costs in &costs {

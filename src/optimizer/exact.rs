@@ -80,14 +80,22 @@ impl Optimizer for Exact {
         let separable = fitness.separable().ok_or(Error::NotSeparable { optimizer: "Exact" })?;
         let mut front = Front::new(fitness)?;
         let counts: Vec<_> = space.group_counts(n)?.into_iter().filter(|&k| k < n).collect();
-        // One table for all k, or one for each size that all groups must have.
-        let tables: Vec<(Vec<usize>, RangeInclusive<usize>)> = match space.cardinality {
-            Cardinality::Arbitrary => vec![(counts, 1..=space.size_at_most(n))],
-            Cardinality::Equal => counts.into_iter().map(|k| (vec![k], n / k..=n / k)).collect(),
-        };
-        for (counts, sizes) in tables.iter().filter(|(counts, _)| !counts.is_empty()) {
-            let table = Table::new(separable, sizes, run)?;
-            for &k in counts {
+        // One table for all k of which groups may have the same sizes.
+        let mut tables: Vec<(RangeInclusive<usize>, Vec<usize>)> = Vec::new();
+        for k in counts {
+            let sizes = match space.cardinality {
+                Cardinality::Arbitrary => 1..=space.size_at_most(n, k),
+                Cardinality::Equal => n / k..=n / k,
+            };
+            match tables.last_mut().filter(|(of, _)| *of == sizes) {
+                Some((_, counts)) => counts.push(k),
+                None => tables.push((sizes, vec![k])),
+            }
+        }
+        let mut known = vec![None; 1 << n];
+        for (sizes, counts) in tables {
+            let table = Table::new(separable, &sizes, &mut known, run)?;
+            for k in counts {
                 if let Some(partition) = table.partition(k)? {
                     let error = fitness.evaluate(&partition)?;
                     front.offer(&partition, error)?;
@@ -112,7 +120,13 @@ struct Table {
 }
 
 impl Table {
-    fn new(fitness: &dyn SeparableFitness, sizes: &RangeInclusive<usize>, run: Run<'_>) -> Result<Self> {
+    /// `known` keeps the errors that were asked for from table to table.
+    fn new(
+        fitness: &dyn SeparableFitness,
+        sizes: &RangeInclusive<usize>,
+        known: &mut [Option<f64>],
+        run: Run<'_>,
+    ) -> Result<Self> {
         let n = fitness.n_heads();
         let mut errors = match fitness.pairwise() {
             Some(distances) => pair_sums(distances),
@@ -125,9 +139,15 @@ impl Table {
             } else if fitness.pairwise().is_some() {
                 *error /= size as f64;
             } else if size > 1 {
-                let members: Vec<_> = (0..n).filter(|head| set >> head & 1 == 1).collect();
-                *error = fitness.group_error(&members)?;
-                run.step("exact: groups", set as u64, 1 << n)?;
+                *error = match known[set] {
+                    Some(error) => error,
+                    None => {
+                        let members: Vec<_> = (0..n).filter(|head| set >> head & 1 == 1).collect();
+                        let error = fitness.group_error(&members)?;
+                        run.step("exact: groups", set as u64, 1 << n)?;
+                        *known[set].insert(error)
+                    }
+                };
             }
         }
         let width = n + 1;

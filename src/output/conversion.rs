@@ -10,7 +10,7 @@ use super::check::check;
 use super::copy::{self, Extra, PROVENANCE, same_permissions};
 use super::staging::{Destination, Staging};
 use super::views::{Job, Made, Numbers, Tensor};
-use super::{Content, OutputModel, OutputTensor, Target};
+use super::{Content, OutputModel, OutputTensor, Slot, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
 use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
@@ -30,6 +30,12 @@ pub struct Report {
     pub kv_bytes_after: usize,
     /// Whether a runtime that loads the output needs less KV cache.
     pub saves_memory: bool,
+    /// Query heads of the source, over all layers.
+    pub query_heads: usize,
+    /// Query heads of zeros that fill groups up, over all layers: scores are computed for them, too.
+    pub dead_query_heads: usize,
+    /// Bytes that these take among the weights, in queries and outputs.
+    pub dead_bytes: u64,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
     /// Files of the source that are not copied: weights in other forms, what describes these, and weights of adapters.
@@ -120,6 +126,7 @@ pub fn convert(
     let small = small_files(source, shared, target, &output, &shards, &extras)?;
     let mut report = report(source, kv_bytes(source, &output), &shards, &extras, &small);
     report.left_out = left;
+    (report.dead_query_heads, report.dead_bytes) = dead(source, &output);
     destination.check_space(report.bytes)?;
     job.start()?;
     if options.dry_run {
@@ -304,6 +311,21 @@ fn kv_bytes(source: &Checkpoint, output: &OutputModel) -> usize {
     source.architecture().kv_bytes_with(&output.kv_heads, source.dtype().bytes())
 }
 
+/// Query heads of zeros, and the bytes of their queries and outputs.
+fn dead(source: &Checkpoint, output: &OutputModel) -> (usize, u64) {
+    let (mut heads, mut bytes) = (0, 0);
+    for tensor in &output.tensors {
+        let Content::Heads { layer, axis: Some(_), pieces, .. } = &tensor.content else { continue };
+        let dead = |part: Part| pieces.iter().filter(|piece| **piece == (part, Slot::Zero)).count();
+        let [queries, outputs] = [Part::Query, Part::Output].map(dead);
+        let model = source.architecture();
+        let size = model.layers[*layer].head_dim * model.hidden * source.dtype().bytes();
+        heads += queries;
+        bytes += ((queries + outputs) * size) as u64;
+    }
+    (heads, bytes)
+}
+
 /// The index of the source with the sizes and the tensors of the output, which stay in their files.
 fn new_index(source: &Checkpoint, shards: &[Outputs<'_>]) -> Option<Map<String, Value>> {
     let mut index = source.files().index.clone()?;
@@ -354,6 +376,9 @@ fn report(
         kv_bytes_before: source.kv_bytes_per_token(),
         kv_bytes_after,
         saves_memory: kv_bytes_after < source.kv_bytes_per_token(),
+        query_heads: source.architecture().layers.iter().map(|layer| layer.query_heads).sum(),
+        dead_query_heads: 0,
+        dead_bytes: 0,
         files: (stored.iter().map(|s| PathBuf::from(&s.file)))
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))

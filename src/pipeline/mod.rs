@@ -306,8 +306,12 @@ impl<'a> Compress<'a> {
         let least = |of: fn(&SearchSpace) -> Option<usize>| {
             [own, held.space, self.limits.space].iter().filter_map(of).min()
         };
-        let (max_groups, max_group_size) = (least(|s| s.max_groups), least(|s| s.max_group_size));
-        let space = SearchSpace { cardinality: own.cardinality, max_groups, max_group_size };
+        let space = SearchSpace {
+            cardinality: own.cardinality,
+            max_groups: least(|s| s.max_groups),
+            max_group_size: least(|s| s.max_group_size),
+            max_filled: least(|s| s.max_filled),
+        };
         let mut fixed = held.fixed;
         for (&layer, &asked) in &self.limits.fixed {
             let held = *fixed.entry(layer).or_insert(asked);

@@ -79,7 +79,7 @@ impl PlanV1 {
             chosen_by_loss,
             fitness: Spec::new(method.fitness),
             calibration,
-            space: SearchSpace { cardinality, max_groups, max_group_size },
+            space: SearchSpace { cardinality, max_groups, max_group_size, ..SearchSpace::default() },
             same_k: false,
             fixed: method.fixed,
             allocation: Spec::new(method.allocation),

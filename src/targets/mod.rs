@@ -1,15 +1,19 @@
 //! Forms in which a model is written. A new target is a file here and its line in [`TARGETS`].
 
 mod expanded;
+mod padded;
+mod remote_code;
 mod stock;
 
 use crate::output::Target;
 
 pub use expanded::Expanded;
+pub use padded::Padded;
+pub use remote_code::RemoteCode;
 pub use stock::Stock;
 
 /// The targets of this crate, the most useful first.
-pub static TARGETS: &[&dyn Target] = &[&Stock, &Expanded];
+pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Expanded];
 
 /// The target of that name.
 ///

@@ -1,9 +1,11 @@
 use serde_json::{Map, Value};
 
+use super::padded::filled;
 use crate::budget::Limits;
 use crate::error::{Error, Result};
+use crate::families::with_heads;
 use crate::model::Architecture;
-use crate::output::{OutputModel, Slot, Target};
+use crate::output::{OutputModel, Target};
 use crate::partition::SearchSpace;
 use crate::plan::Plan;
 
@@ -22,25 +24,16 @@ impl Target for Stock {
     }
 
     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
-        let place = model
-            .kv_heads_at
-            .as_deref()
-            .ok_or_else(|| Error::NoGroupedForm { model: model.model_type.clone() })?;
-        let mut output = OutputModel::from_slots(model, config.clone(), |layer| {
-            let (groups, r) = (&plan.layers[layer].groups, model.layers[layer].queries_per_head());
-            let heads = groups.groups().into_iter().flatten();
-            let queries = heads.flat_map(|head| head * r..(head + 1) * r);
-            ((0..groups.n_groups()).map(Slot::Head).collect(), queries.map(Slot::Head).collect())
-        })?;
-        if let Some(&kv_heads) = output.kv_heads.first() {
-            let (objects, key) = place.rsplit_once('/').unwrap_or_default();
-            let config = objects.split('/').skip(1).try_fold(&mut output.config, |object, key| {
-                object.get_mut(key).and_then(Value::as_object_mut)
-            });
-            if let Some(config) = config {
-                config.insert(key.to_string(), kv_heads.into());
-            }
+        let of = |layer: usize| model.layers[layer].query_heads;
+        let queries = model.layers.first().map_or(0, |_| of(0));
+        if let Some(layer) = (0..model.n_layers()).find(|&layer| of(layer) != queries) {
+            let found = format!("has {} query heads", of(layer));
+            return Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") });
         }
-        Ok(output)
+        let kv_heads = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
+        let changed = with_heads(model, config, queries, kv_heads)?;
+        OutputModel::from_slots(model, changed, |layer| {
+            filled(model, plan, layer, queries / plan.layers[layer].groups.n_groups())
+        })
     }
 }

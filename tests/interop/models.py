@@ -160,9 +160,13 @@ def config_of(name):
 
 def make(name, seed=0):
     """A model whose every tensor matters: norms of 0.5 to 2, biases that are not 0, heads that look at one another."""
-    torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if "with pictures" in name else AutoModelForCausalLM
-    model = kind.from_config(config_of(name), attn_implementation="eager", dtype=torch.float32).eval()
+    return made(kind, config_of(name), seed)
+
+
+def made(kind, config, seed=0):
+    torch.manual_seed(seed)
+    model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for key, value in model.named_parameters():
             if value.dim() == 1:
@@ -177,7 +181,7 @@ def make(name, seed=0):
                 value.normal_(0, 0.5)
             else:
                 value.normal_(0, 1.2 / value.shape[-1] ** 0.5)
-    return model
+    return model.eval()
 
 
 def share_heads(model):

@@ -1,23 +1,29 @@
 """Holds qcqa against transformers: every family opens, runs and converts, and what is written loads and computes the same.
 
-    python run.py QCQA [--only NAME] [--table FILE]
+    python run.py QCQA [--only NAME] [--table FILE] [--targets FILE]
 
-QCQA is the binary. Prints a row for each model, writes the table of docs/families.md, and fails where anything differs.
+QCQA is the binary. Prints a row for each model, writes docs/families.md and the table of docs/targets.md, and fails where anything differs.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+# What comes with a model is copied there before it is run.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="qcqa-interop")
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import models
+import targets
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -169,6 +175,7 @@ def main():
     parser.add_argument("qcqa")
     parser.add_argument("--only")
     parser.add_argument("--table")
+    parser.add_argument("--targets")
     arguments = parser.parse_args()
     failed, rows = [], []
     for name in models.MODELS:
@@ -186,6 +193,18 @@ def main():
             except Exception as error:  # the next family is still looked at
                 failed.append(name)
                 print(f"{name:36} FAILED: {type(error).__name__}: {str(error)[:400]}", flush=True)
+    if not arguments.only or arguments.only == "targets":
+        try:
+            with tempfile.TemporaryDirectory() as root:
+                started = time.monotonic()
+                held = list(targets.check(run, arguments.qcqa, Path(root)))
+            print(f"{len(held)} outputs hold in transformers what their plans say, in {time.monotonic() - started:.0f} s", flush=True)
+            if arguments.targets:
+                Path(arguments.targets).write_text(targets.table(held))
+        except Exception as error:
+            failed.append("targets")
+            print(f"targets FAILED: {type(error).__name__}: {str(error)[:600]}", flush=True)
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
     if arguments.table:
         Path(arguments.table).write_text(table(rows))
     print(f"{len(rows)} of {len(rows) + len(failed)} models hold against transformers {transformers.__version__}")

@@ -14,7 +14,7 @@ use crate::args::{SearchOptions, Writing, path, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::distill::{beside, effort, state, told};
 use crate::hints::{CliError, about};
-use crate::report::{Output, bytes, file_bytes, shown};
+use crate::report::{Output, bytes, file_bytes, percent, shown};
 use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
 use crate::search::Planned;
 
@@ -52,7 +52,8 @@ pub(super) struct CompressArgs {
 struct OutputArgs {
     /// Form of the output
     ///
-    /// stock loads in every runtime; expanded holds any plan but saves no memory: it is for evaluation.
+    /// stock loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
+    /// for transformers with a model file of its own; expanded holds any plan but saves no memory: it is for evaluation.
     #[arg(long, default_value = "stock", value_parser = targets_parser())]
     target: String,
     #[command(flatten)]
@@ -150,12 +151,21 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
     } else {
         "SAVES NO MEMORY: shared heads are copied back to every head, for evaluation only".to_string()
     };
+    let dead = match report.dead_query_heads {
+        0 => String::new(),
+        dead => format!(
+            "{dead} query heads of zeros beside {} fill groups up: {} more for scores, {} more weights\n",
+            report.query_heads,
+            percent(dead as f64 / report.query_heads as f64),
+            file_bytes(report.dead_bytes),
+        ),
+    };
     let removed = report
         .removed
         .iter()
         .map(|left| format!("removed {}, which a killed run had left\n", left.display()));
     let text = format!(
-        "{}{} model, {} in {} files, {done} {}\n{cache}\n",
+        "{}{} model, {} in {} files, {done} {}\n{cache}\n{dead}",
         removed.collect::<String>(),
         target.name(),
         file_bytes(report.bytes),
@@ -166,6 +176,7 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
     let json = json!({
         "out": shown(&written.out), "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
         "bytes": report.bytes, "files": all(&report.files), "left_out": all(&report.left_out), "removed": all(&report.removed),
+        "query_heads": report.query_heads, "dead_query_heads": report.dead_query_heads, "dead_bytes": report.dead_bytes,
         "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
     });
     (text, json)

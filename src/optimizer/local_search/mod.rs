@@ -155,7 +155,8 @@ struct Search<'a, M> {
     counts: Vec<usize>,
     cardinality: Cardinality,
     n_heads: usize,
-    cap: usize,
+    /// `caps[k]`: the most heads of a group among k; falls with k.
+    caps: Vec<usize>,
     rng: ChaCha8Rng,
     run: Run<'a>,
 }
@@ -173,16 +174,12 @@ impl<'a, M: Moves> Search<'a, M> {
         let mut best = vec![None; n_heads + 1];
         best[n_heads] = Some(Candidate { error: 0.0, labels, fused: false, split: false });
         let counts = counts[..counts.len() - 1].to_vec();
-        let cap = space.size_at_most(n_heads);
-        Self { moves, best, counts, cardinality: space.cardinality, n_heads, cap, rng: run.rng(), run }
-    }
-
-    /// The most heads of a group among k.
-    fn cap(&self, k: usize) -> usize {
-        match self.cardinality {
-            Cardinality::Arbitrary => self.cap,
-            Cardinality::Equal => self.n_heads / k,
-        }
+        let cap = |k| match space.cardinality {
+            Cardinality::Arbitrary => space.size_at_most(n_heads, k),
+            Cardinality::Equal => n_heads / k,
+        };
+        let caps = (0..=n_heads).map(|k| cap(k.max(1))).collect();
+        Self { moves, best, counts, cardinality: space.cardinality, n_heads, caps, rng: run.rng(), run }
     }
 
     fn load(&mut self, k: usize, cap: usize) -> Result<()> {
@@ -192,9 +189,12 @@ impl<'a, M: Moves> Search<'a, M> {
         }
     }
 
-    /// Keeps the partition at hand when it is the best of its k; tells whether it is.
+    /// Keeps the partition at hand when it is the best of its k (of fewer groups some may be larger); tells whether it is.
     fn offer(&mut self) -> bool {
         let (k, error) = (self.moves.groups().n_groups(), self.moves.error());
+        if self.moves.groups().sizes.iter().any(|&size| size > self.caps[k]) {
+            return false;
+        }
         let labels = &self.moves.groups().labels;
         let tolerance = self.moves.tolerance();
         match &mut self.best[k] {
@@ -213,7 +213,7 @@ impl<'a, M: Moves> Search<'a, M> {
         for (i, k) in self.counts.clone().into_iter().enumerate() {
             if let Some(found) = &best[k] {
                 self.moves.ration(self.counts.len() - i);
-                self.moves.load(&found.labels, k, self.cap(k))?;
+                self.moves.load(&found.labels, k, self.caps[k])?;
                 descend(&mut self.moves, self.cardinality == Cardinality::Equal)?;
                 self.offer();
             }
@@ -286,7 +286,7 @@ impl<'a, M: Moves> Search<'a, M> {
             if std::mem::replace(if down { &mut found.fused } else { &mut found.split }, true) {
                 continue;
             }
-            self.load(k, self.cap)?;
+            self.load(k, self.caps[if down { k - 1 } else { k + 1 }])?;
             if down {
                 fuse(&mut self.moves)?
             } else {
@@ -304,7 +304,7 @@ impl<'a, M: Moves> Search<'a, M> {
     /// Splits from the fewest groups on without looking at what is known: other valleys than joining finds.
     fn chain(&mut self) -> Result<()> {
         let (Some(&least), Some(&most)) = (self.counts.first(), self.counts.last()) else { return Ok(()) };
-        self.load(least, self.cap)?;
+        self.load(least, self.caps[most])?;
         for _ in least..most {
             split(&mut self.moves)?;
             descend(&mut self.moves, true)?;
@@ -316,7 +316,7 @@ impl<'a, M: Moves> Search<'a, M> {
     /// A balanced start, then exchanges.
     fn equal(&mut self, k: usize) -> Result<()> {
         if self.best[k].is_none() {
-            self.load(self.n_heads, self.cap(k))?;
+            self.load(self.n_heads, self.caps[k])?;
             while self.moves.groups().n_groups() > k {
                 fuse(&mut self.moves)?;
             }
@@ -329,7 +329,7 @@ impl<'a, M: Moves> Search<'a, M> {
     /// Iterated local search at every k: a few random moves, a descent, back when that is not better.
     fn shake(&mut self, rounds: usize) -> Result<()> {
         for k in self.counts.clone() {
-            self.load(k, self.cap(k))?;
+            self.load(k, self.caps[k])?;
             for _ in 0..rounds {
                 for _ in 0..self.rng.random_range(2..=4) {
                     self.random_move()?;
@@ -352,7 +352,7 @@ impl<'a, M: Moves> Search<'a, M> {
     /// Migrations at every k, each followed by a descent, until none gains.
     fn migrate(&mut self) -> Result<()> {
         for k in self.counts.clone() {
-            self.load(k, self.cap)?;
+            self.load(k, self.caps[k])?;
             loop {
                 let (to, heads) = self.moves.best_migration()?;
                 if heads.is_empty() {

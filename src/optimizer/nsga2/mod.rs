@@ -174,6 +174,9 @@ fn fall(front: &mut Front, fitness: &dyn FitnessFn, space: &SearchSpace) -> Resu
             let mut labels = labels.clone().into_boxed_slice();
             labels[head] = k as u16;
             let split = Partition::canonical(labels, k + 1);
+            if !space.admits(&split) {
+                continue;
+            }
             front.offer(&split, fitness.evaluate(&split)?)?;
         }
     }

@@ -15,7 +15,8 @@ pub(super) struct Variation {
     /// The numbers of groups to search, ascending.
     counts: Vec<usize>,
     max_groups: usize,
-    max_size: usize,
+    /// `max_sizes[k]`: the most heads of a group among k; falls with k.
+    max_sizes: Vec<usize>,
 }
 
 impl Variation {
@@ -24,8 +25,8 @@ impl Variation {
         let mut counts = space.group_counts(n_heads)?;
         let max_groups = space.groups_at_most(n_heads);
         counts.retain(|&k| k <= max_groups);
-        let max_size = space.size_at_most(n_heads);
-        Ok(Self { n_heads, cardinality: space.cardinality, counts, max_groups, max_size })
+        let max_sizes = (0..=n_heads).map(|k| space.size_at_most(n_heads, k.max(1))).collect();
+        Ok(Self { n_heads, cardinality: space.cardinality, counts, max_groups, max_sizes })
     }
 
     /// The numbers of groups that the operators produce.
@@ -137,7 +138,7 @@ impl Variation {
 
     /// Brings labels below `bound` back into the space and makes a partition of them.
     fn finish(&self, mut labels: Box<[u16]>, bound: usize, rng: &mut ChaCha8Rng) -> Partition {
-        if self.max_groups == self.n_heads && self.max_size == self.n_heads {
+        if self.max_groups == self.n_heads && self.max_sizes[self.n_heads] == self.n_heads {
             return Partition::canonical(labels, bound);
         }
         let bound = bound.max(self.max_groups);
@@ -147,16 +148,16 @@ impl Variation {
 
     /// Heads leave groups that are too large, then the smallest groups dissolve while there are too many.
     ///
-    /// Both always find room, because the space holds a partition: H ≤ max_groups · max_size.
+    /// Both always find room, because the space holds a partition of every k: H ≤ k · max_sizes[k].
     fn repair(&self, labels: &mut [u16], bound: usize, rng: &mut ChaCha8Rng) {
         let mut sizes = vec![0; bound];
         for &label in labels.iter() {
             sizes[usize::from(label)] += 1;
         }
         let mut k = sizes.iter().filter(|&&s| s > 0).count();
-        while let Some(full) = sizes.iter().position(|&s| s > self.max_size) {
+        while let Some(full) = sizes.iter().position(|&s| s > self.max_sizes[k]) {
             let empty = sizes.iter().position(|&s| s == 0);
-            let Some(to) = self.roomy(&sizes, full, rng).or(empty) else { break };
+            let Some(to) = self.roomy(&sizes, full, self.max_sizes[k], rng).or(empty) else { break };
             k += usize::from(sizes[to] == 0);
             move_one(labels, &mut sizes, full, to, rng);
         }
@@ -164,7 +165,7 @@ impl Variation {
             let occupied = sizes.iter().enumerate().filter(|(_, s)| **s > 0);
             let Some((least, _)) = occupied.min_by_key(|(_, s)| **s) else { break };
             while sizes[least] > 0 {
-                let Some(to) = self.roomy(&sizes, least, rng) else { return };
+                let Some(to) = self.roomy(&sizes, least, self.max_sizes[k - 1], rng) else { return };
                 move_one(labels, &mut sizes, least, to, rng);
             }
             k -= 1;
@@ -172,9 +173,9 @@ impl Variation {
     }
 
     /// A random group besides `from` that has members and room for one more.
-    fn roomy(&self, sizes: &[usize], from: usize, rng: &mut ChaCha8Rng) -> Option<usize> {
+    fn roomy(&self, sizes: &[usize], from: usize, most: usize, rng: &mut ChaCha8Rng) -> Option<usize> {
         let rooms: Vec<_> =
-            (0..sizes.len()).filter(|&g| g != from && (1..self.max_size).contains(&sizes[g])).collect();
+            (0..sizes.len()).filter(|&g| g != from && (1..most).contains(&sizes[g])).collect();
         (!rooms.is_empty()).then(|| rooms[usize::from(below(rooms.len(), rng))])
     }
 }

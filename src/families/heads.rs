@@ -1,0 +1,196 @@
+//! What config.json says where a model has other numbers of heads than it was made with.
+
+use serde_json::{Map, Value, json};
+
+use super::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::files::FileError;
+use crate::model::Architecture;
+use crate::partition::Partition;
+
+type Object = Map<String, Value>;
+
+/// The key under which layers are described one by one: query heads and KV heads of each.
+pub(super) const BY_LAYER: &str = "qcqa_heads";
+
+/// Which numbers of query heads a type of models takes, where `head_dim` is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Takes {
+    /// Any.
+    Any,
+    /// Those that divide the width of the model.
+    Divisors,
+    /// Those that divide it; others as a Mistral, which computes the same where there are no biases.
+    DivisorsElseMistral,
+}
+
+/// Types of models that take other numbers of query heads, with the class of transformers that runs them. Each was held against
+/// transformers (`tests/interop`).
+const TYPES: &[(&str, &str, Takes)] = &[
+    ("llama", "LlamaForCausalLM", Takes::DivisorsElseMistral),
+    ("mistral", "MistralForCausalLM", Takes::Any),
+    ("qwen2", "Qwen2ForCausalLM", Takes::Any),
+    ("qwen3", "Qwen3ForCausalLM", Takes::Any),
+];
+
+/// config.json of a model of which all layers have so many query heads and KV heads.
+///
+/// # Errors
+/// [`Error::NoGroupedForm`]; [`Error::NoForm`] for another number of query heads where the type does not take it.
+pub fn with_heads(
+    model: &Architecture,
+    config: &Object,
+    query_heads: usize,
+    kv_heads: usize,
+) -> Result<Object> {
+    let place = grouped(model)?;
+    let own =
+        config.get(BY_LAYER).is_none() && model.layers.iter().all(|layer| layer.query_heads == query_heads);
+    let mut config = config.clone();
+    let (objects, key) = place.rsplit_once('/').unwrap_or_default();
+    let object = objects
+        .split('/')
+        .skip(1)
+        .try_fold(&mut config, |object, key| object.get_mut(key).and_then(Value::as_object_mut));
+    if let Some(object) = object {
+        object.insert(key.to_string(), kv_heads.into());
+    }
+    if own {
+        return Ok(config);
+    }
+    let (class, takes) = takes(model, place)?;
+    set(&mut config, "num_attention_heads", query_heads.into());
+    set(&mut config, "head_dim", width(model).into());
+    if config.shift_remove(BY_LAYER).is_some() {
+        config.shift_remove("auto_map");
+    }
+    set(&mut config, "architectures", json!([class]));
+    if takes == Takes::Any || model.hidden % query_heads == 0 {
+        return Ok(config);
+    }
+    if takes == Takes::Divisors {
+        let reason = format!(
+            "their query heads must divide the width of {}, and {query_heads} do not; other groups or another target may",
+            model.hidden
+        );
+        return Err(Error::NoForm { model: model.model_type.clone(), reason });
+    }
+    as_mistral(model, config)
+}
+
+/// config.json of a model of which the layers have these query heads and KV heads, and the name of the class that runs layers of its
+/// type where all are alike.
+///
+/// # Errors
+/// [`Error::NoGroupedForm`]; [`Error::NoForm`] for a type that does not take other numbers of query heads.
+pub fn by_layer(
+    model: &Architecture,
+    config: &Object,
+    heads: &[[usize; 2]],
+) -> Result<(Object, &'static str)> {
+    let (class, _) = takes(model, grouped(model)?)?;
+    let mut config = config.clone();
+    set(&mut config, "head_dim", width(model).into());
+    set(&mut config, BY_LAYER, json!(heads));
+    Ok((config, class))
+}
+
+/// Where config.json has the number of KV heads.
+fn grouped(model: &Architecture) -> Result<&str> {
+    let none = || Error::NoGroupedForm { model: model.model_type.clone() };
+    model.kv_heads_at.as_deref().ok_or_else(none)
+}
+
+/// The class of a type, and what numbers of query heads it takes.
+fn takes(model: &Architecture, place: &str) -> Result<(&'static str, Takes)> {
+    let known = TYPES.iter().find(|(model_type, ..)| *model_type == model.model_type);
+    match known.filter(|_| place == "/num_key_value_heads") {
+        Some(&(_, class, takes)) => Ok((class, takes)),
+        None => {
+            let known: Vec<_> = TYPES.iter().map(|(model_type, ..)| *model_type).collect();
+            let reason = format!("other numbers of query heads are known to fit {}", known.join(", "));
+            Err(Error::NoForm { model: model.model_type.clone(), reason })
+        }
+    }
+}
+
+/// Dimensions of a head.
+fn width(model: &Architecture) -> usize {
+    model.layers.first().map_or(0, |layer| layer.head_dim)
+}
+
+fn set(config: &mut Object, key: &str, value: Value) {
+    config.insert(key.to_string(), value);
+}
+
+/// The configuration of a Llama as that of a Mistral without windows. What a Llama takes for granted is spelled out, rotary positions
+/// as transformers 4 and 5 have them.
+fn as_mistral(model: &Architecture, mut config: Object) -> Result<Object> {
+    for key in ["attention_bias", "mlp_bias"] {
+        if config.get(key).is_some_and(|value| *value != false && !value.is_null()) {
+            let reason = format!(
+                "their query heads must divide the width of {}, and as a \"mistral\", which takes others, they would lose their biases (`{key}`)",
+                model.hidden
+            );
+            return Err(Error::NoForm { model: model.model_type.clone(), reason });
+        }
+    }
+    set(&mut config, "model_type", "mistral".into());
+    set(&mut config, "architectures", json!(["MistralForCausalLM"]));
+    set(&mut config, "sliding_window", Value::Null);
+    for (key, value) in [
+        ("max_position_embeddings", json!(2048)),
+        ("rms_norm_eps", json!(1e-6)),
+        ("intermediate_size", json!(11008)),
+    ] {
+        config.entry(key).or_insert(value);
+    }
+    let object = |config: &Object, key: &str| {
+        let found = config.get(key).and_then(Value::as_object).filter(|object| !object.is_empty());
+        found.cloned()
+    };
+    let mut rope =
+        object(&config, "rope_scaling").or_else(|| object(&config, "rope_parameters")).unwrap_or_default();
+    let given = |value: Option<&Value>| value.filter(|value| !value.is_null()).cloned();
+    let theta = given(rope.get("rope_theta")).or_else(|| given(config.get("rope_theta")));
+    let theta = theta.unwrap_or_else(|| json!(10_000.0));
+    let kind =
+        given(rope.get("rope_type")).or_else(|| given(rope.get("type"))).unwrap_or_else(|| "default".into());
+    set(&mut rope, "rope_type", kind.clone());
+    rope.shift_remove("rope_theta");
+    if kind != "default" {
+        set(&mut config, "rope_scaling", rope.clone().into());
+    }
+    set(&mut rope, "rope_theta", theta.clone());
+    set(&mut config, "rope_parameters", rope.into());
+    set(&mut config, "rope_theta", theta);
+    Ok(config)
+}
+
+impl Decoder<'_> {
+    /// Query heads and KV heads of each layer, where config.json has them one by one.
+    pub(super) fn heads_by_layer(
+        &self,
+        layers: usize,
+        head_dim: usize,
+    ) -> Result<Option<Vec<[usize; 2]>>, FileError> {
+        let Some(value) = self.config.get(BY_LAYER) else { return Ok(None) };
+        let fits = |&[queries, kv]: &[usize; 2]| {
+            let all = queries.checked_mul(3).and_then(|heads| heads.checked_mul(head_dim));
+            (1..=Partition::MAX_HEADS).contains(&kv) && queries > 0 && queries % kv == 0 && all.is_some()
+        };
+        let pair = |pair: &Value| {
+            let numbers = pair.as_array()?.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok()));
+            <[usize; 2]>::try_from(numbers.collect::<Option<Vec<_>>>()?).ok().filter(fits)
+        };
+        let all = value.as_array().filter(|list| list.len() == layers);
+        let all = all.and_then(|list| list.iter().map(pair).collect::<Option<Vec<_>>>());
+        let expected = || {
+            format!(
+                "for each of {layers} layers its query heads and its KV heads, at most {}, which divide them",
+                Partition::MAX_HEADS
+            )
+        };
+        all.map(Some).ok_or_else(|| self.config.wrong(BY_LAYER, expected(), value))
+    }
+}

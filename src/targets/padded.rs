@@ -1,0 +1,70 @@
+use serde_json::{Map, Value};
+
+use super::expanded::Expanded;
+use crate::budget::Limits;
+use crate::error::Result;
+use crate::families::with_heads;
+use crate::model::Architecture;
+use crate::output::{OutputModel, Slot, Target};
+use crate::partition::{Partition, SearchSpace};
+use crate::plan::Plan;
+
+/// An ordinary grouped-query model of groups that may differ in size, as many in every layer: query heads of zeros, in rows of
+/// queries and columns of outputs, fill every group up to the largest one of the model. The cache is that of the plan; query and
+/// output projections and scores are larger by what was filled up.
+///
+/// Written as the source's own type where its config.json takes the number of query heads, of a Llama else as a Mistral, which
+/// computes the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Padded;
+
+impl Padded {
+    /// Percent of the source's query heads that a layer may have: what is computed and stored for queries and outputs grows by half at
+    /// most, where sizes that are as equal as can be do not ask for more.
+    pub const MOST: usize = 150;
+}
+
+impl Target for Padded {
+    fn name(&self) -> &'static str {
+        "padded"
+    }
+
+    /// One k in all layers, and no more than [`Padded::MOST`]; of models with a norm over all heads of a token equal groups, as zeros
+    /// would change the norm.
+    fn limits(&self, model: &Architecture) -> Limits {
+        let held = Expanded.limits(model).space;
+        Limits {
+            space: SearchSpace { max_filled: Some(Self::MOST), ..held },
+            same_k: true,
+            ..Limits::default()
+        }
+    }
+
+    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+        let of = |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
+        let places = (0..plan.layers.len()).map(of).max().unwrap_or(1);
+        let k = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
+        let changed = with_heads(model, config, k * places, k)?;
+        OutputModel::from_slots(model, changed, |layer| filled(model, plan, layer, places))
+    }
+}
+
+/// Heads of the largest group.
+pub(super) fn largest(groups: &Partition) -> usize {
+    groups.sizes().into_iter().max().unwrap_or(1)
+}
+
+/// The shared heads of a layer, and its query heads group by group, each group filled up to so many.
+pub(super) fn filled(
+    model: &Architecture,
+    plan: &Plan,
+    layer: usize,
+    places: usize,
+) -> (Vec<Slot>, Vec<Slot>) {
+    let (groups, r) = (plan.layers[layer].groups.groups(), model.layers[layer].queries_per_head());
+    let queries = groups.iter().flat_map(|group| {
+        let heads = group.iter().flat_map(|&head| (head * r..(head + 1) * r).map(Slot::Head));
+        heads.chain(std::iter::repeat(Slot::Zero)).take(places)
+    });
+    ((0..groups.len()).map(Slot::Head).collect(), queries.collect())
+}

@@ -1,0 +1,136 @@
+"""Every form of output in transformers: what a plan says is what is loaded, computed and cached."""
+
+import json
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import models
+
+CLOSE = 1e-4
+LAYERS = 3
+
+# name -> (model_type, KV heads, what differs from models.SMALL)
+MODELS = {
+    "llama, 6 on 2": ("llama", 2, dict()),
+    "llama 3, 9 on 3": ("llama", 3, dict(hidden_size=90, num_attention_heads=9, tie_word_embeddings=True, rope_parameters=models.llama3())),
+    "llama, 8 on 8": ("llama", 8, dict(hidden_size=64, num_attention_heads=8)),
+    "mistral, 12 on 6": ("mistral", 6, dict(num_attention_heads=12, head_dim=8, sliding_window=None)),
+    "qwen2, 6 on 6, biases": ("qwen2", 6, dict()),
+    "qwen3, 12 on 6": ("qwen3", 6, dict(num_attention_heads=12, head_dim=16)),
+}
+
+# KV heads -> plan -> groups of every layer
+PLANS = {
+    2: {"by layer": [[[0, 1]], [[0], [1]], [[0, 1]]]},
+    3: {"unequal": [[[0, 2], [1]], [[0, 1], [2]], [[0], [1, 2]]], "by layer": [[[0, 1, 2]], [[0], [1, 2]], [[0], [1], [2]]]},
+    6: {
+        "equal": [[[0, 3], [1, 4], [2, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 5], [1, 2], [3, 4]]],
+        "unequal": [[[0, 1, 4], [2, 3], [5]], [[0], [1, 2], [3, 4, 5]], [[0, 3], [1, 5], [2, 4]]],
+        "by layer": [[[0, 1, 2, 3], [4, 5]], [[0, 4, 5], [1], [2], [3]], [[0, 1, 2, 3, 4, 5]]],
+    },
+    8: {
+        "equal": [[[0, 7], [1, 6], [2, 5], [3, 4]]] * LAYERS,
+        "unequal": [[[0, 2, 5], [1, 6], [3, 7], [4]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [1], [2, 3, 4], [5, 6, 7]]],
+        "by layer": [[[0, 2, 5, 6, 7], [1], [3, 4]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1], [2, 3], [4], [5], [6], [7]]],
+    },
+}
+ONE_SIZE, ONE_K = ("stock", "padded", "remote-code"), ("padded", "remote-code")
+HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ("remote-code",)}
+
+
+def plans(heads):
+    """Groups of each plan for so many KV heads."""
+    return PLANS[heads] | {"one group": [[list(range(heads))]] * LAYERS, "all kept": [[[i] for i in range(heads)]] * LAYERS}
+
+
+def write_plan(template, groups, path):
+    plan = json.loads(template.read_text())
+    plan["layers"] = [{"groups": layer, "error": 0.0} for layer in groups]
+    kept, source = sum(map(len, groups)), plan["source"]["kv_heads"]
+    plan["budget"] = {"asked": 1.0, "reached": kept / (source * LAYERS), "kv_heads": kept}
+    path.write_text(json.dumps(plan))
+
+
+def load(path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True).eval()
+
+
+def cache_bytes(model, ids):
+    """Bytes of keys and values a token and the model's logits, as its own cache says."""
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+    held = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / ids.numel(), out.logits.double()
+
+
+def written(model, ids, cached):
+    with torch.no_grad():
+        return model.generate(ids[:1, :8], max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached)
+
+
+def check(run, binary, root):
+    """Rows of the table; the first that does not hold is an error."""
+    # Matrices so small are only slowed down by threads.
+    torch.set_num_threads(1)
+    ids = torch.randint(3, 96, (2, 64), generator=torch.Generator().manual_seed(7))
+    ids_file = root / "text.ids"
+    ids_file.write_bytes(ids.to(torch.int32).numpy().astype("<u2").tobytes())
+    for name, (model_type, heads, differs) in MODELS.items():
+        place = root / name.replace(",", "").replace(" ", "_")
+        config = AutoConfig.for_model(model_type, **{**models.SMALL, "num_hidden_layers": LAYERS, "num_key_value_heads": heads, **differs})
+        models.made(AutoModelForCausalLM, config).save_pretrained(place / "source")
+        template = place / "template.json"
+        run(binary, "search", place / "source", "--method", "qcqa-ac", "--kv", "1.0", "--out", template)
+        for kind, groups in plans(heads).items():
+            plan = place / "plan.json"
+            write_plan(template, groups, plan)
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            says = sum(len(layer) for layer in groups) * 2 * width * 4
+            expected = texts = None
+            for target in ("expanded", *HOLD[kind]):
+                out = place / f"{kind}_{target}".replace(" ", "_").replace("-", "_")
+                told = run(binary, "convert", place / "source", "--plan", plan, "--target", target, "--out", out)["kv_bytes_per_token"]
+                model = load(out)
+                cached, logits = cache_bytes(model, ids)
+                text = [written(model, ids, cached) for cached in (True, False)]
+                if target == "expanded":
+                    expected, texts = logits, text[0]
+                    continue
+                off = ((logits - expected).abs().max() / expected.abs().max()).item()
+                if off > CLOSE:
+                    raise RuntimeError(f"{name}, {kind}, {target}: logits differ by {off:.1e} from the expanded form's")
+                if not cached == told["after"] == says:
+                    raise RuntimeError(f"{name}, {kind}, {target}: the cache holds {cached} bytes a token, the plan says {says}, qcqa {told['after']}")
+                if not all(torch.equal(one, texts) for one in text):
+                    raise RuntimeError(f"{name}, {kind}, {target}: other texts than the expanded form writes")
+                own = run(binary, "eval", out, "--ids", ids_file)["loss"]
+                scores = torch.log_softmax(logits[:, :-1], -1)
+                loss = -scores.gather(-1, ids[:, 1:, None]).mean().item()
+                if abs(own - loss) > CLOSE * loss:
+                    raise RuntimeError(f"{name}, {kind}, {target}: qcqa reads it again with a loss of {own}, transformers has {loss}")
+                yield name, kind, target, type(model).__name__, f"{cached:.0f} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
+        if heads > 2:
+            # What lies in the form of layers can be compressed again.
+            again = place / "again"
+            run(binary, "compress", place / "by_layer_remote_code", "--method", "gqa", "--allocation", "exact", "--kv", "1.0", "--target", "remote-code", "--out", again)
+            off = (cache_bytes(load(again), ids)[1] - cache_bytes(load(place / "by_layer_remote_code"), ids)[1]).abs().max().item()
+            if off > CLOSE:
+                raise RuntimeError(f"{name}: written again, logits differ by {off:.1e}")
+
+
+def table(rows):
+    lines = [
+        f"With transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}:",
+        "",
+        "| model | plan | targets | cache, bytes a token | logits apart, at most |",
+        "|---|---|---|---|---|",
+    ]
+    by_plan = {}
+    for name, kind, target, loaded, cached, off in rows:
+        by_plan.setdefault((name, kind, cached), []).append((f"{target} ({loaded.removesuffix('ForCausalLM')})", off))
+    for (name, kind, cached), outputs in by_plan.items():
+        worst = max((off for _, off in outputs), key=float)
+        lines.append(f"| {name} | {kind} | {', '.join(target for target, _ in outputs)} | {cached} | {worst} |")
+    return "\n".join(lines) + "\n"
