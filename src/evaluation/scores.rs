@@ -1,6 +1,8 @@
 //! Predictions, scored on the device that made them.
 
-use candle_core::{DType, IndexOp, Tensor};
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, IndexOp, Layout, Storage, Tensor};
 use rayon::prelude::*;
 
 use crate::runtime::{largest, sum_of_exp, sum_of_exp_apart};
@@ -38,12 +40,14 @@ fn by_rows(
     window: usize,
 ) -> Result<Vec<Score>, RuntimeError> {
     let vocabulary = logits.dims2()?.1;
-    let numbers = |t: &Tensor| -> Result<Vec<f32>, RuntimeError> { Ok(t.flatten_all()?.to_vec1()?) };
-    let (logits, source) = (numbers(logits)?, source.map(numbers).transpose()?);
+    // As they lie: a window's are large.
+    let (logits, source) = (logits.contiguous()?, source.map(Tensor::contiguous).transpose()?);
+    let (own, theirs) = (logits.storage_and_layout(), source.as_ref().map(Tensor::storage_and_layout));
+    let (logits, source) = (numbers(&own)?, theirs.as_ref().map(numbers).transpose()?);
     let scored = |t: usize| {
         let own = &logits[t * vocabulary..][..vocabulary];
         let score = Scored::of(own);
-        let against = source.as_ref().map(|source| {
+        let against = source.map(|source| {
             let theirs = &source[t * vocabulary..][..vocabulary];
             let Scored { log_sum, most, top } = Scored::of(theirs);
             let apart = sum_of_exp_apart(theirs, most, own) * (f64::from(most) - log_sum).exp();
@@ -53,6 +57,15 @@ fn by_rows(
     };
     let predicting: Vec<usize> = predicting(tokens, window).collect();
     Ok(predicting.into_par_iter().map(scored).collect())
+}
+
+/// The numbers of a contiguous tensor on the CPU.
+fn numbers<'a>(held: &'a (impl Deref<Target = Storage>, &Layout)) -> Result<&'a [f32], RuntimeError> {
+    let numbers = match (&*held.0, held.1.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(numbers)), Some((from, to))) => numbers.get(from..to),
+        _ => None,
+    };
+    Ok(numbers.ok_or_else(|| candle_core::Error::msg("logits must be contiguous and f32"))?)
 }
 
 /// Places whose next token is of the same window.
