@@ -143,7 +143,7 @@ fn every_family_is_described() {
         let normed =
             ["qwen3", "qwen3_moe", "olmo2", "olmo3", "phi", "gemma3_text", "exaone4"].contains(&kind);
         assert_eq!(spec.norms.iter().all(Option::is_some), normed, "{kind}");
-        let wide = kind.starts_with("olmo");
+        let wide = ["olmo2", "olmo3"].contains(&kind);
         let over = if wide { NormOver::Width } else { NormOver::Head };
         assert_eq!(checkpoint.heads(1).unwrap().key_norm(), normed.then_some(over), "{kind}");
         let positions = ["opt", "gpt2", "bloom", "falcon", "mpt"].contains(&kind)
@@ -176,6 +176,16 @@ fn what_is_nobodys_is_refused_with_a_way_out() {
     ] {
         models::says(&refused(kind), &["config.json", reason, kind]);
     }
+}
+
+/// A clip of projections is honoured by nobody who merges heads: it is refused.
+#[test]
+fn clipped_projections_are_refused() {
+    let root = tempfile::tempdir().unwrap();
+    let model = running::runnable("llama", safetensors::Dtype::F32, 2, false);
+    model.set("model_type", "olmo".into()).set("clip_qkv", 8.0.into()).write(root.path());
+    let error = qcqa::checkpoint::Checkpoint::open(root.path()).unwrap_err().to_string();
+    models::says(&error, &["config.json", "clip_qkv", "8.0"]);
 }
 
 /// Counts that no file backs end in an error, before anything of their size is made.

@@ -36,6 +36,8 @@ pub(super) struct Decoder<'a> {
     pub(super) layers: LayerKinds,
     pub(super) head_norms: Option<NormOver>,
     pub(super) norms: NormRule,
+    /// Whether norms have no weights.
+    pub(super) bare_norms: bool,
     pub(super) activation: Activation,
     /// In the place of MLPs.
     pub(super) mixture: Option<Mixture>,
@@ -85,6 +87,7 @@ impl<'a> Decoder<'a> {
             layers: LayerKinds::default(),
             head_norms: None,
             norms: NormRule { kind: NormKind::Rms, epsilon: ("rms_norm_eps", 1e-6), offset: 0.0 },
+            bare_norms: false,
             activation: Activation::Silu,
             mixture: None,
             scale: None,
@@ -292,6 +295,9 @@ impl<'a> Decoder<'a> {
         let bias = self.tensors.existing(format!("{name}.bias"));
         // As the norm computes: in f32.
         let norm = Norm::new(format!("{name}.weight"), f64::from(epsilon as f32)).with_kind(self.norms.kind);
+        if self.bare_norms {
+            return Ok(Norm { weight: None, ..norm });
+        }
         let biased = self.norms.kind == NormKind::Layer && !self.biases.no_norms;
         Ok(norm.with_offset(self.norms.offset).with_bias(bias.filter(|_| biased)))
     }

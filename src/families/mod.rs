@@ -47,7 +47,7 @@ pub use llama::Llama;
 pub use mistral::Mistral;
 pub use mixtures::{GptOss, Mixtral, Qwen3Moe};
 pub use nemotron::Nemotron;
-pub use olmo::{Olmo2, Olmo3};
+pub use olmo::{Olmo, Olmo2, Olmo3};
 pub use opt::Opt;
 pub use others::Others;
 pub use phi::{Phi, Phi3};
@@ -65,6 +65,7 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Mixtral,
     &Qwen3Moe,
     &GptOss,
+    &Olmo,
     &Olmo2,
     &Olmo3,
     &SmolLm3,

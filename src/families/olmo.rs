@@ -5,6 +5,33 @@ use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
 
+/// OLMo 1: layer norms without weights. Models whose queries, keys and values are clipped (`clip_qkv`) are refused: merged heads would
+/// be clipped elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Olmo;
+
+impl Family for Olmo {
+    fn model_types(&self) -> &'static [&'static str] {
+        &["olmo"]
+    }
+
+    fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
+        if let Some(clip) = config.get("clip_qkv") {
+            return Err(config
+                .unsupported(format!("clipped projections (`clip_qkv` {clip})"), "models without it are"));
+        }
+        let decoder = Decoder {
+            names: Names::llama("model."),
+            head_norms: None,
+            // A constant of the family, under no key.
+            norms: NormRule { kind: NormKind::Layer, epsilon: ("", 1e-5), offset: 0.0 },
+            bare_norms: true,
+            ..olmo(config, tensors)?
+        };
+        decoder.architecture()
+    }
+}
+
 /// OLMo 2: norms behind attention and MLP instead of before them, and over all queries and all keys of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Olmo2;

@@ -55,6 +55,8 @@ MODELS = {
     "qwen2, windows": ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)),
     "qwen3": ("qwen3", dict(head_dim=16)),
     "qwen3, biases, windows": ("qwen3", dict(head_dim=8, attention_bias=True, use_sliding_window=True, sliding_window=16, max_window_layers=2)),
+    "olmo": ("olmo", dict(num_key_value_heads=6)),
+    "olmo, grouped": ("olmo", dict(tie_word_embeddings=True)),
     "olmo2": ("olmo2", dict(num_key_value_heads=6)),
     "olmo2, grouped": ("olmo2", dict()),
     "olmo3, yarn by kind": ("olmo3", dict(sliding_window=16, layer_types=alternating(), rope_parameters=dict(

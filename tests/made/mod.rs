@@ -37,6 +37,7 @@ pub fn kinds() -> Vec<(&'static str, Value)> {
         ("mistral", json!({"sliding_window": 5})),
         ("qwen2", json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 1})),
         ("qwen3", json!({"attention_bias": true})),
+        ("olmo", json!({})),
         ("olmo2", json!({})),
         ("olmo3", json!({"sliding_window": 5, "layer_types": types})),
         ("smollm3", json!({"no_rope_layer_interval": 2})),

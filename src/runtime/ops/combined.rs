@@ -30,6 +30,9 @@ impl CustomOp2 for Combined {
         y: &CpuStorage,
         of_y: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
+        if of_x.shape() != of_y.shape() {
+            candle_core::bail!("{:?} and {:?} cannot be combined", of_x.shape(), of_y.shape());
+        }
         let (x, y, [a, b]) = (numbers(x, of_x)?, numbers(y, of_y)?, self.0);
         let mut made = vec![0.0; x.len()];
         made.par_chunks_mut(PART).zip(x.par_chunks(PART).zip(y.par_chunks(PART))).for_each(
@@ -53,5 +56,6 @@ mod tests {
         let y = Tensor::arange(0f32, 6.0, &Device::Cpu).unwrap().reshape((3, 2)).unwrap().t().unwrap();
         let found: Vec<Vec<f32>> = combined(&x, 2.0, &y, -1.0).unwrap().to_vec2().unwrap();
         assert_eq!(found, [[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]);
+        assert!(combined(&x, 1.0, &x.t().unwrap(), 1.0).is_err());
     }
 }
