@@ -8,17 +8,21 @@ use std::fs;
 
 use models::{plan, says};
 use qcqa::Run;
+use qcqa::budget::Budget;
 use qcqa::checkpoint::Checkpoint;
+use qcqa::families::with_heads;
 use qcqa::files::WriteOptions;
 use qcqa::heads::HeadSource;
+use qcqa::model::{Architecture, AttentionSpec};
 use qcqa::output::{Target, check_plan, read_back};
 use qcqa::partition::Partition;
+use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::{Plan, SharedHeads};
 use qcqa::runtime::Model;
 use qcqa::targets::{Expanded, Padded, RemoteCode, Stock};
 use running::{near, tokens};
 use safetensors::Dtype;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 fn partitions(kv_heads: usize, layers: [&[&[usize]]; 2]) -> Vec<Partition> {
     layers.iter().map(|groups| Partition::from_groups(kv_heads, groups).unwrap()).collect()
@@ -150,11 +154,12 @@ fn what_padded_cannot_hold_is_refused() {
     refused(&runnable("llama", Dtype::F32, 6, false), &wide, &["[5, 1]", "at most 150%"]);
     let other = partitions(6, [&[&[0, 1, 2], &[3, 4, 5]], &[&[0, 1], &[2, 3], &[4, 5]]]);
     refused(&runnable("llama", Dtype::F32, 6, false), &other, &["layer 1 has 3 groups"]);
-    refused(
-        &runnable("gemma", Dtype::F32, 6, false),
-        &uneven(6),
-        &["\"gemma\"", "llama, mistral, qwen2, qwen3"],
-    );
+    let with = |model_type: &str| {
+        let model = Architecture::new(model_type, 24, vec![AttentionSpec::new(6, 6, 4); 2]);
+        with_heads(&model, &Map::new(), 9, 3).unwrap_err().to_string()
+    };
+    says(&with("stablelm"), &["\"stablelm\"", "llama, mistral, qwen2"]);
+    says(&with("gemma2"), &["\"gemma2\"", "must divide the width of 24, and 9 do not"]);
 }
 
 #[test]
@@ -229,4 +234,19 @@ fn what_filling_up_costs_is_said() {
     assert_eq!((report.query_heads, report.dead_query_heads), (12, 6));
     assert_eq!(report.dead_bytes, 6 * 2 * 4 * 24 * 4);
     assert_eq!(report.kv_bytes_after * 2, report.kv_bytes_before);
+}
+
+#[test]
+fn the_search_keeps_to_what_padded_holds() {
+    let source = Checkpoint::open(models::novels()).unwrap();
+    let plan = |target: &'static dyn Target, preset| {
+        Compress::new(preset).target(target).budget(Budget::Fraction(0.5)).plan(&source, Run::new(0)).unwrap()
+    };
+    let (padded, equal) = (plan(&Padded, Preset::QcqaAc), plan(&Stock, Preset::QcqaEc));
+    assert_eq!(padded.group_counts(), [4; 4]);
+    assert_eq!(padded.method.space.max_filled, Some(Padded::MOST));
+    // Four groups of at most three of eight heads.
+    assert!(padded.groups().all(|groups| groups.sizes().iter().all(|&size| size <= 3)));
+    assert!(padded.error() < equal.error(), "{} and {}", padded.error(), equal.error());
+    check_plan(&source, &padded, &Padded).unwrap();
 }

@@ -31,6 +31,22 @@ const TYPES: &[(&str, &str, Takes)] = &[
     ("mistral", "MistralForCausalLM", Takes::Any),
     ("qwen2", "Qwen2ForCausalLM", Takes::Any),
     ("qwen3", "Qwen3ForCausalLM", Takes::Any),
+    ("qwen3_moe", "Qwen3MoeForCausalLM", Takes::Any),
+    ("mixtral", "MixtralForCausalLM", Takes::Any),
+    ("smollm3", "SmolLM3ForCausalLM", Takes::Any),
+    ("olmo2", "Olmo2ForCausalLM", Takes::Any),
+    ("olmo3", "Olmo3ForCausalLM", Takes::Any),
+    ("gemma", "GemmaForCausalLM", Takes::Any),
+    ("gemma2", "Gemma2ForCausalLM", Takes::Divisors),
+    ("gemma3_text", "Gemma3ForCausalLM", Takes::Divisors),
+    ("granite", "GraniteForCausalLM", Takes::Any),
+    ("starcoder2", "Starcoder2ForCausalLM", Takes::Any),
+    ("nemotron", "NemotronForCausalLM", Takes::Any),
+    ("cohere", "CohereForCausalLM", Takes::Any),
+    ("cohere2", "Cohere2ForCausalLM", Takes::Any),
+    ("glm", "GlmForCausalLM", Takes::Any),
+    ("glm4", "Glm4ForCausalLM", Takes::Any),
+    ("exaone4", "Exaone4ForCausalLM", Takes::Any),
 ];
 
 /// config.json of a model of which all layers have so many query heads and KV heads.

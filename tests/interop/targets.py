@@ -21,6 +21,11 @@ MODELS = {
     "qwen3, 12 on 6": ("qwen3", 6, dict(num_attention_heads=12, head_dim=16)),
 }
 
+# Other types that take other numbers of heads, as models.py has them, with 6 KV heads.
+OTHERS = ["qwen2, windows", "qwen3_moe", "mixtral", "smollm3", "gemma", "gemma2", "gemma3", "granite", "starcoder2", "nemotron", "cohere", "cohere2", "glm", "glm4", "exaone4"]
+# Of these a norm over all heads of a token allows equal groups only.
+WIDE = ["olmo2, grouped", "olmo3, yarn by kind"]
+
 # KV heads -> plan -> groups of every layer
 PLANS = {
     2: {"by layer": [[[0, 1]], [[0], [1]], [[0, 1]]]},
@@ -29,6 +34,7 @@ PLANS = {
         "equal": [[[0, 3], [1, 4], [2, 5]], [[0, 1], [2, 3], [4, 5]], [[0, 5], [1, 2], [3, 4]]],
         "unequal": [[[0, 1, 4], [2, 3], [5]], [[0], [1, 2], [3, 4, 5]], [[0, 3], [1, 5], [2, 4]]],
         "by layer": [[[0, 1, 2, 3], [4, 5]], [[0, 4, 5], [1], [2], [3]], [[0, 1, 2, 3, 4, 5]]],
+        "equal by layer": [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3], [4], [5]]],
     },
     8: {
         "equal": [[[0, 7], [1, 6], [2, 5], [3, 4]]] * LAYERS,
@@ -37,7 +43,18 @@ PLANS = {
     },
 }
 ONE_SIZE, ONE_K = ("stock", "padded", "remote-code"), ("padded", "remote-code")
-HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ("remote-code",)}
+HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ("remote-code",), "equal by layer": ("remote-code",)}
+
+
+def all_models():
+    """Name, type, KV heads, what differs, and the plans."""
+    for name, (model_type, heads, differs) in MODELS.items():
+        yield name, model_type, heads, differs, [kind for kind in plans(heads) if kind != "equal by layer"]
+    for name in OTHERS + WIDE:
+        model_type, differs = models.MODELS[name]
+        # What must divide the width divides this one.
+        wider = {"hidden_size": 72} if model_type in ("gemma2", "gemma3_text") else {}
+        yield name, model_type, 6, {**differs, **wider}, ["equal by layer"] if name in WIDE else ["unequal", "by layer"]
 
 
 def plans(heads):
@@ -58,11 +75,11 @@ def load(path):
 
 
 def cache_bytes(model, ids):
-    """Bytes of keys and values a token and the model's logits, as its own cache says."""
+    """Bytes of keys and values of a token (layers with a window hold only the last of them), as the model's own cache says, and its logits."""
     with torch.no_grad():
         out = model(ids, use_cache=True)
     held = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) / ids.numel(), out.logits.double()
+    return sum(tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[2]) for tensor in held), out.logits.double()
 
 
 def written(model, ids, cached):
@@ -77,13 +94,14 @@ def check(run, binary, root):
     ids = torch.randint(3, 96, (2, 64), generator=torch.Generator().manual_seed(7))
     ids_file = root / "text.ids"
     ids_file.write_bytes(ids.to(torch.int32).numpy().astype("<u2").tobytes())
-    for name, (model_type, heads, differs) in MODELS.items():
+    for name, model_type, heads, differs, kinds in all_models():
         place = root / name.replace(",", "").replace(" ", "_")
-        config = AutoConfig.for_model(model_type, **{**models.SMALL, "num_hidden_layers": LAYERS, "num_key_value_heads": heads, **differs})
+        config = AutoConfig.for_model(model_type, **{**models.SMALL, "num_hidden_layers": LAYERS, **differs, "num_key_value_heads": heads})
         models.made(AutoModelForCausalLM, config).save_pretrained(place / "source")
         template = place / "template.json"
         run(binary, "search", place / "source", "--method", "qcqa-ac", "--kv", "1.0", "--out", template)
-        for kind, groups in plans(heads).items():
+        for kind in kinds:
+            groups = plans(heads)[kind]
             plan = place / "plan.json"
             write_plan(template, groups, plan)
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -110,8 +128,8 @@ def check(run, binary, root):
                 loss = -scores.gather(-1, ids[:, 1:, None]).mean().item()
                 if abs(own - loss) > CLOSE * loss:
                     raise RuntimeError(f"{name}, {kind}, {target}: qcqa reads it again with a loss of {own}, transformers has {loss}")
-                yield name, kind, target, type(model).__name__, f"{cached:.0f} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
-        if heads > 2:
+                yield name, kind, target, type(model).__name__, f"{cached} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
+        if name in MODELS and heads > 2:
             # What lies in the form of layers can be compressed again.
             again = place / "again"
             run(binary, "compress", place / "by_layer_remote_code", "--method", "gqa", "--allocation", "exact", "--kv", "1.0", "--target", "remote-code", "--out", again)

@@ -52,9 +52,9 @@ pub(super) struct CompressArgs {
 struct OutputArgs {
     /// Form of the output
     ///
-    /// stock loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
+    /// Unless said stock, which loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
     /// for transformers with a model file of its own; expanded holds any plan but saves no memory: it is for evaluation.
-    #[arg(long, default_value = "stock", value_parser = targets_parser())]
+    #[arg(long, default_value = "stock", hide_default_value = true, value_parser = targets_parser())]
     target: String,
     #[command(flatten)]
     written: Written,
