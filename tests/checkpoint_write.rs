@@ -161,7 +161,15 @@ fn no_sharing_changes_no_bit() {
                 for i in 0..files {
                     assert_eq!(stored(&directory.join(model.file(i))), stored(&out.join(model.file(i))));
                 }
-                assert_eq!(json(&directory.join("config.json")), json(&out.join("config.json")));
+                // Some say more of the heads, none says anything else.
+                let (before, mut after) =
+                    (json(&directory.join("config.json")), json(&out.join("config.json")));
+                if target.name() == "remote-code" {
+                    let config = after.as_object_mut().unwrap();
+                    assert_eq!(config["qcqa_heads"], serde_json::json!([[6, 6], [6, 6]]));
+                    ["qcqa_heads", "architectures", "auto_map"].map(|key| config.remove(key).unwrap());
+                }
+                assert_eq!(before, after);
             }
         }
     }
