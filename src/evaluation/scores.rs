@@ -1,11 +1,9 @@
 //! Predictions, scored on the device that made them.
 
-use std::ops::Deref;
-
-use candle_core::{CpuStorage, DType, IndexOp, Layout, Storage, Tensor};
+use candle_core::{DType, IndexOp, Tensor};
 use rayon::prelude::*;
 
-use crate::runtime::{largest, sum_of_exp, sum_of_exp_apart};
+use crate::runtime::{largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
 use crate::text::RuntimeError;
 
 /// Logits that are widened to f64 at once: 256 MB.
@@ -43,7 +41,8 @@ fn by_rows(
     // As they lie: a window's are large.
     let (logits, source) = (logits.contiguous()?, source.map(Tensor::contiguous).transpose()?);
     let (own, theirs) = (logits.storage_and_layout(), source.as_ref().map(Tensor::storage_and_layout));
-    let (logits, source) = (numbers(&own)?, theirs.as_ref().map(numbers).transpose()?);
+    let logits = numbers_on_cpu(&own.0, own.1)?;
+    let source = theirs.as_ref().map(|(storage, layout)| numbers_on_cpu(storage, layout)).transpose()?;
     let scored = |t: usize| {
         let own = &logits[t * vocabulary..][..vocabulary];
         let score = Scored::of(own);
@@ -57,15 +56,6 @@ fn by_rows(
     };
     let predicting: Vec<usize> = predicting(tokens, window).collect();
     Ok(predicting.into_par_iter().map(scored).collect())
-}
-
-/// The numbers of a contiguous tensor on the CPU.
-fn numbers<'a>(held: &'a (impl Deref<Target = Storage>, &Layout)) -> Result<&'a [f32], RuntimeError> {
-    let numbers = match (&*held.0, held.1.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(numbers)), Some((from, to))) => numbers.get(from..to),
-        _ => None,
-    };
-    Ok(numbers.ok_or_else(|| candle_core::Error::msg("logits must be contiguous and f32"))?)
 }
 
 /// Places whose next token is of the same window.

@@ -91,7 +91,7 @@ impl Family for GptOss {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        let biased = config.get("attention_bias").is_none() || config.flag("attention_bias")?;
+        let biased = config.given_flag("attention_bias")?.unwrap_or(true);
         let slides = |layer: usize| (layer + 1) % 2 != 0;
         // Without them transformers takes a YaRN of its own.
         if config.get("rope_parameters").or(config.get("rope_scaling")).is_none() {

@@ -1,11 +1,11 @@
 //! The output embedding, in blocks: what predictions differ by, and its gradient, without the logits of a whole text.
 
-use candle_core::{D, Device, Result as Candle, Storage, Tensor};
+use candle_core::{D, Device, Result as Candle, Tensor};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
 use rayon::prelude::*;
 
 use super::layer::{linear, normed, normed_backward, times};
-use super::ops::{capped, capped_backward, exp, largest, sum_of_exp, sum_of_exp_apart};
+use super::ops::{capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
 use super::{Model, RuntimeError};
 
 /// Numbers of logits held at once, of each of two models.
@@ -129,11 +129,8 @@ fn divergence(p: &Tensor, q: &Tensor) -> Candle<(Vec<f64>, Tensor)> {
         return Ok((rows.into_iter().map(f64::from).collect(), (log_q.exp()? - p)?));
     }
     let (n, vocabulary) = p.dims2()?;
-    let ((of_p, _), (of_q, _)) = (p.storage_and_layout(), q.storage_and_layout());
-    let (Storage::Cpu(of_p), Storage::Cpu(of_q)) = (&*of_p, &*of_q) else {
-        candle_core::bail!("logits must be on one device");
-    };
-    let (of_p, of_q) = (of_p.as_slice::<f32>()?, of_q.as_slice::<f32>()?);
+    let ((of_p, at_p), (of_q, at_q)) = (p.storage_and_layout(), q.storage_and_layout());
+    let (of_p, of_q) = (numbers_on_cpu(&of_p, at_p)?, numbers_on_cpu(&of_q, at_q)?);
     let mut back = vec![0.0; n * vocabulary];
     let rows = of_p.par_chunks_exact(vocabulary).zip(of_q.par_chunks_exact(vocabulary));
     let divergences = back.par_chunks_exact_mut(vocabulary).zip(rows).map(|(back, (p, q))| row(p, q, back));

@@ -51,5 +51,5 @@ pub use model::Model;
 pub(crate) use attention::Pass;
 pub(crate) use layer::times;
 pub(crate) use model::Joint;
-pub(crate) use ops::{combined, largest, sum_of_exp, sum_of_exp_apart};
+pub(crate) use ops::{combined, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
 pub(crate) use weights::AttentionWeights;

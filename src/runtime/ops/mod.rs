@@ -7,7 +7,7 @@ mod combined;
 mod exponential;
 mod gradients;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Layout, Result, Storage};
 
 pub(super) use activation::{activated, activated_backward, gated, gated_backward};
 pub(crate) use causal_softmax::{CausalSoftmax, visible};
@@ -22,5 +22,13 @@ fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(numbers), Some((from, to))) => Ok(&numbers[from..to]),
         _ => candle_core::bail!("numbers must be contiguous and f32"),
+    }
+}
+
+/// [`numbers`] of a tensor, which must lie on the CPU.
+pub(crate) fn numbers_on_cpu<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(storage) => numbers(storage, layout),
+        _ => candle_core::bail!("numbers must be on the CPU"),
     }
 }
