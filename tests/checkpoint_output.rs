@@ -34,13 +34,9 @@ impl Target for Confused {
     fn limits(&self, _: &Architecture) -> Limits {
         Limits::default()
     }
-    fn output(
-        &self,
-        model: &Architecture,
-        config: &Map<String, Value>,
-        _: &Plan,
-    ) -> qcqa::Result<OutputModel> {
-        OutputModel::from_slots(model, config.clone(), |_| (self.0.clone(), self.1.clone()))
+    fn output(&self, source: &Checkpoint, _: &Plan) -> Result<OutputModel, FileError> {
+        let (model, config) = (source.architecture(), source.config().raw().clone());
+        Ok(OutputModel::from_slots(model, config, |_| (self.0.clone(), self.1.clone()))?)
     }
 }
 

@@ -38,15 +38,11 @@ impl Target for Filled {
         Limits { same_k: true, ..Limits::default() }
     }
 
-    fn output(
-        &self,
-        model: &Architecture,
-        config: &Map<String, Value>,
-        plan: &Plan,
-    ) -> qcqa::Result<OutputModel> {
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let model = source.architecture();
         let size = plan.groups().flat_map(Partition::sizes).max().unwrap_or(1);
         let r = model.layers[0].queries_per_head();
-        let mut output = OutputModel::from_slots(model, config.clone(), |layer| {
+        let mut output = OutputModel::from_slots(model, source.config().raw().clone(), |layer| {
             let groups = plan.layers[layer].groups.groups();
             let queries = groups.iter().flat_map(|group| {
                 let heads = group.iter().flat_map(|&head| (head * r..(head + 1) * r).map(Slot::Head));
@@ -159,13 +155,8 @@ impl Target for Changed {
         Stock.limits(model)
     }
 
-    fn output(
-        &self,
-        model: &Architecture,
-        config: &Map<String, Value>,
-        plan: &Plan,
-    ) -> qcqa::Result<OutputModel> {
-        let mut output = Stock.output(model, config, plan)?;
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let mut output = Stock.output(source, plan)?;
         (self.0)(&mut output);
         Ok(output)
     }
@@ -357,13 +348,8 @@ impl Target for Pinned {
         Limits { fixed: [(0, model.layers[0].kv_heads / 2)].into(), ..Expanded.limits(model) }
     }
 
-    fn output(
-        &self,
-        model: &Architecture,
-        config: &Map<String, Value>,
-        plan: &Plan,
-    ) -> qcqa::Result<OutputModel> {
-        Expanded.output(model, config, plan)
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        Expanded.output(source, plan)
     }
 }
 

@@ -79,6 +79,16 @@ pub(crate) fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
+/// The JSON in a file of at most `limit` bytes, where there is one.
+pub(crate) fn json_where_there(path: &Path, limit: u64) -> Result<Option<serde_json::Value>, FileError> {
+    if !is_there(path)? {
+        return Ok(None);
+    }
+    let text = read_bounded(path, limit)?;
+    let text = without_mark(&text);
+    serde_json::from_slice(text).map(Some).map_err(|source| FileError::json(path, text, source))
+}
+
 /// The directory that a path lies in.
 pub(crate) fn parent_of(path: &Path) -> &Path {
     match path.parent() {

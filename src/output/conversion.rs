@@ -1,16 +1,16 @@
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use safetensors::{SafeTensorError, View};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use super::check::check;
-use super::copy::{self, Extra, PROVENANCE, same_permissions};
+use super::copy::{self, Extra, PROVENANCE};
 use super::staging::{Destination, Staging};
 use super::views::{Job, Made, Numbers, Tensor};
-use super::{Content, OutputModel, OutputTensor, Slot, Target};
+use super::weights::Weights;
+use super::{Container, Content, OutputModel, OutputTensor, Slot, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
 use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
@@ -63,7 +63,10 @@ pub(super) fn checked(
     plan.source.check_same(&source.id()?)?;
     let unfit = |source| FileError::TargetPlan { target: target.name(), source };
     target.limits(model).check(plan.groups()).map_err(unfit)?;
-    let output = target.output(model, source.config().raw(), plan).map_err(unfit)?;
+    let output = target.output(source, plan).map_err(|error| match error {
+        FileError::Core(source) => unfit(source),
+        of_files => of_files,
+    })?;
     check(source, plan, target.name(), &output)?;
     Ok(output)
 }
@@ -116,15 +119,21 @@ pub fn convert(
 ) -> Result<Report, FileError> {
     let output = checked(source, shared.plan(), target)?;
     let destination = Destination::check(out, source.path(), options.force)?;
-    let (mut extras, left) = copied_files(source, out)?;
+    let (mut extras, mut left) = copied_files(source, out)?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
+    if output.container != Container::Directory {
+        let (kept, others) = extras.into_iter().partition(copy::is_licence);
+        extras = kept;
+        left.extend(Vec::from(others).into_iter().map(|extra: Extra| extra.to));
+        left.sort();
+    }
 
     let copied = copied(source, &output);
     let total = copied.len() + output.tensors.len() + extras.len();
     let job = Job::new(source, shared, total as u64, run);
-    let shards = outputs(source, &job, target.name(), copied, &output)?;
-    let small = small_files(source, shared, target, &output, &shards, &extras)?;
-    let mut report = report(source, kv_bytes(source, &output), &shards, &extras, &small);
+    let weights = Weights::new(source, &output, outputs(source, &job, target.name(), copied, &output)?)?;
+    let small = small_files(source, shared, target, &output, &weights, &extras)?;
+    let mut report = report(source, kv_bytes(source, &output), &weights, &extras, &small);
     report.left_out = left;
     (report.dead_query_heads, report.dead_bytes) = dead(source, &output);
     destination.check_space(report.bytes)?;
@@ -136,7 +145,7 @@ pub fn convert(
     let mut staging = Staging::new(&destination)?;
     report.removed = std::mem::take(&mut staging.removed);
     let path = staging.path();
-    write_shards(source, &job, shards, &path)?;
+    weights.write(source, &job, &path)?;
     for extra in &extras {
         extra.copy(&path)?;
         job.step()?;
@@ -164,29 +173,29 @@ pub(super) fn copied_files(source: &Checkpoint, out: &Path) -> Result<(Vec<Extra
     Ok((extras, left))
 }
 
-/// The tensors of one output file, by name.
-type Outputs<'a> = Vec<(&'a str, Tensor<'a>)>;
-
-/// Tensors of the source of which nothing is said.
+/// Tensors of the source of which nothing is said; a file of its own kind has those alone of which something is.
 fn copied<'a>(source: &'a Checkpoint, output: &OutputModel) -> Vec<(&'a str, &'a Entry)> {
+    if output.container != Container::Directory {
+        return Vec::new();
+    }
     let named = output.tensors.iter().map(|tensor| &tensor.name);
     let said: BTreeSet<&String> = named.chain(&output.left_out).collect();
     let all = source.files().tensors.iter().filter(|(name, _)| !said.contains(name));
     all.map(|(name, entry)| (name.as_str(), entry)).collect()
 }
 
-/// The tensors of every output file, lazily, in the sharding of the source.
+/// The tensors of an output, lazily, each with the number of the source's file that it belongs to.
 fn outputs<'a>(
     source: &'a Checkpoint,
     job: &'a Job<'a>,
     target: &'static str,
     copied: Vec<(&'a str, &'a Entry)>,
     output: &'a OutputModel,
-) -> Result<Vec<Outputs<'a>>, FileError> {
-    let mut shards: Vec<Outputs<'a>> = source.files().files.iter().map(|_| Vec::new()).collect();
+) -> Result<Vec<(usize, Tensor<'a>)>, FileError> {
+    let mut tensors = Vec::with_capacity(copied.len() + output.tensors.len());
     for (name, entry) in copied {
-        let (dtype, numbers) = (entry.dtype, Numbers::Stored(entry));
-        shards[entry.shard].push((name, Tensor { job, name, shape: entry.shape.clone(), dtype, numbers }));
+        let (dtype, numbers) = (entry.dtype, Numbers::Stored(name, entry));
+        tensors.push((entry.shard, Tensor { job, name, shape: entry.shape.clone(), dtype, numbers }));
     }
     for OutputTensor { name, content } in &output.tensors {
         let invalid = |found| FileError::TargetOutput { target, found };
@@ -197,9 +206,9 @@ fn outputs<'a>(
         let (shard, dtype, shape, numbers) = match content {
             Content::Copied(from) => {
                 let entry = like(from)?;
-                (entry.shard, entry.dtype, entry.shape.clone(), Numbers::Stored(entry))
+                (entry.shard, entry.dtype, entry.shape.clone(), Numbers::Stored(from, entry))
             }
-            Content::Heads { like: of, layer, axis, pieces } => {
+            Content::Heads { like: of, layer, axis, pieces, rows } => {
                 let (entry, model) = (like(of)?, source.architecture());
                 let (extent, width) = (pieces.len() * model.layers[*layer].head_dim, model.hidden);
                 let shape = match axis {
@@ -207,7 +216,7 @@ fn outputs<'a>(
                     Some(Axis::Columns) => vec![width, extent],
                     None => vec![extent],
                 };
-                let made = Made::Heads(*axis, pieces);
+                let made = Made::Heads(*axis, pieces, rows.as_deref());
                 (entry.shard, entry.dtype, shape, Numbers::Made(source.float(of, entry)?, *layer, made))
             }
             Content::OutputBias(layer) => {
@@ -240,43 +249,22 @@ fn outputs<'a>(
         };
         let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &size| bits.checked_mul(size));
         bits.ok_or_else(|| invalid(format!("{name} of shape {shape:?} is too large")))?;
-        shards[shard].push((name, Tensor { job, name, shape, dtype, numbers }));
+        tensors.push((shard, Tensor { job, name, shape, dtype, numbers }));
     }
-    Ok(shards)
+    Ok(tensors)
 }
 
-fn write_shards(
-    source: &Checkpoint,
-    job: &Job<'_>,
-    shards: Vec<Outputs<'_>>,
-    directory: &Path,
-) -> Result<(), FileError> {
-    for (shard, tensors) in source.files().files.iter().zip(shards) {
-        let path = directory.join(&shard.file);
-        let written = safetensors::serialize_to_file(tensors, shard.metadata.clone(), &path);
-        job.outcome()?;
-        let failed = |e| FileError::io("write", &path, e);
-        written.map_err(|e| match e {
-            SafeTensorError::IoError(e) => failed(e),
-            other => failed(io::Error::other(other)),
-        })?;
-        fs::OpenOptions::new().write(true).open(&path).and_then(|f| f.sync_all()).map_err(failed)?;
-        same_permissions(&shard.path, &path)?;
-    }
-    Ok(())
-}
-
-/// The target's files and the small JSON files, config.json last: without it nothing looks like a model.
+/// The target's files and the small JSON files, of a directory config.json last: without it nothing looks like a model.
 fn small_files(
     source: &Checkpoint,
     shared: &SharedHeads<'_>,
     target: &dyn Target,
     output: &OutputModel,
-    shards: &[Outputs<'_>],
+    weights: &Weights<'_>,
     extras: &[Extra],
 ) -> Result<Vec<(PathBuf, Vec<u8>)>, FileError> {
     let mut files = output.files.clone();
-    if let Some(index) = new_index(source, shards) {
+    if let Some(index) = weights.index(source) {
         files.push((INDEX.into(), pretty(INDEX, &index)?));
     }
     let saves = kv_bytes(source, output) < source.kv_bytes_per_token();
@@ -296,13 +284,16 @@ fn small_files(
     if shared.done() != planned {
         provenance["planned_pooling"] = json!(planned);
     }
+    let config = (output.container == Container::Directory).then_some(CONFIG);
     // What a later run may replace.
-    let weights = source.files().files.iter().map(|shard| PathBuf::from(&shard.file));
     let copied = extras.iter().map(|extra| extra.to.clone());
-    let made = files.iter().map(|(name, _)| name.clone()).chain([PROVENANCE, CONFIG].map(PathBuf::from));
-    provenance["files"] = json!(weights.chain(copied).chain(made).collect::<BTreeSet<_>>());
+    let made = [PROVENANCE].into_iter().chain(config).map(PathBuf::from);
+    let made = files.iter().map(|(name, _)| name.clone()).chain(made);
+    provenance["files"] = json!(weights.files(source).chain(copied).chain(made).collect::<BTreeSet<_>>());
     files.push((PROVENANCE.into(), pretty(PROVENANCE, &provenance)?));
-    files.push((CONFIG.into(), pretty(CONFIG, &output.config)?));
+    if let Some(name) = config {
+        files.push((name.into(), pretty(name, &output.config)?));
+    }
     Ok(files)
 }
 
@@ -326,33 +317,6 @@ fn dead(source: &Checkpoint, output: &OutputModel) -> (usize, u64) {
     (heads, bytes)
 }
 
-/// The index of the source with the sizes and the tensors of the output, which stay in their files.
-fn new_index(source: &Checkpoint, shards: &[Outputs<'_>]) -> Option<Map<String, Value>> {
-    let mut index = source.files().index.clone()?;
-    let tensors = || shards.iter().flatten().map(|(_, tensor)| tensor);
-    let metadata = index.entry("metadata").or_insert_with(|| json!({}));
-    if let Value::Object(metadata) = metadata {
-        let bytes: u64 = tensors().map(|t| t.data_len() as u64).sum();
-        metadata.insert("total_size".to_string(), bytes.into());
-        if let Some(before) = metadata.get("total_parameters").and_then(Value::as_u64) {
-            let count = |shape: &[usize]| shape.iter().product::<usize>() as u64;
-            let old: u64 = source.files().tensors.values().map(|entry| count(&entry.shape)).sum();
-            let new: u64 = tensors().map(|tensor| count(&tensor.shape)).sum();
-            let total = (before + new).saturating_sub(old);
-            metadata.insert("total_parameters".to_string(), total.into());
-        }
-    }
-    if let Some(Value::Object(map)) = index.get_mut("weight_map") {
-        let files = shards.iter().zip(&source.files().files);
-        let new: BTreeMap<&str, &str> = files
-            .flat_map(|(tensors, shard)| tensors.iter().map(|(name, _)| (*name, &*shard.file)))
-            .collect();
-        map.retain(|name, _| new.contains_key(name.as_str()));
-        map.extend(new.into_iter().map(|(name, file)| (name.to_string(), file.into())));
-    }
-    Some(index)
-}
-
 fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileError> {
     let text = serde_json::to_vec_pretty(value);
     let mut text = text.map_err(|source| FileError::unwritten(Path::new(name), source))?;
@@ -363,23 +327,20 @@ fn pretty(name: &str, value: &impl serde::Serialize) -> Result<Vec<u8>, FileErro
 fn report(
     source: &Checkpoint,
     kv_bytes_after: usize,
-    shards: &[Outputs<'_>],
+    weights: &Weights<'_>,
     extras: &[Extra],
     small: &[(PathBuf, Vec<u8>)],
 ) -> Report {
-    let stored = &source.files().files;
-    let data = shards.iter().flatten().map(|(_, tensor)| tensor.data_len() as u64);
-    let headers = stored.iter().map(|shard| shard.header as u64);
     let copied = extras.iter().map(|e| e.bytes);
     Report {
-        bytes: data.chain(headers).chain(copied).chain(small.iter().map(|(_, b)| b.len() as u64)).sum(),
+        bytes: weights.bytes(source) + copied.chain(small.iter().map(|(_, b)| b.len() as u64)).sum::<u64>(),
         kv_bytes_before: source.kv_bytes_per_token(),
         kv_bytes_after,
         saves_memory: kv_bytes_after < source.kv_bytes_per_token(),
         query_heads: source.architecture().layers.iter().map(|layer| layer.query_heads).sum(),
         dead_query_heads: 0,
         dead_bytes: 0,
-        files: (stored.iter().map(|s| PathBuf::from(&s.file)))
+        files: (weights.files(source))
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))
             .collect(),

@@ -125,6 +125,12 @@ fn is_another(path: &Path) -> bool {
     path.join(CONFIG).is_file() && below.any(|entry| is_weights(&entry.path()))
 }
 
+/// Whether a file says under what terms a model is used.
+pub(super) fn is_licence(extra: &Extra) -> bool {
+    let name = extra.to.to_string_lossy().to_lowercase();
+    ["license", "licence", "notice", "use_policy"].iter().any(|start| name.starts_with(start))
+}
+
 fn is_skipped(path: &Path, at_root: bool) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();

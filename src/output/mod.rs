@@ -6,9 +6,12 @@
 mod check;
 mod conversion;
 mod copy;
+mod gguf;
 mod read_back;
+mod relaid;
 mod staging;
 mod views;
+mod weights;
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Debug};
@@ -19,25 +22,27 @@ use serde_json::{Map, Value};
 
 use crate::budget::Limits;
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::files::FileError;
 use crate::heads::{Heads, Pooled};
-use crate::model::{Architecture, AttentionSpec, Axis, NormOver, Part, Stored, StoredHeads};
+use crate::model::{Architecture, Axis, Part};
 use crate::plan::Plan;
 
 pub use conversion::{Report, check_plan, convert};
+pub use gguf::Metadata;
 pub use read_back::{Provenance, read_back};
 
 /// A form in which a model is written: what it can hold, and what becomes of the source's tensors and
 /// config.json.
 ///
 /// ```
-/// use qcqa::Result;
 /// use qcqa::budget::Limits;
+/// use qcqa::checkpoint::Checkpoint;
+/// use qcqa::files::FileError;
+/// use qcqa::heads::HeadSource;
 /// use qcqa::model::Architecture;
 /// use qcqa::output::{OutputModel, Slot, Target};
 /// use qcqa::plan::Plan;
-/// use serde_json::{Map, Value};
 ///
 /// /// Every head reads a copy of its group's: the source's shape, and its cache.
 /// #[derive(Debug)]
@@ -50,13 +55,15 @@ pub use read_back::{Provenance, read_back};
 ///     fn limits(&self, _: &Architecture) -> Limits {
 ///         Limits::default()
 ///     }
-///     fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
-///         OutputModel::from_slots(model, config.clone(), |layer| {
+///     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+///         let model = source.architecture();
+///         let laid = OutputModel::from_slots(model, source.config().raw().clone(), |layer| {
 ///             let groups = &plan.layers[layer].groups;
 ///             let copies = (0..groups.n_heads()).map(|head| Slot::Head(groups.group_of(head)));
 ///             let queries = (0..model.layers[layer].query_heads).map(Slot::Head);
 ///             (copies.collect(), queries.collect())
-///         })
+///         })?;
+///         Ok(laid)
 ///     }
 /// }
 /// ```
@@ -67,11 +74,11 @@ pub trait Target: Debug + Send + Sync {
     /// What a plan must keep to; reaches search and allocation. [`Limits::check`] checks a plan against it.
     fn limits(&self, model: &Architecture) -> Limits;
 
-    /// The output that a plan, one within the limits, makes of a model with this config.json.
+    /// The output that a plan, one within the limits, makes of a model.
     ///
     /// # Errors
     /// Whatever keeps the target from writing this model.
-    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel>;
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError>;
 }
 
 /// A model to be written, as far as it differs from its source: tensors and files that nothing is said of are
@@ -111,6 +118,25 @@ pub struct OutputModel {
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Heads that each layer of the output keeps in its cache.
     pub kv_heads: Vec<usize>,
+    /// What holds the tensors.
+    pub container: Container,
+}
+
+/// What holds the tensors of an output.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Container {
+    /// A directory like the source: its files of weights, config.json, and all other files of the source.
+    #[default]
+    Directory,
+    /// One GGUF file, which has those tensors alone of which something is said; tensors of one dimension are stored as f32. Of the
+    /// source's other files licences are copied.
+    Gguf {
+        /// Its name.
+        file: String,
+        /// What describes the model, by its keys.
+        metadata: Vec<(String, Metadata)>,
+    },
 }
 
 /// A tensor of an output.
@@ -140,6 +166,8 @@ pub enum Content {
         axis: Option<Axis>,
         /// The heads in the order in which they lie there, so that split and fused projections are one case.
         pieces: Vec<(Part, Slot)>,
+        /// The rows of each head in their new order, where that is another, (h): of heads that lie as rows, and of biases.
+        rows: Option<Vec<usize>>,
     },
     /// The bias of a layer's output projection, (d), which a refit may have changed.
     OutputBias(usize),
@@ -207,7 +235,15 @@ impl Content {
         axis: Option<Axis>,
         pieces: Vec<(Part, Slot)>,
     ) -> Self {
-        Self::Heads { like: like.into(), layer, axis, pieces }
+        Self::Heads { like: like.into(), layer, axis, pieces, rows: None }
+    }
+
+    /// Gives the rows of heads, and of their biases, this order; other contents stay as they are.
+    pub fn with_rows(mut self, order: Option<Vec<usize>>) -> Self {
+        if let Self::Heads { rows, .. } = &mut self {
+            *rows = order;
+        }
+        self
     }
 
     /// Numbers of this shape that are made from the shared heads of a layer.
@@ -225,10 +261,10 @@ impl Debug for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Copied(tensor) => f.debug_tuple("Copied").field(tensor).finish(),
-            Self::Heads { like, layer, axis, pieces } => {
+            Self::Heads { like, layer, axis, pieces, rows } => {
                 let mut heads = f.debug_struct("Heads");
                 heads.field("like", like).field("layer", layer).field("axis", axis);
-                heads.field("pieces", pieces).finish()
+                heads.field("pieces", pieces).field("rows", rows).finish()
             }
             Self::OutputBias(layer) => f.debug_tuple("OutputBias").field(layer).finish(),
             Self::HeadNorm { like, layer, part, slots } => {
@@ -252,115 +288,8 @@ impl OutputModel {
     /// An output with this config.json and these numbers of cached heads, and nothing yet in the place of the
     /// source's heads.
     pub fn new(config: Map<String, Value>, kv_heads: Vec<usize>) -> Self {
-        Self { config, tensors: Vec::new(), left_out: BTreeSet::new(), files: Vec::new(), kv_heads }
-    }
-
-    /// An output in the source's tensors, with other heads in them: `slots` gives the KV heads and the query
-    /// heads of a layer, in their new order.
-    ///
-    /// Query position p reads KV slot p / (queries / KV heads) and must find its own group there. Heads that
-    /// lie alone or in a row are laid out anew, as many as there are; where they lie among others, one of
-    /// each kind in turn, their number must stay.
-    ///
-    /// # Errors
-    /// [`Error::Limits`] for another number of heads that lie among others, for a tensor that holds more than
-    /// heads, and for a layer whose tensors are not known.
-    pub fn from_slots(
-        model: &Architecture,
-        config: Map<String, Value>,
-        slots: impl Fn(usize) -> (Vec<Slot>, Vec<Slot>),
-    ) -> Result<Self> {
-        let mut output = Self::new(config, Vec::new());
-        for (layer, attention) in model.layers.iter().enumerate() {
-            let stored = attention.stored.as_ref().ok_or_else(|| {
-                let expected =
-                    "an output keeps heads in the tensors in which its source has them".to_string();
-                Error::Limits { layer, found: "has no named tensors".to_string(), expected }
-            })?;
-            let (kv, query) = slots(layer);
-            let new = Relaid { layer, attention, stored, kv: &kv, query: &query };
-            for name in stored.tensors() {
-                output.tensors.push(OutputTensor::new(name, new.tensor(name)?));
-            }
-            for (norm, (part, slots)) in attention.norms.iter().zip([(Part::Query, &query), (Part::Key, &kv)])
-            {
-                let wide = norm.iter().filter(|norm| norm.over == NormOver::Width);
-                for like in wide.flat_map(|norm| norm.norm.tensors()).map(str::to_string) {
-                    let (name, slots) = (like.clone(), slots.clone());
-                    output
-                        .tensors
-                        .push(OutputTensor::new(name, Content::HeadNorm { like, layer, part, slots }));
-                }
-            }
-            if let Some(like) = attention.sinks.clone() {
-                let (name, slots) = (like.clone(), query.clone());
-                output.tensors.push(OutputTensor::new(name, Content::Sinks { like, layer, slots }));
-            }
-            output.kv_heads.push(kv.len());
-        }
-        Ok(output)
-    }
-}
-
-/// A layer whose heads get other places in the source's tensors.
-struct Relaid<'a> {
-    layer: usize,
-    attention: &'a AttentionSpec,
-    stored: &'a StoredHeads,
-    kv: &'a [Slot],
-    query: &'a [Slot],
-}
-
-impl Relaid<'_> {
-    /// What is in a tensor that holds heads or biases.
-    fn tensor(&self, name: &str) -> Result<Content> {
-        let parts = || Part::ALL.into_iter().map(|part| (part, self.stored.part(part)));
-        let weights: Vec<_> = parts().filter(|(_, stored)| stored.tensor == name).collect();
-        if let Some((_, stored)) = weights.first() {
-            let axis = Some(stored.axis);
-            return Ok(Content::heads(name, self.layer, axis, self.pieces(name, &weights)?));
-        }
-        let biases: Vec<_> = parts().filter(|(_, stored)| stored.bias.as_deref() == Some(name)).collect();
-        match biases[..] {
-            [(Part::Output, _)] => Ok(Content::OutputBias(self.layer)),
-            _ => Ok(Content::heads(name, self.layer, None, self.pieces(name, &biases)?)),
-        }
-    }
-
-    /// The new heads of a tensor, in the order in which the parts in it lie.
-    fn pieces(&self, name: &str, parts: &[(Part, &Stored)]) -> Result<Vec<(Part, Slot)>> {
-        let h = self.attention.head_dim;
-        let refused = |found: String, expected: &str| {
-            Err(Error::Limits { layer: self.layer, found, expected: expected.to_string() })
-        };
-        let mut places: Vec<(usize, Part, usize)> = Vec::new();
-        for &(part, stored) in parts {
-            let place = |head| (stored.first + head * stored.stride, part, head);
-            places.extend((0..self.attention.heads(part)).map(place));
-        }
-        places.sort_by_key(|&(place, ..)| place);
-        let extent = parts.iter().map(|(_, stored)| stored.extent).max().unwrap_or(0);
-        if !places.iter().map(|&(place, ..)| place).eq((0..extent).step_by(h)) || places.len() * h != extent {
-            return refused(format!("has more than heads in {name}"), "only heads can be laid out anew");
-        }
-        let mut pieces = Vec::with_capacity(places.len());
-        for (_, part, head) in places {
-            let new = match part {
-                Part::Key | Part::Value => self.kv,
-                Part::Query | Part::Output => self.query,
-            };
-            if self.stored.part(part).stride == h {
-                // All of the new ones, where the first of the old ones lies.
-                let all = if head == 0 { new } else { &[] };
-                pieces.extend(all.iter().map(|&slot| (part, slot)));
-            } else if new.len() == self.attention.heads(part) {
-                pieces.push((part, new[head]));
-            } else {
-                let found = format!("would have {} {part:?} heads in {name}", new.len());
-                return refused(found, "where heads lie among others their number cannot change");
-            }
-        }
-        Ok(pieces)
+        let (left_out, container) = (BTreeSet::new(), Container::Directory);
+        Self { config, tensors: Vec::new(), left_out, files: Vec::new(), kv_heads, container }
     }
 }
 

@@ -82,8 +82,8 @@ pub(super) struct Tensor<'a> {
 
 /// Where the numbers of a tensor come from.
 pub(super) enum Numbers<'a> {
-    /// From the source, bit for bit.
-    Stored(&'a Entry),
+    /// From this tensor of the source, bit for bit where types agree.
+    Stored(&'a str, &'a Entry),
     /// Of this norm of the source, or these sinks, for queries or keys of a layer in these slots, stored as this type.
     Norm(Dtype, usize, &'a str, Part, &'a [Slot]),
     /// Made from a layer, and stored as this type.
@@ -92,8 +92,8 @@ pub(super) enum Numbers<'a> {
 
 /// What is made from a layer.
 pub(super) enum Made<'a> {
-    /// Heads, one after the other; their biases where there is no axis.
-    Heads(Option<Axis>, &'a [(Part, Slot)]),
+    /// Heads, one after the other; their biases where there is no axis. Rows of a head in this order, where one is given.
+    Heads(Option<Axis>, &'a [(Part, Slot)], Option<&'a [usize]>),
     /// The bias of the output projection.
     OutputBias,
     /// Whatever a target makes.
@@ -129,9 +129,28 @@ impl View for Tensor<'_> {
 }
 
 impl Tensor<'_> {
+    /// Stores its numbers as this type.
+    pub(super) fn store_as(&mut self, dtype: Dtype) {
+        self.dtype = match dtype {
+            Dtype::Bf16 => safetensors::Dtype::BF16,
+            Dtype::F16 => safetensors::Dtype::F16,
+            Dtype::F32 => safetensors::Dtype::F32,
+        };
+        match &mut self.numbers {
+            Numbers::Stored(..) => {}
+            Numbers::Norm(stored, ..) | Numbers::Made(stored, ..) => *stored = dtype,
+        }
+    }
+
     fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
         let (dtype, layer, made) = match &self.numbers {
-            Numbers::Stored(entry) => return Ok(Cow::Borrowed(self.job.source.files().bytes(entry))),
+            Numbers::Stored(_, entry) if entry.dtype == self.dtype => {
+                return Ok(Cow::Borrowed(self.job.source.files().bytes(entry)));
+            }
+            Numbers::Stored(name, entry) => {
+                let dtype = Dtype::from_stored(self.dtype).unwrap_or(self.job.source.float(name, entry)?);
+                return Ok(Cow::Owned(self.encode(dtype, self.job.source.tensor(name)?.into_iter())?));
+            }
             &Numbers::Norm(dtype, layer, like, part, slots) => {
                 return Ok(Cow::Owned(self.encode(dtype, self.norm(layer, like, part, slots)?.into_iter())?));
             }
@@ -141,11 +160,23 @@ impl Tensor<'_> {
             let layer =
                 Layer { heads, pooled, zeros: Array2::zeros((heads.key().head_dim(), heads.key().inputs())) };
             match *made {
-                Made::Heads(axis, pieces) => match axis {
-                    Some(Axis::Rows) => self.encode(dtype, layer.weights(pieces)?.iter().flatten().copied()),
-                    Some(Axis::Columns) => self.encode(dtype, columns_of(&layer.weights(pieces)?)),
-                    None => self.encode(dtype, layer.biases(pieces)?.iter().flatten().copied()),
-                },
+                Made::Heads(axis, pieces, rows) => {
+                    let at = |r: usize| rows.map_or(r, |rows| rows[r]);
+                    let h = heads.key().head_dim();
+                    match axis {
+                        Some(Axis::Rows) => {
+                            let heads = layer.weights(pieces)?;
+                            let rows = heads.iter().flat_map(|head| (0..h).map(move |r| head.row(at(r))));
+                            self.encode(dtype, rows.flat_map(|row| row.to_vec()))
+                        }
+                        Some(Axis::Columns) => self.encode(dtype, columns_of(&layer.weights(pieces)?)),
+                        None => {
+                            let heads = layer.biases(pieces)?;
+                            let all = heads.iter().flat_map(|head| (0..h).map(move |r| head[at(r)]));
+                            self.encode(dtype, all)
+                        }
+                    }
+                }
                 Made::OutputBias => {
                     let bias = pooled.output_bias.as_ref().map(|b| b.view()).or(heads.output_bias());
                     self.encode(dtype, bias.ok_or(Error::NoQueries)?.iter().copied())

@@ -1,7 +1,7 @@
-use serde_json::{Map, Value};
-
 use crate::budget::Limits;
-use crate::error::Result;
+use crate::checkpoint::Checkpoint;
+use crate::files::FileError;
+use crate::heads::HeadSource;
 use crate::model::{Architecture, AttentionSpec, NormOver};
 use crate::output::{OutputModel, Slot, Target};
 use crate::partition::SearchSpace;
@@ -27,11 +27,13 @@ impl Target for Expanded {
         }
     }
 
-    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
-        OutputModel::from_slots(model, config.clone(), |layer| {
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let model = source.architecture();
+        let laid = OutputModel::from_slots(model, source.config().raw().clone(), |layer| {
             let groups = &plan.layers[layer].groups;
             let copies = groups.labels().iter().map(|&group| Slot::Head(group.into()));
             (copies.collect(), (0..model.layers[layer].query_heads).map(Slot::Head).collect())
-        })
+        })?;
+        Ok(laid)
     }
 }

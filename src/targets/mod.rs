@@ -1,6 +1,7 @@
 //! Forms in which a model is written. A new target is a file here and its line in [`TARGETS`].
 
 mod expanded;
+mod gguf;
 mod padded;
 mod remote_code;
 mod stock;
@@ -8,12 +9,13 @@ mod stock;
 use crate::output::Target;
 
 pub use expanded::Expanded;
+pub use gguf::Gguf;
 pub use padded::Padded;
 pub use remote_code::RemoteCode;
 pub use stock::Stock;
 
 /// The targets of this crate, the most useful first.
-pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Expanded];
+pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Gguf, &Expanded];
 
 /// The target of that name.
 ///
@@ -21,7 +23,7 @@ pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Expanded];
 /// use qcqa::targets::{TARGETS, by_name};
 ///
 /// assert!(TARGETS.iter().all(|target| by_name(target.name()).is_some()));
-/// assert!(by_name("gguf").is_none());
+/// assert!(by_name("onnx").is_none());
 /// ```
 pub fn by_name(name: &str) -> Option<&'static dyn Target> {
     TARGETS.iter().copied().find(|target| target.name() == name)

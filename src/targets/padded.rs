@@ -1,9 +1,9 @@
-use serde_json::{Map, Value};
-
 use super::expanded::Expanded;
 use crate::budget::Limits;
-use crate::error::Result;
+use crate::checkpoint::Checkpoint;
 use crate::families::with_heads;
+use crate::files::FileError;
+use crate::heads::HeadSource;
 use crate::model::Architecture;
 use crate::output::{OutputModel, Slot, Target};
 use crate::partition::{Partition, SearchSpace};
@@ -40,12 +40,13 @@ impl Target for Padded {
         }
     }
 
-    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let model = source.architecture();
         let of = |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
         let places = (0..plan.layers.len()).map(of).max().unwrap_or(1);
         let k = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
-        let changed = with_heads(model, config, k * places, k)?;
-        OutputModel::from_slots(model, changed, |layer| filled(model, plan, layer, places))
+        let changed = with_heads(model, source.config().raw(), k * places, k)?;
+        Ok(OutputModel::from_slots(model, changed, |layer| filled(model, plan, layer, places))?)
     }
 }
 

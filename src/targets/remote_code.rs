@@ -1,10 +1,12 @@
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::expanded::Expanded;
 use super::padded::{filled, largest};
 use crate::budget::Limits;
-use crate::error::Result;
+use crate::checkpoint::Checkpoint;
 use crate::families::by_layer;
+use crate::files::FileError;
+use crate::heads::HeadSource;
 use crate::model::Architecture;
 use crate::output::{OutputModel, Target};
 use crate::plan::Plan;
@@ -29,7 +31,8 @@ impl Target for RemoteCode {
         Expanded.limits(model)
     }
 
-    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let model = source.architecture();
         let places =
             |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
         let heads = |layer: usize| {
@@ -39,7 +42,7 @@ impl Target for RemoteCode {
         let heads: Vec<_> = (0..model.n_layers()).map(heads).collect();
         let laid =
             OutputModel::from_slots(model, Map::new(), |layer| filled(model, plan, layer, places(layer)))?;
-        let (mut config, class) = by_layer(model, config, &heads)?;
+        let (mut config, class) = by_layer(model, source.config().raw(), &heads)?;
         config.insert("architectures".to_string(), json!(["QcqaForCausalLM"]));
         let place = json!({ "AutoModelForCausalLM": "modeling_qcqa.QcqaForCausalLM" });
         config.insert("auto_map".to_string(), place);

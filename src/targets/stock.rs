@@ -1,9 +1,10 @@
-use serde_json::{Map, Value};
-
 use super::padded::filled;
 use crate::budget::Limits;
-use crate::error::{Error, Result};
+use crate::checkpoint::Checkpoint;
+use crate::error::Error;
 use crate::families::with_heads;
+use crate::files::FileError;
+use crate::heads::HeadSource;
 use crate::model::Architecture;
 use crate::output::{OutputModel, Target};
 use crate::partition::SearchSpace;
@@ -23,17 +24,19 @@ impl Target for Stock {
         Limits { space: SearchSpace::equal(), same_k: true, ..Limits::default() }
     }
 
-    fn output(&self, model: &Architecture, config: &Map<String, Value>, plan: &Plan) -> Result<OutputModel> {
+    fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
+        let (model, config) = (source.architecture(), source.config().raw());
         let of = |layer: usize| model.layers[layer].query_heads;
         let queries = model.layers.first().map_or(0, |_| of(0));
         if let Some(layer) = (0..model.n_layers()).find(|&layer| of(layer) != queries) {
             let found = format!("has {} query heads", of(layer));
-            return Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") });
+            return Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") }.into());
         }
         let kv_heads = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
         let changed = with_heads(model, config, queries, kv_heads)?;
-        OutputModel::from_slots(model, changed, |layer| {
+        let laid = OutputModel::from_slots(model, changed, |layer| {
             filled(model, plan, layer, queries / plan.layers[layer].groups.n_groups())
-        })
+        })?;
+        Ok(laid)
     }
 }

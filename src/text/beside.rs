@@ -6,7 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::RuntimeError;
-use crate::files::{FileError, is_there, read_bounded, without_mark};
+use crate::files::{FileError, json_where_there, without_mark};
 
 /// A map of tokens is a tenth of it.
 const LIMIT: u64 = 64 << 20;
@@ -29,7 +29,7 @@ impl Elsewhere {
         let added = tokenizer.get_added_tokens_decoder();
         for (name, keys) in NAMING {
             let path = file.with_file_name(name);
-            let Some(value) = json(&path)? else { continue };
+            let Some(value) = json_where_there(&path, LIMIT)? else { continue };
             let mut tokens = Vec::new();
             match &value {
                 Value::Object(map) if keys => tokens.extend(map.keys().cloned()),
@@ -54,16 +54,6 @@ impl Elsewhere {
             }
         }
     }
-}
-
-/// A file, where there is one.
-fn json(path: &Path) -> Result<Option<Value>, FileError> {
-    if !is_there(path)? {
-        return Ok(None);
-    }
-    let text = read_bounded(path, LIMIT)?;
-    let text = without_mark(&text);
-    serde_json::from_slice(text).map(Some).map_err(|source| FileError::json(path, text, source))
 }
 
 /// The tokens that a key of a configuration names.

@@ -1,11 +1,14 @@
-"""Every form of output in transformers: what a plan says is what is loaded, computed and cached."""
+"""Every form of output in its runtime: what a plan says is what is loaded, computed and cached."""
 
 import json
+import re
+from importlib.metadata import version
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import llama_cpp
 import models
 
 CLOSE = 1e-4
@@ -42,8 +45,9 @@ PLANS = {
         "by layer": [[[0, 2, 5, 6, 7], [1], [3, 4]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1], [2, 3], [4], [5], [6], [7]]],
     },
 }
-ONE_SIZE, ONE_K = ("stock", "padded", "remote-code"), ("padded", "remote-code")
-HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ("remote-code",), "equal by layer": ("remote-code",)}
+ANY = ("remote-code", "gguf")
+ONE_SIZE, ONE_K = ("stock", "padded", *ANY), ("padded", *ANY)
+HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ANY, "equal by layer": ANY}
 
 
 def all_models():
@@ -87,6 +91,35 @@ def written(model, ids, cached):
         return model.generate(ids[:1, :8], max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=cached)
 
 
+def in_transformers(out, ids):
+    """Who loads it, bytes of its cache, logits, and texts with and without it."""
+    model = load(out)
+    cached, logits = cache_bytes(model, ids)
+    return type(model).__name__, cached, logits, [written(model, ids, cached) for cached in (True, False)]
+
+
+def in_llama_cpp(out, ids):
+    """The same in llama.cpp."""
+    model = llama_cpp.Llama(out / "model.gguf", threads=1, flash=True)
+    cached = model.cache_bytes
+    model.close()
+    model = llama_cpp.Llama(out / "model.gguf", threads=1)
+    logits = torch.stack([torch.from_numpy(model.logits(row)) for row in ids]).double()
+    alone = ids[0, :8].tolist()
+    text = model.greedy(alone, 50)
+    while len(alone) < 58:
+        alone.append(int(model.logits(alone)[-1].argmax()))
+    loaded = re.search(r"arch += (\w+)", model.log).group(1)
+    model.close()
+    return f"llama.cpp: {loaded}", cached, logits, [torch.tensor([text]), torch.tensor([alone])]
+
+
+def holds(name, model_type, kind):
+    """The targets of a plan of such a model."""
+    llama = name in MODELS and (model_type != "qwen3" or kind in ("equal", "one group", "all kept", "unequal"))
+    return [target for target in HOLD[kind] if target != "gguf" or llama]
+
+
 def check(run, binary, root):
     """Rows of the table; the first that does not hold is an error."""
     # Matrices so small are only slowed down by threads.
@@ -107,12 +140,10 @@ def check(run, binary, root):
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             says = sum(len(layer) for layer in groups) * 2 * width * 4
             expected = texts = None
-            for target in ("expanded", *HOLD[kind]):
+            for target in ("expanded", *holds(name, model_type, kind)):
                 out = place / f"{kind}_{target}".replace(" ", "_").replace("-", "_")
                 told = run(binary, "convert", place / "source", "--plan", plan, "--target", target, "--out", out)["kv_bytes_per_token"]
-                model = load(out)
-                cached, logits = cache_bytes(model, ids)
-                text = [written(model, ids, cached) for cached in (True, False)]
+                loaded, cached, logits, text = (in_llama_cpp if target == "gguf" else in_transformers)(out, ids)
                 if target == "expanded":
                     expected, texts = logits, text[0]
                     continue
@@ -123,12 +154,13 @@ def check(run, binary, root):
                     raise RuntimeError(f"{name}, {kind}, {target}: the cache holds {cached} bytes a token, the plan says {says}, qcqa {told['after']}")
                 if not all(torch.equal(one, texts) for one in text):
                     raise RuntimeError(f"{name}, {kind}, {target}: other texts than the expanded form writes")
-                own = run(binary, "eval", out, "--ids", ids_file)["loss"]
-                scores = torch.log_softmax(logits[:, :-1], -1)
-                loss = -scores.gather(-1, ids[:, 1:, None]).mean().item()
-                if abs(own - loss) > CLOSE * loss:
-                    raise RuntimeError(f"{name}, {kind}, {target}: qcqa reads it again with a loss of {own}, transformers has {loss}")
-                yield name, kind, target, type(model).__name__, f"{cached} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
+                if target != "gguf":
+                    own = run(binary, "eval", out, "--ids", ids_file)["loss"]
+                    scores = torch.log_softmax(logits[:, :-1], -1)
+                    loss = -scores.gather(-1, ids[:, 1:, None]).mean().item()
+                    if abs(own - loss) > CLOSE * loss:
+                        raise RuntimeError(f"{name}, {kind}, {target}: qcqa reads it again with a loss of {own}, transformers has {loss}")
+                yield name, kind, target, loaded, f"{cached} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
         if name in MODELS and heads > 2:
             # What lies in the form of layers can be compressed again.
             again = place / "again"
@@ -140,7 +172,7 @@ def check(run, binary, root):
 
 def table(rows):
     lines = [
-        f"With transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}:",
+        f"With transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]} and llama.cpp as xllamacpp {version('xllamacpp')} has it:",
         "",
         "| model | plan | targets | cache, bytes a token | logits apart, at most |",
         "|---|---|---|---|---|",
