@@ -12,7 +12,7 @@ use models::{attention, convert, convert_by, llama, not_written, ready, says, sn
 use qcqa::budget::Limits;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::files::{FileError, WriteOptions};
-use qcqa::heads::{Heads, Pooled};
+use qcqa::heads::{HeadSource, Heads, Pooled};
 use qcqa::model::Architecture;
 use qcqa::output::{OutputModel, Slot, Target, check_place};
 use qcqa::partition::Partition;
@@ -21,7 +21,6 @@ use qcqa::pooler::MeanPooler;
 use qcqa::spec::Spec;
 use qcqa::targets::{Expanded, Stock};
 use qcqa::{Error, KvPooler, Progress, Run};
-use serde_json::{Map, Value};
 
 /// A target that mixes up its heads.
 #[derive(Debug)]

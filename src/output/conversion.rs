@@ -12,11 +12,14 @@ use super::views::{Job, Made, Numbers, Tensor};
 use super::weights::Weights;
 use super::{Container, Content, OutputModel, OutputTensor, Slot, Target};
 use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
+use crate::error::Error;
 use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
 use crate::model::{Axis, Part};
-use crate::plan::{Plan, SharedHeads};
+use crate::partition::Partition;
+use crate::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
 use crate::run::Run;
+use crate::spec::Spec;
 
 /// What was written or, in a dry run, would be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub struct Report {
     pub dead_query_heads: usize,
     /// Bytes that these take among the weights, in queries and outputs.
     pub dead_bytes: u64,
+    /// Query heads and KV heads of every layer of the output; none where tensors are made anew by the target.
+    pub heads: Vec<[usize; 2]>,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
     /// Files of the source that are not copied: weights in other forms, what describes these, and weights of adapters.
@@ -51,6 +56,24 @@ pub struct Report {
 /// [`FileError::Layout`] for a target that lays heads out wrongly.
 pub fn check_plan(source: &Checkpoint, plan: &Plan, target: &dyn Target) -> Result<(), FileError> {
     checked(source, plan, target).map(drop)
+}
+
+/// Checks that a target has a form for models like the source, whatever the plan: better now than after a search.
+///
+/// # Errors
+/// [`Error::NoForm`](crate::Error::NoForm) and [`Error::NoGroupedForm`](crate::Error::NoGroupedForm) through [`FileError::TargetPlan`];
+/// what of the source's files keeps the target from writing them.
+pub fn check_form(source: &Checkpoint, target: &dyn Target) -> Result<(), FileError> {
+    let kept = source.architecture().kv_heads().into_iter().map(Partition::singletons);
+    let kept = kept.map(|groups| Ok(LayerPlan::new(groups?, 0.0))).collect::<Result<_, Error>>()?;
+    let none = || Spec::new("none");
+    let (method, pooling) = (Method::new("none", none(), none(), none()), Pooling::new(none()));
+    let plan = Plan::new(source.id()?, method, pooling, kept, 1.0, 0)?;
+    match target.output(source, &plan) {
+        Ok(_) | Err(FileError::Core(Error::Limits { .. })) => Ok(()),
+        Err(FileError::Core(source)) => Err(FileError::TargetPlan { target: target.name(), source }),
+        Err(of_files) => Err(of_files),
+    }
 }
 
 /// What the target makes of a plan that it can hold.
@@ -122,10 +145,8 @@ pub fn convert(
     let (mut extras, mut left) = copied_files(source, out)?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
     if output.container != Container::Directory {
-        let (kept, others) = extras.into_iter().partition(copy::is_licence);
-        extras = kept;
-        left.extend(Vec::from(others).into_iter().map(|extra: Extra| extra.to));
-        left.sort();
+        extras.retain(copy::is_licence);
+        left.clear();
     }
 
     let copied = copied(source, &output);
@@ -136,6 +157,7 @@ pub fn convert(
     let mut report = report(source, kv_bytes(source, &output), &weights, &extras, &small);
     report.left_out = left;
     (report.dead_query_heads, report.dead_bytes) = dead(source, &output);
+    report.heads = heads(&output);
     destination.check_space(report.bytes)?;
     job.start()?;
     if options.dry_run {
@@ -302,6 +324,21 @@ fn kv_bytes(source: &Checkpoint, output: &OutputModel) -> usize {
     source.architecture().kv_bytes_with(&output.kv_heads, source.dtype().bytes())
 }
 
+/// Query heads and KV heads of every layer.
+fn heads(output: &OutputModel) -> Vec<[usize; 2]> {
+    let mut queries = vec![0; output.kv_heads.len()];
+    for tensor in &output.tensors {
+        let Content::Heads { layer, axis: Some(_), pieces, .. } = &tensor.content else { continue };
+        queries[*layer] += pieces.iter().filter(|(part, _)| *part == Part::Query).count();
+    }
+    queries
+        .into_iter()
+        .zip(&output.kv_heads)
+        .map(|(queries, &kv)| [queries, kv])
+        .filter(|[q, _]| *q > 0)
+        .collect()
+}
+
 /// Query heads of zeros, and the bytes of their queries and outputs.
 fn dead(source: &Checkpoint, output: &OutputModel) -> (usize, u64) {
     let (mut heads, mut bytes) = (0, 0);
@@ -340,6 +377,7 @@ fn report(
         query_heads: source.architecture().layers.iter().map(|layer| layer.query_heads).sum(),
         dead_query_heads: 0,
         dead_bytes: 0,
+        heads: Vec::new(),
         files: (weights.files(source))
             .chain(extras.iter().map(|e| e.to.clone()))
             .chain(small.iter().map(|(name, _)| name.clone()))

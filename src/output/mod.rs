@@ -28,7 +28,7 @@ use crate::heads::{Heads, Pooled};
 use crate::model::{Architecture, Axis, Part};
 use crate::plan::Plan;
 
-pub use conversion::{Report, check_plan, convert};
+pub use conversion::{Report, check_form, check_plan, convert};
 pub use gguf::Metadata;
 pub use read_back::{Provenance, read_back};
 

@@ -113,10 +113,15 @@ impl<'a> Compress<'a> {
     }
 }
 
-impl Compressed<'_> {
+impl<'a> Compressed<'a> {
     /// The plan.
     pub fn plan(&self) -> &Plan {
         self.shared.plan()
+    }
+
+    /// To be written in another form, which holds the plan where [`check_plan`](crate::output::check_plan) says so.
+    pub fn for_target(self, target: &'a dyn Target) -> Self {
+        Self { target, ..self }
     }
 
     /// Writes the model in the form of the target, as [`convert`] does.

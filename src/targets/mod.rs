@@ -4,6 +4,8 @@ mod expanded;
 mod gguf;
 mod padded;
 mod remote_code;
+mod runtimes;
+mod serving;
 mod stock;
 
 use crate::output::Target;
@@ -12,6 +14,8 @@ pub use expanded::Expanded;
 pub use gguf::Gguf;
 pub use padded::Padded;
 pub use remote_code::RemoteCode;
+pub use runtimes::{RUNTIMES, Runtime};
+pub use serving::serving_notes;
 pub use stock::Stock;
 
 /// The targets of this crate, the most useful first.

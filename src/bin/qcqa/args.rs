@@ -17,7 +17,7 @@ use qcqa::partition::SearchSpace;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::Refit;
 use qcqa::pooler::{KvPooler, POOLERS};
-use qcqa::targets::{self, TARGETS};
+use qcqa::targets::{self, RUNTIMES, TARGETS};
 
 use crate::calibrated::CalibrationArgs;
 use crate::hints::CliError;
@@ -192,8 +192,16 @@ fn allocations() -> PossibleValuesParser {
     PossibleValuesParser::new(ALLOCATORS.names().chain(["sensitivity"]))
 }
 
-pub(super) fn targets_parser() -> PossibleValuesParser {
-    PossibleValuesParser::new(TARGETS.iter().map(|target| target.name()))
+/// The target that a runtime decides.
+pub(super) const AUTO: &str = "auto";
+
+/// Names of targets, and further ones.
+pub(super) fn targets_parser(further: &[&'static str]) -> PossibleValuesParser {
+    PossibleValuesParser::new(TARGETS.iter().map(|target| target.name()).chain(further.iter().copied()))
+}
+
+pub(super) fn runtimes() -> PossibleValuesParser {
+    PossibleValuesParser::new(RUNTIMES.iter().map(|runtime| runtime.name))
 }
 
 /// A target by the name that the parser has let through.

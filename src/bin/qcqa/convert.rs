@@ -5,12 +5,13 @@ use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::{Distill, Effort};
 use qcqa::files::check_apart;
-use qcqa::output::{Report, Target, check_place, check_plan, convert as write};
+use qcqa::output::{Report, Target, check_form, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
+use qcqa::targets::{Runtime, serving_notes};
 use serde_json::{Value, json};
 
 use crate::Done;
-use crate::args::{SearchOptions, Writing, path, target, targets_parser};
+use crate::args::{AUTO, SearchOptions, Writing, path, runtimes, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::distill::{beside, effort, state, told};
 use crate::hints::{CliError, about};
@@ -53,9 +54,13 @@ struct OutputArgs {
     /// Form of the output
     ///
     /// Unless said stock, which loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
-    /// for transformers with a model file of its own; expanded holds any plan but saves no memory: it is for evaluation.
-    #[arg(long, default_value = "stock", hide_default_value = true, value_parser = targets_parser())]
+    /// for transformers with a model file of its own; gguf any plan of models like Llama, as one file for llama.cpp; expanded holds any plan but saves no
+    /// memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
+    #[arg(long, default_value = "stock", hide_default_value = true, value_parser = targets_parser(&[AUTO]))]
     target: String,
+    /// Where the output of --target auto is to be served
+    #[arg(long, default_value = "transformers", hide_short_help = true, value_parser = runtimes())]
+    runtime: String,
     #[command(flatten)]
     written: Written,
 }
@@ -73,7 +78,11 @@ pub(super) struct Written {
 pub(super) fn convert(args: &ConvertArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.model)?;
     let plan = plan_for(&checkpoint, &args.plan)?;
-    let target = target(&args.output.target)?;
+    let target = match args.output.runtime()? {
+        Some(runtime) => runtime.plainest(&checkpoint, &plan),
+        None => target(&args.output.target).map(Ok)?,
+    };
+    let target = target.map_err(|e| about(&args.plan, e))?;
     check_plan(&checkpoint, &plan, target).map_err(|e| about(&args.plan, e))?;
     let read: Vec<_> = [args.plan.clone()].into_iter().chain(args.calibration.files()).collect();
     args.output.written.check(&[&checkpoint], &read)?;
@@ -94,14 +103,18 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     if let Some(effort) = args.distill {
         written.check_state(&beside(effort, &written.out), &[&checkpoint], &args.asked.inputs())?;
     }
+    let runtime = args.output.runtime()?;
+    let target = runtime.map_or_else(|| target(&args.output.target), |runtime| Ok(runtime.widest()))?;
+    check_form(&checkpoint, target)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
-    let target = target(&args.output.target)?;
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
     if let Some(effort) = args.distill {
         compress = compress.distil(beside(effort, &written.out));
     }
     let compressed = compress.run(&checkpoint, run)?;
+    let target = runtime.map_or(Ok(target), |runtime| runtime.plainest(&checkpoint, compressed.plan()))?;
+    let compressed = compressed.for_target(target);
     let run = if compressed.interrupted { run.unwatched() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
 
@@ -116,6 +129,17 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let (told, output) = tell(written, target, &report);
     json["output"] = output;
     Ok(Output { text: text + &told, json }.noting(&checkpoint))
+}
+
+impl OutputArgs {
+    /// The runtime, where the target is to be found by it.
+    fn runtime(&self) -> Result<Option<&'static Runtime>, CliError> {
+        if self.target != AUTO {
+            return Ok(None);
+        }
+        let unknown = || CliError::usage(format!("there is no runtime {}", self.runtime));
+        Runtime::by_name(&self.runtime).map(Some).ok_or_else(unknown)
+    }
 }
 
 impl Written {
@@ -160,12 +184,14 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
             file_bytes(report.dead_bytes),
         ),
     };
+    let served = serving_notes(&report.heads);
+    let notes: String = served.iter().map(|note| format!("to be known: {note}\n")).collect();
     let removed = report
         .removed
         .iter()
         .map(|left| format!("removed {}, which a killed run had left\n", left.display()));
     let text = format!(
-        "{}{} model, {} in {} files, {done} {}\n{cache}\n{dead}",
+        "{}{} model, {} in {} files, {done} {}\n{cache}\n{dead}{notes}",
         removed.collect::<String>(),
         target.name(),
         file_bytes(report.bytes),
@@ -176,7 +202,7 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
     let json = json!({
         "out": shown(&written.out), "dry_run": dry_run, "target": target.name(), "saves_memory": saves,
         "bytes": report.bytes, "files": all(&report.files), "left_out": all(&report.left_out), "removed": all(&report.removed),
-        "query_heads": report.query_heads, "dead_query_heads": report.dead_query_heads, "dead_bytes": report.dead_bytes,
+        "serving_notes": served, "query_heads": report.query_heads, "dead_query_heads": report.dead_query_heads, "dead_bytes": report.dead_bytes,
         "kv_bytes_per_token": { "before": report.kv_bytes_before, "after": report.kv_bytes_after },
     });
     (text, json)

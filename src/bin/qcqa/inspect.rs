@@ -5,6 +5,7 @@ use qcqa::HeadSource;
 use qcqa::budget::Budget;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::model::{Architecture, AttentionSpec};
+use qcqa::targets::serving_notes;
 use serde_json::json;
 
 use crate::Done;
@@ -75,8 +76,12 @@ pub(super) fn inspect(args: &InspectArgs) -> Done {
         bytes(before as u64),
         table(header, rows),
     );
+    let served = serving_notes(
+        &model.layers.iter().map(|layer| [layer.query_heads, layer.kv_heads]).collect::<Vec<_>>(),
+    );
+    let text = served.iter().fold(text, |text, note| text + &format!("to be known: {note}\n"));
     let json = json!({
-        "model": shown(&args.model), "source": id, "weight_bytes": checkpoint.weight_bytes(),
+        "serving_notes": served, "model": shown(&args.model), "source": id, "weight_bytes": checkpoint.weight_bytes(),
         "files": checkpoint.shards(), "bias": has_bias(model),
         "tied_embeddings": model.tied_embeddings, "kv_bytes_per_token": before, "budgets": budgets,
     });

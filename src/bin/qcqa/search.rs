@@ -22,7 +22,7 @@ pub(super) struct SearchArgs {
     #[command(flatten)]
     pub(super) asked: SearchOptions,
     /// Search only what this target can hold
-    #[arg(long, value_parser = targets_parser())]
+    #[arg(long, value_parser = targets_parser(&[]))]
     target: Option<String>,
     /// File of the plan
     #[arg(long, value_name = "FILE", value_parser = path())]

@@ -1,6 +1,7 @@
 //! Which models compute as llama.cpp's Llama does.
 
 use crate::checkpoint::{Checkpoint, Dtype};
+use crate::families::architecture;
 use crate::files::FileError;
 use crate::model::{
     Activation, Architecture, AttentionSpec, Block, FeedForward, Forward, HeadNorm, Linear, Mlp, Norm,
@@ -113,11 +114,7 @@ impl<'a> Form<'a> {
         source: &Checkpoint,
     ) -> Result<Vec<(String, Metadata)>, FileError> {
         let alike = heads.iter().all(|layer| *layer == heads[0]);
-        let arch = match (self.one_k, alike) {
-            (true, _) => "qwen3",
-            (false, true) => "llama",
-            (false, false) => "deci",
-        };
+        let arch = architecture(self.one_k, alike);
         let count = |n: usize| Metadata::Count(u32::try_from(n).unwrap_or(u32::MAX));
         let counts = |which: usize| match alike {
             true => count(heads[0][which]),

@@ -43,8 +43,10 @@ impl Target for Gguf {
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
         let model = source.architecture();
-        let form =
-            Form::of(model).map_err(|reason| Error::NoForm { model: model.model_type.clone(), reason })?;
+        let form = Form::of(model).map_err(|found| {
+            let reason = format!("llama.cpp's Llama does not have {found}; another target may hold it");
+            Error::NoForm { model: model.model_type.clone(), reason }
+        })?;
         let own = |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
         let most = (0..model.n_layers()).map(own).max().unwrap_or(1);
         let places = |layer| if form.one_k { most } else { own(layer) };

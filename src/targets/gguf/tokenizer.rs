@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::families::{BYTE_LEVEL, BYTE_LEVEL_WORDS, DIGITS, SENTENCEPIECE, WORDS};
 use crate::files::{FileError, is_there, json_where_there};
 use crate::model::Unsupported;
 use crate::output::Metadata;
@@ -13,22 +14,6 @@ use crate::output::Metadata;
 const FILE: &str = "tokenizer.json";
 /// A map of tokens is a tenth of it.
 const LIMIT: u64 = 64 << 20;
-
-/// How a text is cut into words before they become tokens: patterns of `Split`, with the name that llama.cpp has for them and whether whole
-/// words that are tokens are taken first there.
-const PATTERNS: [(&str, &str, bool); 3] = [
-    (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "gpt-2", false),
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        "llama-bpe",
-        true,
-    ),
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        "qwen2",
-        false,
-    ),
-];
 
 /// Kinds of tokens.
 const NORMAL: i32 = 1;
@@ -58,7 +43,7 @@ pub(super) fn metadata(source: &Checkpoint, vocabulary: usize) -> Result<Vec<(St
     let (model, pre) = tokenizer.kind()?;
     all.push((key("model"), Metadata::Text(model.to_string())));
     all.push((key("pre"), Metadata::Text(pre.to_string())));
-    if model == "llama" {
+    if model == SENTENCEPIECE {
         all.push((key("scores"), Metadata::Numbers(tokenizer.scores()?)));
         all.push((key("add_space_prefix"), Metadata::Flag(tokenizer.begins_with_space())));
     } else {
@@ -188,7 +173,7 @@ impl<'a> Tokenizer<'a> {
         let flag = |key| self.json["model"].get(key).and_then(Value::as_bool).unwrap_or(false);
         let pre = &self.json["pre_tokenizer"];
         if flag("byte_fallback") && self.is_sentencepiece() {
-            return Ok(("llama", "default"));
+            return Ok((SENTENCEPIECE, "default"));
         }
         let steps: Vec<&Value> = match pre.get("pretokenizers").and_then(Value::as_array) {
             Some(steps) => steps.iter().collect(),
@@ -202,21 +187,18 @@ impl<'a> Tokenizer<'a> {
         let (spaced, cuts) = (is(last, "add_prefix_space"), is(last, "use_regex"));
         let name = match kinds.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             _ if spaced => None,
-            ["ByteLevel"] if cuts => Some(("gpt-2", false)),
-            ["Digits", "ByteLevel"] if cuts && is(steps[0], "individual_digits") => Some(("smollm", false)),
+            ["ByteLevel"] if cuts => Some((BYTE_LEVEL_WORDS, false)),
+            ["Digits", "ByteLevel"] if cuts && is(steps[0], "individual_digits") => Some((DIGITS, false)),
             ["Split", "ByteLevel"] if !cuts && steps[0]["behavior"] == "Isolated" => {
                 let pattern = steps[0]["pattern"]["Regex"].as_str();
-                PATTERNS
-                    .iter()
-                    .find(|(known, ..)| pattern == Some(known))
-                    .map(|&(_, name, whole)| (name, whole))
+                WORDS.iter().find(|(known, ..)| pattern == Some(known)).map(|&(_, name, whole)| (name, whole))
             }
             _ => None,
         };
         let normalizer = self.json["normalizer"].get("type").and_then(Value::as_str);
         let plain = self.json["normalizer"].is_null() || normalizer == Some("NFC");
         match name.filter(|&(_, whole)| plain && whole == flag("ignore_merges") && !flag("byte_fallback")) {
-            Some((name, _)) => Ok(("gpt2", name)),
+            Some((name, _)) => Ok((BYTE_LEVEL, name)),
             None => {
                 let hint = "convert the model to another form, and that with llama.cpp's own converter";
                 Err(unsupported(&self.path, format!("a tokenizer that cuts texts by {}", told(pre)), hint))
