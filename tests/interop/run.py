@@ -18,12 +18,16 @@ from pathlib import Path
 # What comes with a model is copied there before it is run.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="qcqa-interop")
 
+import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import models
+import served
 import targets
+import tokens
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -198,12 +202,27 @@ def main():
             with tempfile.TemporaryDirectory() as root:
                 started = time.monotonic()
                 held = list(targets.check(run, arguments.qcqa, Path(root)))
-            print(f"{len(held)} outputs hold in transformers what their plans say, in {time.monotonic() - started:.0f} s", flush=True)
+                alike = tokens.check(run, arguments.qcqa, Path(root), (NOVELS / "evaluation.txt").read_text())
+                print(f"{alike} tokenizers cut texts in llama.cpp as they do here", flush=True)
+            print(f"{len(held)} outputs hold in their runtimes what their plans say, in {time.monotonic() - started:.0f} s", flush=True)
             if arguments.targets:
                 Path(arguments.targets).write_text(targets.table(held))
         except Exception as error:
             failed.append("targets")
             print(f"targets FAILED: {type(error).__name__}: {str(error)[:600]}", flush=True)
+    smollm2 = os.environ.get("QCQA_SMOLLM2")
+    if smollm2 and (not arguments.only or arguments.only == "smollm2"):
+        try:
+            with tempfile.TemporaryDirectory() as root:
+                ids = Path(root) / "text.ids"
+                tokenizer = Tokenizer.from_file(str(Path(smollm2) / "tokenizer.json"))
+                text = tokenizer.encode((NOVELS / "evaluation.txt").read_text()[:8000]).ids[: 2 * served.LENGTH]
+                ids.write_bytes(np.asarray(text, dtype="<u2").tobytes())
+                for row in served.check(run, arguments.qcqa, smollm2, ids, Path(root)):
+                    print(f"SmolLM2: {row}", flush=True)
+        except Exception as error:
+            failed.append("smollm2")
+            print(f"SmolLM2 FAILED: {type(error).__name__}: {str(error)[:600]}", flush=True)
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
     if arguments.table:
         Path(arguments.table).write_text(table(rows))
