@@ -14,12 +14,12 @@ use qcqa::families::with_heads;
 use qcqa::files::WriteOptions;
 use qcqa::heads::HeadSource;
 use qcqa::model::{Architecture, AttentionSpec};
-use qcqa::output::{Target, check_plan, read_back};
+use qcqa::output::{Target, check_form, check_plan, read_back};
 use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::{Plan, SharedHeads};
 use qcqa::runtime::Model;
-use qcqa::targets::{Expanded, Padded, RemoteCode, Stock};
+use qcqa::targets::{Deci, Expanded, Padded, RemoteCode, Runtime, Stock};
 use running::{near, tokens};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -114,6 +114,75 @@ fn a_padded_model_computes_what_the_expanded_one_does() {
     let written = Written::new(&runnable("llama", Dtype::F32, 3, true), &uneven(3));
     let padded = config(&written.holds(&Padded));
     assert_eq!((&padded["model_type"], &padded["num_attention_heads"]), (&json!("llama"), &json!(8)));
+}
+
+#[test]
+fn blocks_have_their_own_numbers_of_kv_heads() {
+    let pairs: &[&[usize]] = &[&[0, 5], &[1, 4], &[2, 3]];
+    for (model_type, bias) in [("llama", false), ("llama", true), ("mistral", false), ("qwen2", true)] {
+        let mut model = runnable(model_type, Dtype::F32, 6, bias).set("sliding_window", Value::Null);
+        if model_type == "llama" && bias {
+            let output = models::Tensor { shape: vec![24], ..model.tensors["model.norm.weight"].clone() };
+            for i in 0..2 {
+                model.tensors.insert(format!("model.layers.{i}.self_attn.o_proj.bias"), output.clone());
+            }
+        }
+        let written = Written::new(&model, &partitions(6, [pairs, &[&[0, 1, 2, 3, 4, 5]]]));
+        let blocks = written.holds(&Deci);
+        let config = config(&blocks);
+        assert_eq!(config["model_type"], "nemotron-nas");
+        assert_eq!(config["block_configs"][0]["attention"]["n_heads_in_group"], 2);
+        assert_eq!(config["block_configs"][1]["attention"]["n_heads_in_group"], 6);
+        assert_eq!(config["block_configs"][1]["ffn"]["intermediate_size"], 5);
+        assert_eq!(config["attention_bias"], bias);
+        assert!(config.get("sliding_window").is_none() && config.get("num_key_value_heads").is_none());
+        assert!(blocks.path().join("configuration_decilm.py").is_file());
+        if bias {
+            let output = blocks.tensor("model.layers.1.self_attn.o_proj.bias").unwrap();
+            assert_eq!(output.iter().all(|&x| x == 0.0), model_type == "qwen2");
+        }
+        // Blocks of others may lack attention altogether.
+        models::configured(blocks.path(), |config| {
+            drop(config.as_object_mut().unwrap().remove("qcqa_heads"))
+        });
+        says(&Checkpoint::open(blocks.path()).unwrap_err().to_string(), &["block_configs", "qcqa_heads"]);
+    }
+    let written = Written::new(&runnable("llama", Dtype::F32, 6, false), &uneven(6));
+    let error = check_plan(&written.source, &written.plan, &Deci).unwrap_err();
+    says(&error.to_string(), &["deci", "one size"]);
+    let written = Written::new(
+        &runnable("mistral", Dtype::F32, 6, false).set("sliding_window", json!(8)),
+        &partitions(6, [pairs; 2]),
+    );
+    let error = check_plan(&written.source, &written.plan, &Deci).unwrap_err();
+    says(&error.to_string(), &["attention in windows"]);
+}
+
+#[test]
+fn a_runtime_gets_the_plainest_form_of_a_plan() {
+    let pairs: &[&[usize]] = &[&[0, 5], &[1, 4], &[2, 3]];
+    let one: &[&[usize]] = &[&[0, 1, 2, 3, 4, 5]];
+    let model = runnable("llama", Dtype::F32, 6, false);
+    for (runtime, layers, expected) in [
+        ("transformers", partitions(6, [pairs; 2]), "stock"),
+        ("transformers", uneven(6), "padded"),
+        ("transformers", partitions(6, [pairs, one]), "remote-code"),
+        ("vllm", partitions(6, [pairs, one]), "deci"),
+        ("llama.cpp", uneven(6), "gguf"),
+    ] {
+        let written = Written::new(&model, &layers);
+        // What lies there in place of a tokenizer is none.
+        fs::remove_file(written.source.path().join("tokenizer.json")).unwrap();
+        let runtime = Runtime::by_name(runtime).unwrap();
+        assert_eq!(runtime.plainest(&written.source, &written.plan).unwrap().name(), expected);
+        check_form(&written.source, runtime.widest()).unwrap();
+    }
+    let written = Written::new(&model, &uneven(6));
+    let error = Runtime::by_name("vllm").unwrap().plainest(&written.source, &written.plan).unwrap_err();
+    says(&error.to_string(), &["deci"]);
+    let (_root, other) =
+        running::opened(&runnable("mistral", Dtype::F32, 6, false).set("sliding_window", json!(8)));
+    says(&check_form(&other, &Deci).unwrap_err().to_string(), &["cannot be written so", "windows"]);
 }
 
 #[test]

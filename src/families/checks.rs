@@ -1,5 +1,6 @@
 //! What must hold of a configuration and its tensors, and whose a tensor is.
 
+use super::decilm;
 use super::decoder::Decoder;
 use super::names::{Biases, MlpNames, given};
 use crate::files::FileError;
@@ -32,7 +33,9 @@ impl Decoder<'_> {
             return Err(config.unsupported(what, DEQUANTISE));
         }
         for key in ["per_layer_config", "num_key_value_heads_per_layer", "block_configs"] {
-            if config.get(key).is_some() {
+            // The one type that has blocks reads what it needs of them.
+            let own = key == "block_configs" && config.model_type()? == decilm::TYPE;
+            if config.get(key).is_some() && !own {
                 let what = format!("a description of layers one by one (`{key}`)");
                 return Err(config.unsupported(what, "models that one set of numbers describes are"));
             }

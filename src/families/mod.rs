@@ -4,6 +4,7 @@
 mod alibi;
 mod checks;
 mod cohere;
+mod decilm;
 mod decoder;
 mod exaone4;
 mod experts;
@@ -37,6 +38,7 @@ use crate::files::FileError;
 
 pub use alibi::{Bloom, Falcon, Mpt};
 pub use cohere::{Cohere, Cohere2};
+pub use decilm::{DeciLm, by_block};
 pub use exaone4::Exaone4;
 pub use gemma::{Gemma, Gemma2, Gemma3};
 pub use glm::{Glm, Glm4};
@@ -92,6 +94,7 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Bloom,
     &Falcon,
     &Mpt,
+    &DeciLm,
     &Others,
 ];
 

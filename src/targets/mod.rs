@@ -1,6 +1,8 @@
 //! Forms in which a model is written. A new target is a file here and its line in [`TARGETS`].
 
+mod deci;
 mod expanded;
+mod form;
 mod gguf;
 mod padded;
 mod remote_code;
@@ -10,6 +12,7 @@ mod stock;
 
 use crate::output::Target;
 
+pub use deci::Deci;
 pub use expanded::Expanded;
 pub use gguf::Gguf;
 pub use padded::Padded;
@@ -19,7 +22,7 @@ pub use serving::serving_notes;
 pub use stock::Stock;
 
 /// The targets of this crate, the most useful first.
-pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Gguf, &Expanded];
+pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Gguf, &Deci, &Expanded];
 
 /// The target of that name.
 ///

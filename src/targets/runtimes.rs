@@ -1,6 +1,6 @@
 //! Who loads which target.
 
-use super::{Gguf, Padded, RemoteCode, Stock};
+use super::{Deci, Gguf, Padded, RemoteCode, Stock};
 use crate::checkpoint::Checkpoint;
 use crate::files::FileError;
 use crate::output::{Target, check_plan};
@@ -19,7 +19,7 @@ pub struct Runtime {
 /// The runtimes that are known.
 pub static RUNTIMES: &[Runtime] = &[
     Runtime { name: "transformers", targets: &[&Stock, &Padded, &RemoteCode] },
-    Runtime { name: "vllm", targets: &[&Stock, &Padded] },
+    Runtime { name: "vllm", targets: &[&Stock, &Deci] },
     Runtime { name: "llama.cpp", targets: &[&Gguf] },
     Runtime { name: "candle", targets: &[&Stock, &Padded] },
     Runtime { name: "mlx", targets: &[&Stock, &Padded] },

@@ -1,12 +1,14 @@
 """Every form of output in its runtime: what a plan says is what is loaded, computed and cached."""
 
+import copy
 import json
 import re
 from importlib.metadata import version
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llama_cpp
 import models
@@ -53,7 +55,7 @@ HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal
 def all_models():
     """Name, type, KV heads, what differs, and the plans."""
     for name, (model_type, heads, differs) in MODELS.items():
-        yield name, model_type, heads, differs, [kind for kind in plans(heads) if kind != "equal by layer"]
+        yield name, model_type, heads, differs, list(plans(heads))
     for name in OTHERS + WIDE:
         model_type, differs = models.MODELS[name]
         # What must divide the width divides this one.
@@ -114,10 +116,38 @@ def in_llama_cpp(out, ids):
     return f"llama.cpp: {loaded}", cached, logits, [torch.tensor([text]), torch.tensor([alone])]
 
 
+def in_blocks(out, ids):
+    """A Llama whose attentions are made as vLLM's DeciLM makes them: by the attributes of its configuration. Not vLLM itself."""
+    config = AutoConfig.from_pretrained(out, trust_remote_code=True)
+    plain = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key not in ("block_configs", "model_type", "auto_map", "architectures", "qcqa_heads")})
+    model = LlamaForCausalLM(plain)
+    for i, block in enumerate(config.block_configs):
+        if block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"):
+            raise RuntimeError(f"block {i} says {block}")
+        own = copy.copy(plain)
+        own.num_key_value_heads = config.num_attention_heads // block.attention.n_heads_in_group
+        own.intermediate_size = block.ffn.intermediate_size
+        layer = model.model.layers[i]
+        layer.self_attn, layer.mlp = type(layer.self_attn)(own, i), type(layer.mlp)(own)
+        layer.self_attn.config = plain
+    stored = load_file(out / "model.safetensors")
+    lacking, beyond = model.load_state_dict(stored, strict=False)
+    if beyond or [name for name in lacking if not (plain.tie_word_embeddings and name == "lm_head.weight")]:
+        raise RuntimeError(f"{lacking} are missing, {beyond} too many")
+    model.tie_weights()
+    model.eval()
+    cached, logits = cache_bytes(model, ids)
+    return "as the loader reads it", cached, logits, [written(model, ids, cached) for cached in (True, False)]
+
+
+RUNTIMES = {"gguf": in_llama_cpp, "deci": in_blocks}
+
+
 def holds(name, model_type, kind):
     """The targets of a plan of such a model."""
     llama = name in MODELS and (model_type != "qwen3" or kind in ("equal", "one group", "all kept", "unequal"))
-    return [target for target in HOLD[kind] if target != "gguf" or llama]
+    blocks = name in MODELS and model_type != "qwen3" and (kind in ("equal", "one group", "all kept", "equal by layer") or name == "llama, 6 on 2")
+    return [target for target in HOLD[kind] if target != "gguf" or llama] + ["deci"] * blocks
 
 
 def check(run, binary, root):
@@ -143,7 +173,7 @@ def check(run, binary, root):
             for target in ("expanded", *holds(name, model_type, kind)):
                 out = place / f"{kind}_{target}".replace(" ", "_").replace("-", "_")
                 told = run(binary, "convert", place / "source", "--plan", plan, "--target", target, "--out", out)["kv_bytes_per_token"]
-                loaded, cached, logits, text = (in_llama_cpp if target == "gguf" else in_transformers)(out, ids)
+                loaded, cached, logits, text = RUNTIMES.get(target, in_transformers)(out, ids)
                 if target == "expanded":
                     expected, texts = logits, text[0]
                     continue

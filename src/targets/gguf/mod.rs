@@ -1,6 +1,6 @@
 //! One file for llama.cpp.
 
-mod form;
+mod description;
 mod tokenizer;
 
 use crate::budget::Limits;
@@ -12,8 +12,8 @@ use crate::model::{Architecture, Axis, Part, Rotary, Rotation};
 use crate::output::{Container, Content, OutputModel, OutputTensor, Slot, Target};
 use crate::plan::Plan;
 
+use super::form::Form;
 use super::padded::{Padded, filled, largest};
-use form::Form;
 
 /// A [GGUF](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) file for llama.cpp, with the tokenizer in it, for any plan of a model
 /// that computes as a Llama does: every layer caches its own number of heads (architecture `deci`; `llama` where layers are alike). With norms of
@@ -70,7 +70,7 @@ impl Target for Gguf {
             });
             output.tensors.push(OutputTensor::new("rope_freqs.weight", made));
         }
-        let mut metadata = form.metadata(&heads, base.unwrap_or(PLAIN), source)?;
+        let mut metadata = form.described(&heads, base.unwrap_or(PLAIN), source)?;
         metadata.extend(tokenizer::metadata(source, form.forward.vocabulary)?);
         output.container = Container::Gguf { file: Self::FILE.to_string(), metadata };
         Ok(output)
