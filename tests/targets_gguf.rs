@@ -24,6 +24,8 @@ use running::runnable;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+const GGUF: Gguf = Gguf { dtype: None };
+
 /// A file, and what of it is asked.
 struct Read {
     file: File,
@@ -86,7 +88,7 @@ fn source(model: &models::Model, tokenizer: Option<&Value>) -> (tempfile::TempDi
 fn write(root: &tempfile::TempDir, source: &Checkpoint, plan: &Plan) -> Read {
     let out = root.path().join("out");
     let options = WriteOptions::default().force(true);
-    models::convert(source, plan, &Gguf, &out, options, Run::new(0)).unwrap();
+    models::convert(source, plan, &GGUF, &out, options, Run::new(0)).unwrap();
     Read::open(&out.join(Gguf::FILE))
 }
 
@@ -283,7 +285,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() {
         let heads = source.architecture().layers[0].kv_heads;
         let whole = Partition::from_groups(heads, &[&(0..heads).collect::<Vec<_>>()]).unwrap();
         let plan = plan(source, &vec![whole; source.architecture().n_layers()]);
-        let error = check_plan(source, &plan, &Gguf).unwrap_err();
+        let error = check_plan(source, &plan, &GGUF).unwrap_err();
         says(&error.to_string(), parts);
     };
     let mut taken = Vec::new();
@@ -292,7 +294,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() {
         let heads = source.architecture().layers[0].kv_heads;
         let whole = Partition::from_groups(heads, &[&(0..heads).collect::<Vec<_>>()]).unwrap();
         let plan = plan(&source, &vec![whole; source.architecture().n_layers()]);
-        match check_plan(&source, &plan, &Gguf) {
+        match check_plan(&source, &plan, &GGUF) {
             Ok(()) => taken.push(kind),
             Err(error) => says(&error.to_string(), &["llama.cpp"]),
         }
@@ -321,13 +323,37 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() {
 }
 
 #[test]
+fn matrices_of_another_type() {
+    let (root, source) = source(&runnable("llama", Dtype::BF16, 6, false), None);
+    let plan = plan(&source, &layers(6, [&[&[0, 1, 2], &[3, 4, 5]]; 2]));
+    let [kept, f16, f32] = [None, Some(qcqa::checkpoint::Dtype::F16), Some(qcqa::checkpoint::Dtype::F32)]
+        .map(|dtype| {
+            let (target, out) = (Gguf { dtype }, root.path().join(format!("{dtype:?}")));
+            models::convert(&source, &plan, &target, &out, WriteOptions::default(), Run::new(0)).unwrap();
+            Read::open(&out.join(Gguf::FILE))
+        });
+    for ((mut read, kind), file_type) in
+        [(kept, "BF16"), (f16, "F16"), (f32, "F32")].into_iter().zip([32, 1, 0])
+    {
+        for name in ["token_embd", "blk.1.attn_k", "blk.0.ffn_down"] {
+            let found = read.content.tensor_infos[&format!("{name}.weight")].ggml_dtype;
+            assert_eq!(format!("{found:?}"), kind, "{name}");
+        }
+        assert_eq!(read.counts("general.file_type"), [file_type]);
+        // What bf16 holds, the others hold.
+        let stored = source.tensor("model.layers.0.mlp.down_proj.weight").unwrap();
+        assert_eq!(read.matrix("blk.0.ffn_down.weight").into_dyn(), stored);
+    }
+}
+
+#[test]
 fn a_file_appears_whole_and_the_same() {
     let (root, source) = source(&runnable("llama", Dtype::BF16, 6, false).sharded(3), None);
     fs::write(source.path().join("LICENSE.txt"), "yours").unwrap();
     let plan = plan(&source, &layers(6, [&[&[0, 2, 3], &[1, 4], &[5]], &[&[0, 1, 2, 3, 4, 5]]]));
     let convert = |out: &str, options: WriteOptions| {
         let place = root.path().join(out);
-        let report = models::convert(&source, &plan, &Gguf, &place, options, Run::new(0)).unwrap();
+        let report = models::convert(&source, &plan, &GGUF, &place, options, Run::new(0)).unwrap();
         (report, place)
     };
     let (dry, place) = convert("a", WriteOptions::default().dry_run(true));
@@ -348,5 +374,5 @@ fn a_file_appears_whole_and_the_same() {
     let again = WriteOptions::default().force(true);
     models::convert(&source, &plan, &qcqa::targets::Expanded, &a, again, Run::new(0)).unwrap();
     assert!(!a.join("model.gguf").exists() && a.join("config.json").exists());
-    assert_eq!(Gguf.name(), "gguf");
+    assert_eq!(GGUF.name(), "gguf");
 }

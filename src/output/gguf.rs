@@ -68,6 +68,7 @@ const ALIGNMENT: u64 = 32;
 impl<'a> Gguf<'a> {
     pub(super) fn new(
         file: &'a str,
+        matrices: Option<crate::checkpoint::Dtype>,
         metadata: &[(String, Metadata)],
         mut tensors: Vec<Tensor<'a>>,
     ) -> Result<Self, FileError> {
@@ -81,6 +82,8 @@ impl<'a> Gguf<'a> {
             // Runtimes add and multiply by vectors of f32 only.
             if tensor.shape.len() == 1 {
                 tensor.store_as(crate::checkpoint::Dtype::F32);
+            } else if let Some(dtype) = matrices {
+                tensor.store_as(dtype);
             }
             let kind = match tensor.dtype {
                 Dtype::F16 => GGUFTensorType::F16,

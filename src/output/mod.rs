@@ -134,6 +134,8 @@ pub enum Container {
     Gguf {
         /// Its name.
         file: String,
+        /// The type of its matrices; `None`: as they are in the source.
+        matrices: Option<Dtype>,
         /// What describes the model, by its keys.
         metadata: Vec<(String, Metadata)>,
     },

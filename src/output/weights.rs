@@ -38,9 +38,9 @@ impl<'a> Weights<'a> {
                 tensors.into_iter().for_each(|(shard, tensor)| shards[shard].push((tensor.name, tensor)));
                 Ok(Self::Shards(shards))
             }
-            Container::Gguf { file, metadata } => {
+            Container::Gguf { file, matrices, metadata } => {
                 let tensors = tensors.into_iter().map(|(_, tensor)| tensor).collect();
-                Ok(Self::Gguf(Gguf::new(file, metadata, tensors)?))
+                Ok(Self::Gguf(Gguf::new(file, *matrices, metadata, tensors)?))
             }
         }
     }

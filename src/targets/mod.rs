@@ -10,6 +10,7 @@ mod runtimes;
 mod serving;
 mod stock;
 
+use crate::checkpoint::Dtype;
 use crate::output::Target;
 
 pub use deci::Deci;
@@ -22,7 +23,16 @@ pub use serving::serving_notes;
 pub use stock::Stock;
 
 /// The targets of this crate, the most useful first.
-pub static TARGETS: &[&dyn Target] = &[&Stock, &Padded, &RemoteCode, &Gguf, &Deci, &Expanded];
+pub static TARGETS: &[&dyn Target] = &[
+    &Stock,
+    &Padded,
+    &RemoteCode,
+    &Gguf { dtype: None },
+    &Gguf { dtype: Some(Dtype::F16) },
+    &Gguf { dtype: Some(Dtype::F32) },
+    &Deci,
+    &Expanded,
+];
 
 /// The target of that name.
 ///

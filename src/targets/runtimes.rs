@@ -20,7 +20,7 @@ pub struct Runtime {
 pub static RUNTIMES: &[Runtime] = &[
     Runtime { name: "transformers", targets: &[&Stock, &Padded, &RemoteCode] },
     Runtime { name: "vllm", targets: &[&Stock, &Deci] },
-    Runtime { name: "llama.cpp", targets: &[&Gguf] },
+    Runtime { name: "llama.cpp", targets: &[&Gguf { dtype: None }] },
     Runtime { name: "candle", targets: &[&Stock, &Padded] },
     Runtime { name: "mlx", targets: &[&Stock, &Padded] },
 ];

@@ -32,7 +32,7 @@ def check(run, binary, source, ids_file, root, given=None):
         given = root / "remote"
         run(binary, "compress", source, "--method", "qcqa-ac", "--allocation", "exact", "--kv", "0.9", "--target", "remote-code", "--out", given)
     # All heads that are left are kept: the same model in another form.
-    run(binary, "compress", given, "--method", "gqa", "--allocation", "exact", "--kv", "1.0", "--target", "gguf", "--out", root / "gguf")
+    run(binary, "compress", given, "--method", "gqa", "--allocation", "exact", "--kv", "1.0", "--target", "gguf-f32", "--out", root / "gguf")
     before = run(binary, "inspect", source)["kv_bytes_per_token"]
     own = run(binary, "eval", given, "--ids", ids_file)
     held = run(binary, "inspect", given)["kv_bytes_per_token"]

@@ -39,11 +39,13 @@ impl Form<'_> {
         }
     }
 
-    /// What describes a model whose layers have these query heads and KV heads, which turn with frequencies of this base.
+    /// What describes a model whose layers have these query heads and KV heads, which turn with frequencies of this base, and whose
+    /// matrices are stored so.
     pub(super) fn described(
         &self,
         heads: &[[usize; 2]],
         base: f64,
+        dtype: Dtype,
         source: &Checkpoint,
     ) -> Result<Vec<(String, Metadata)>, FileError> {
         let alike = heads.iter().all(|layer| *layer == heads[0]);
@@ -54,7 +56,7 @@ impl Form<'_> {
             false => Metadata::Counts(heads.iter().map(|layer| layer[which] as i32).collect()),
         };
         let widths = self.widths(source)?.into_iter().map(|width| width as i32).collect();
-        let of_type = match source.dtype() {
+        let of_type = match dtype {
             Dtype::F32 => 0,
             Dtype::F16 => 1,
             Dtype::Bf16 => 32,
