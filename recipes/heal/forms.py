@@ -95,19 +95,17 @@ def places(matrix, dim, target):
 
 def linears(model):
     """Linear layers of the attention of all layers, by name: queries, keys, values and outputs, together or apart."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and ATTENTION.search(name) and not ELSEWHERE.search(name):
-            found[name] = module
-    if not found:
-        raise Wrong("no linear layers are called attention, attn, self_attn or self_attention: try --train all")
-    return found
+    def ours(name, module):
+        return isinstance(module, (nn.Linear, Conv1D)) and ATTENTION.search(name) and not ELSEWHERE.search(name)
+    return {name: module for name, module in model.named_modules() if ours(name, module)}
 
 
 def prepared(path, trusted, target, train, rank):
     """The converted model, with gradients for what is trained: `attention`, `lora` or `all`."""
     model = load(path, trusted, torch.float32)
     attention = linears(model)
+    if not attention and train != "all":
+        raise Wrong(f"in {path} no linear layers lie in self_attn, self_attention, attention or attn: --train all trains whatever there is")
     model.requires_grad_(False)
     if train == "lora":
         shapes = {name: laid(module) for name, module in attention.items()}

@@ -10,9 +10,9 @@ by its rules, and writes what was nearest to the source on the windows that vali
 import argparse
 import contextlib
 import copy
-import hashlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -74,6 +74,18 @@ def tokens(text):
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text}: tokens are expected, as 500k or 2M")
     return count
+
+
+def window(path):
+    """Tokens of a window: all that a model has positions for, 512 at most."""
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    named = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    positions = next((config[name] for name in named if config.get(name)), LONGEST_WINDOW)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")):
+        positions = int(positions * rope.get("factor", 1))
+    return min(LONGEST_WINDOW, positions)
 
 
 def usual(args, record, length):
@@ -267,19 +279,18 @@ def train(healing, args, fit, validation, log):
     return course, best_step, step_tokens, (step + 1) * step_tokens / seconds
 
 
-def recorded(record, args, fit, course, best_step, step_tokens, processes):
+def recorded(record, args, fit, course, best_step, step_tokens, accelerator):
     """What qcqa.json says afterwards: the plan as `qcqa distill` leaves it, and what was done here."""
     record = json.loads(json.dumps(record))
-    digest = hashlib.sha256((record["plan"]["source"].get("fingerprint") or "").encode())
-    digest.update(len(fit[0]).to_bytes(8, "little"))
-    digest.update(b"".join(token.to_bytes(4, "little") for window in fit for token in window))
-    done = {"tokens": best_step * step_tokens, "steps": best_step, "text": f"sha256:{digest.hexdigest()}"}
+    text = windows.fingerprint(record["plan"]["source"].get("fingerprint") or "", fit)
+    done = {"tokens": best_step * step_tokens, "steps": best_step, "text": text}
     if best_step:
         record["plan"]["pooling"]["distilled"] = done
     asked = {name: getattr(args, name) for name in ("train", "optimizer", "rate", "batch", "pull", "loss", "seed")}
     if args.train == "lora":
         asked["rank"] = args.rank
-    record.setdefault("healed", []).append(done | asked | {"processes": processes, "validation": course})
+    ran = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    record.setdefault("healed", []).append(done | asked | ran | {"validation": course})
     return record
 
 
@@ -295,10 +306,7 @@ def run(args, accelerator):
     tokenizer = Tokenizer.from_file(str(words))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = json.loads((args.source / "config.json").read_text("utf-8"))
-    config = config.get("text_config", config)
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or config.get("max_seq_len") or config.get("seq_length")
-    length = min(LONGEST_WINDOW, positions or LONGEST_WINDOW)
+    length = window(args.source)
     fit, validation = windows.read(tokenizer, args.calibration, args.calibration_windows, length)
     usual(args, record, length)
 
@@ -316,7 +324,7 @@ def run(args, accelerator):
         with torch.no_grad():
             for name, tensor in whole.items():
                 state[name].copy_(tensor)
-        record = recorded(record, args, fit, course, best_step, step_tokens, accelerator.num_processes)
+        record = recorded(record, args, fit, course, best_step, step_tokens, accelerator)
         forms.write(forms.merged(model), args.converted, args.out, record)
         if course:
             print(f"KL on validation {course[0][1]:.4f} -> {min(kl for _, kl in course):.4f} (best after {best_step * step_tokens} tokens)")
@@ -328,6 +336,8 @@ def main():
     args = arguments(None)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    # Every process reads the weights: which rows are zero or copies is seen in them.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     try:
         run(args, accelerator := Accelerator())
     except Wrong as error:

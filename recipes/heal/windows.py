@@ -5,6 +5,7 @@ of these an eighth fits nothing and validates (docs/calibration.md). What fits i
 order of its own, which the seed decides: the generator is the binary's, so that one seed is one order here and there.
 """
 
+import hashlib
 from pathlib import Path
 
 # Of so many windows one validates; of a text at least so many, as far as half of it goes (src/text/roles.rs).
@@ -68,6 +69,15 @@ def read(tokenizer, given, most, length):
         fit += one
         validation += other
     return fit, validation
+
+
+def fingerprint(model, fit):
+    """What plans call a text: SHA-256 over the model's fingerprint, the length of a window and the tokens, each with its length."""
+    tokens = b"".join(token.to_bytes(4, "little") for window in fit for token in window)
+    digest = hashlib.sha256()
+    for field in (model.encode(), len(fit[0]).to_bytes(8, "little"), tokens):
+        digest.update(len(field).to_bytes(8, "little") + field)
+    return f"sha256:{digest.hexdigest()}"
 
 
 class Generator:
