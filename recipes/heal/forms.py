@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from windows import Wrong
@@ -21,7 +21,7 @@ from windows import Wrong
 RECORD = "qcqa.json"
 # Where attention lies in the modules of transformers, and where it is not that of the text.
 ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
-ELSEWHERE = re.compile(r"vision|audio")
+ELSEWHERE = re.compile(r"vision|audio|projector")
 # Targets with query heads of zeros, and the one with copies of heads (docs/targets.md).
 FILLED, COPIED = ("padded", "remote-code"), ("expanded",)
 
@@ -40,12 +40,14 @@ def load(path, trusted, dtype):
         raise Wrong(f"{path} has no config.json: a directory of a Hugging Face model is expected")
     if "auto_map" in json.loads((path / "config.json").read_text("utf-8")) and not trusted:
         raise Wrong(f"{path} brings its own model file, which is run: read it, then pass --trust-remote-code")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=trusted)
-    except (ValueError, OSError) as error:
-        raise Wrong(f"transformers cannot load {path}: {error}") from error
-    return model.eval()
+    failed = None
+    # Of models with pictures some are found under the one, some under the other.
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        try:
+            return kind.from_pretrained(path, dtype=dtype, trust_remote_code=trusted).eval()
+        except (ValueError, OSError) as error:
+            failed = failed or error
+    raise Wrong(f"transformers cannot load {path}: {failed}") from failed
 
 
 class Held(nn.Module):
