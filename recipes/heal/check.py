@@ -119,9 +119,9 @@ class Check:
 
     def muon(self):
         """Many tokens: Muon, and hidden states are pulled. The binary is broken off when it has gone far enough."""
-        there, seconds = [], 8
+        there, seconds = [], 12
         while len(there) < STEPS:
-            if seconds > 80:
+            if seconds > 100:
                 raise Differs(f"qcqa distill has done {len(there)} steps in {seconds} seconds")
             out = ["--out", self.root / "broken-off", "--force"]
             there = self.qcqa("distill", self.stock, "--source", self.source, "--for", MANY, *TEXT, *out, seconds=seconds)["losses"]
@@ -160,8 +160,7 @@ class Check:
         models = [forms.load(path, True, torch.float32) for path in (converted, out)]
         for name, layer in forms.linears(models[0]).items():
             other = forms.linears(models[1])[name]
-            for one, two in zip(forms.laid(layer), forms.laid(other)):
-                one, two = one(target), two(target)
+            for one, two in zip(forms.laid(layer, target), forms.laid(other, target)):
                 if (one is None) != (two is None) or one and not torch.equal(one[0] < len(one[1]), two[0] < len(two[1])):
                     raise Differs(f"{out}: {name} has other zeros than before")
                 if one and [(one[0] == i).sum() for i in one[0]] != [(two[0] == i).sum() for i in two[0]]:

@@ -110,11 +110,10 @@ def prepared(path, trusted, target, train, rank):
         raise Wrong(f"in {path} no linear layers lie in self_attn, self_attention, attention or attn: --train all trains whatever there is")
     model.requires_grad_(False)
     if train == "lora":
-        shapes = {name: laid(module) for name, module in attention.items()}
+        found = {name: laid(module, target) for name, module in attention.items()}
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(attention)))
-        for name, (rows, columns) in shapes.items():
+        for name, (rows, columns) in found.items():
             layer = model.base_model.model.get_submodule(name)
-            rows, columns = rows(target), columns(target)
             hold(layer.lora_B["default"], "weight", {0: rows} if rows else {})
             hold(layer.lora_A["default"], "weight", {1: columns} if columns else {})
         return model
@@ -123,7 +122,7 @@ def prepared(path, trusted, target, train, rank):
             parameter.requires_grad_(not ELSEWHERE.search(name))
     for module in attention.values():
         module.requires_grad_(True)
-        rows, columns = (of(target) for of in laid(module))
+        rows, columns = laid(module, target)
         out = 1 if isinstance(module, Conv1D) else 0
         hold(module, "weight", {dim: of for dim, of in [(out, rows), (1 - out, columns)] if of})
         if getattr(module, "bias", None) is not None:
@@ -131,15 +130,10 @@ def prepared(path, trusted, target, train, rank):
     return model
 
 
-def laid(module):
-    """Of a linear layer the places of its outputs, and of its inputs, for a target."""
+def laid(module, target):
+    """Of a linear layer the places of its outputs, and of its inputs; copies are outputs, inputs that are alike are so by chance."""
     weight, out = module.weight.detach(), 1 if isinstance(module, Conv1D) else 0
-    return (lambda target: places(weight, out, target)), (lambda target: zeros_only(places(weight, 1 - out, target), target))
-
-
-def zeros_only(found, target):
-    """Copies are rows; columns that are alike are so by chance."""
-    return found if target in FILLED else None
+    return places(weight, out, target), places(weight, 1 - out, target if target in FILLED else None)
 
 
 def hold(module, name, of):
