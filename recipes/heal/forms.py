@@ -22,7 +22,8 @@ RECORD = "qcqa.json"
 # Where attention lies in the modules of transformers, and where it is not that of the text.
 ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)\.")
 ELSEWHERE = re.compile(r"vision|audio|projector")
-# Targets with query heads of zeros, and the one with copies of heads (docs/targets.md).
+TARGETS = ("stock", "padded", "remote-code", "expanded")
+# Those with query heads of zeros, and with copies of heads (docs/targets.md).
 FILLED, COPIED = ("padded", "remote-code"), ("expanded",)
 
 
@@ -31,7 +32,10 @@ def record(converted):
     path = converted / RECORD
     if not path.is_file():
         raise Wrong(f"{converted} has no {RECORD}: CONVERTED is a directory that qcqa convert or compress has written")
-    return json.loads(path.read_text("utf-8"))
+    found = json.loads(path.read_text("utf-8"))
+    if found["target"] not in TARGETS:
+        raise Wrong(f"{converted} has the form {found['target']}, which transformers does not load: convert to {', '.join(TARGETS)}")
+    return found
 
 
 def load(path, trusted, dtype):
