@@ -31,6 +31,9 @@ fn a_converted_model_learns_and_keeps_its_form() {
         let course = told["course"].as_array().unwrap();
         let kl = |n: usize| course[n][1].as_f64().unwrap();
         assert!(kl(course.len() - 1) < 0.9 * kl(0), "{course:?}");
+        let losses = told["losses"].as_array().unwrap();
+        assert_eq!(losses.len(), 19_968 / 512);
+        assert!(losses[38].as_f64().unwrap() < losses[0].as_f64().unwrap(), "{losses:?}");
         assert_eq!(told["interrupted"], false);
         assert!(!root.path().join(format!("{target}-learned.distilling")).exists());
         let record: Value = serde_json::from_slice(&fs::read(learned.join("qcqa.json")).unwrap()).unwrap();

@@ -70,6 +70,8 @@ pub struct Distilled<'a> {
     pub shared: SharedHeads<'a>,
     /// KL(source ‖ shared) on validation, in nats a token, by tokens trained on: at the start, now and then, and at the end.
     pub course: Vec<(u64, f64)>,
+    /// KL(source ‖ shared) on the windows of every step, in nats a token, before that step.
+    pub losses: Vec<f64>,
     /// Whether it was broken off; what was best until then is there.
     pub interrupted: bool,
 }
@@ -169,7 +171,7 @@ impl Distill {
             0 => shared,
             _ => shared.distilled(layers, Distillation::new(tokens, steps, calibration)),
         };
-        Ok(Distilled { shared, course: state.course, interrupted })
+        Ok(Distilled { shared, course: state.course, losses: state.losses, interrupted })
     }
 
     /// Goes on until the end, or until it is broken off.
@@ -198,10 +200,11 @@ impl Distill {
                 order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
             let share = share(state.step, state.total, WARM_UP, Fall::Cosine);
             let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
-            state.loss = trainer.step(&windows, state.step, work.rate * share, work.pull * (1.0 - gone))?;
-            if !state.loss.is_finite() {
+            let loss = trainer.step(&windows, state.step, work.rate * share, work.pull * (1.0 - gone))?;
+            if !loss.is_finite() {
                 return Err(RuntimeError::NotFinite { what: "the divergence while distilling".to_string() });
             }
+            state.losses.push(loss);
             state.step += 1;
             if let (None, Effort::Time(time), TIMED..) = (state.total, self.effort, state.step) {
                 let one = began.elapsed().div_f64(state.step as f64).as_secs_f64() * work.with_validation();

@@ -22,8 +22,9 @@ pub(super) struct SavedState {
     pub(super) step: u64,
     /// Steps in all, once they are known.
     pub(super) total: Option<u64>,
-    /// The divergence of the last step's windows.
-    pub(super) loss: f64,
+    /// The divergence of every step's windows.
+    #[serde(default)]
+    pub(super) losses: Vec<f64>,
     /// Validations by tokens.
     pub(super) course: Vec<(u64, f64)>,
     /// The steps after which the best weights were found, and how many validations did not better them since.
@@ -37,7 +38,7 @@ impl SavedState {
     /// How it goes, for people.
     pub(super) fn detail(&self) -> String {
         let validated = self.course.last().map(|(_, kl)| format!(", validation {kl:.4}")).unwrap_or_default();
-        if self.step == 0 { format!("KL{validated}") } else { format!("KL {:.4}{validated}", self.loss) }
+        self.losses.last().map_or(format!("KL{validated}"), |kl| format!("KL {kl:.4}{validated}"))
     }
 }
 

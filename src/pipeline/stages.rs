@@ -163,7 +163,7 @@ impl<'a> Compress<'a> {
         if texts.validation().is_none() {
             let shared = plan.pooling.refit.map_or_else(closed, refitted)?;
             return Ok(match distilled(shared.clone())? {
-                Some(Distilled { shared, course, interrupted }) => {
+                Some(Distilled { shared, course, interrupted, .. }) => {
                     Made { shared, stages: Vec::new(), course, interrupted }
                 }
                 None => Made::new(shared, Vec::new()),

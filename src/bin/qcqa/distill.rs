@@ -159,7 +159,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         })
     });
     let json = json!({
-        "output": output, "course": found.course, "interrupted": found.interrupted,
+        "output": output, "course": found.course, "losses": found.losses, "interrupted": found.interrupted,
         "validation": each.collect::<Vec<_>>(),
     });
     Ok(Output { text, json }.noting(&source))
