@@ -63,11 +63,13 @@ impl<'a> Compress<'a> {
     /// As [`Compress::search`] and [`Fronts::plan`]; what pooling, refitting and running the model report.
     pub fn run(&self, model: &'a Checkpoint, run: Run<'_>) -> Result<Compressed<'a>> {
         let source = self.source(model);
-        let searched = self.search(source, run)?;
-        let plan = searched.plan(self.budget, run)?;
+        let searched = self.search_for(source, Some(self.budget), run)?;
+        #[cfg_attr(not(feature = "runtime"), expect(unused_variables))]
+        let (plan, model_under_it) = searched.planned(self.budget, run)?;
         let Fronts { fronts, .. } = searched;
         #[cfg(feature = "runtime")]
-        let Made { shared, stages, course, interrupted } = self.made(&plan, source, run)?;
+        let Made { shared, model: kept, stages, course, interrupted } =
+            self.made(&plan, source, model_under_it, run)?;
         #[cfg(feature = "runtime")]
         let run = if interrupted { run.unwatched() } else { run };
         #[cfg(not(feature = "runtime"))]
@@ -76,7 +78,7 @@ impl<'a> Compress<'a> {
             model,
             fronts,
             #[cfg(feature = "runtime")]
-            effects: self.effects(&shared, &stages, run)?,
+            effects: self.effects(kept.as_ref(), &stages, run)?,
             shared,
             #[cfg(feature = "runtime")]
             stages,
@@ -104,7 +106,7 @@ impl<'a> Compress<'a> {
     /// As [`SharedHeads::with_pooler`]; what refitting and running the model report.
     pub fn shared(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<SharedHeads<'a>> {
         #[cfg(feature = "runtime")]
-        return Ok(self.made(plan, source, run)?.shared);
+        return Ok(self.made(plan, source, None, run)?.shared);
         #[cfg(not(feature = "runtime"))]
         {
             let _ = run;
