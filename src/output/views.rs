@@ -15,6 +15,9 @@ use crate::model::{Axis, Part};
 use crate::plan::SharedHeads;
 use crate::run::Run;
 
+/// Bytes of a tensor from which on those before it are given back.
+const LARGE: usize = 1 << 20;
+
 /// What all tensors of a conversion share.
 pub(super) struct Job<'a> {
     source: &'a Checkpoint,
@@ -131,7 +134,14 @@ impl View for Tensor<'_> {
 impl Tensor<'_> {
     fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
         let (dtype, layer, made) = match &self.numbers {
-            Numbers::Stored(entry) => return Ok(Cow::Borrowed(self.job.source.files().bytes(entry))),
+            Numbers::Stored(entry) => {
+                let files = self.job.source.files();
+                if self.data_len() > LARGE {
+                    // Those before are written.
+                    files.forget_all();
+                }
+                return Ok(Cow::Borrowed(files.bytes(entry)));
+            }
             &Numbers::Norm(dtype, layer, like, part, slots) => {
                 return Ok(Cow::Owned(self.encode(dtype, self.norm(layer, like, part, slots)?.into_iter())?));
             }

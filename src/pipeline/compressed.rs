@@ -71,7 +71,7 @@ impl<'a> Compress<'a> {
         let Made { shared, model: kept, stages, course, interrupted } =
             self.made(&plan, source, model_under_it, run)?;
         #[cfg(feature = "runtime")]
-        let run = if interrupted { run.unwatched() } else { run };
+        let run = if self.distil.is_some() { run.to_the_end() } else { run };
         #[cfg(not(feature = "runtime"))]
         let shared = self.shared(&plan, source, run)?;
         Ok(Compressed {

@@ -89,7 +89,11 @@ pub(super) struct BothFronts {
 /// Layers of costly fitness that are searched side by side: each holds what it computed of its layer.
 const ABREAST: usize = 16;
 
-/// The front of every layer. One layer is read at a time; several are searched side by side afterwards, all of them where their
+/// Layers that are read side by side where what is computed of them takes longer than reading: what one thread does of one
+/// goes on beside what all do of another.
+const READ_ABREAST: usize = 4;
+
+/// The front of every layer. One layer or a few are read at a time; several are searched side by side afterwards, all of them where their
 /// fitness is no more than distances of heads, and one where a rule has groups. Layer i is searched with `run.fork(i)`, so that its front depends neither on the
 /// others nor on the number of threads.
 pub(super) fn fronts(
@@ -104,17 +108,20 @@ pub(super) fn fronts(
     let total = source.architecture().n_layers();
     let (mut fronts, mut waiting) = (BothFronts::default(), Vec::new());
     let done = AtomicU64::new(0);
-    for layer in 0..total {
-        run.step("layers", layer as u64, total as u64)?;
-        let fitness = kind.of(source, layer)?;
-        let is_light = fitness.separable().is_some_and(|s| s.pairwise().is_some());
-        waiting.push((layer, fitness));
+    let together = if kind.needs().moment { READ_ABREAST } else { 1 };
+    for first in (0..total).step_by(together) {
+        run.step("layers", first as u64, total as u64)?;
+        let read = map_ordered(together.min(total - first), |n| kind.of(source, first + n));
+        for (n, fitness) in read.into_iter().enumerate() {
+            waiting.push((first + n, fitness?));
+        }
+        let is_light = |fitness: &dyn FitnessFn| fitness.separable().is_some_and(|s| s.pairwise().is_some());
         let most = match search {
             Search::Grouping(_) => 1,
-            Search::Optimizer(_) if is_light => total,
+            Search::Optimizer(_) if waiting.iter().all(|(_, fitness)| is_light(fitness.as_ref())) => total,
             Search::Optimizer(_) => ABREAST,
         };
-        if layer + 1 < total && waiting.len() < most {
+        if first + together < total && waiting.len() < most {
             continue;
         }
         let all = map_ordered(waiting.len(), |n| -> Result<_> {

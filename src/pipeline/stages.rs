@@ -239,8 +239,8 @@ impl<'a> Compress<'a> {
         let (mut course, mut interrupted) = (Vec::new(), false);
         if let Some(distilled) = distilled(kept.clone())? {
             (course, interrupted) = (distilled.course, distilled.interrupted);
-            // Whoever broke it off wants what there is.
-            stages.offer(distilled.shared, if interrupted { run.unwatched() } else { run })?;
+            // Whoever breaks off from here on wants what there is.
+            stages.offer(distilled.shared, run.to_the_end())?;
         }
         let Stages { stages, kept: nearest, .. } = stages;
         let (shared, model) = match nearest {

@@ -8,12 +8,14 @@ use self::texts::Texts;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, Refit, SharedHeads};
-use crate::run::Run;
+use crate::run::{Run, map_ordered};
 use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 /// The share of the energy that sums in f32 cannot tell from nothing: there is nothing to refit.
 const NOTHING: f64 = 1e-7;
+/// Layers whose heads are taken from their models side by side.
+const ABREAST: usize = 4;
 
 /// The shared heads of every layer after a refit, and what it gained.
 #[derive(Debug)]
@@ -106,7 +108,7 @@ pub(crate) fn refit_from<'a>(
     let n = model.n_layers();
     let mut texts = Texts::new(model, windows)?;
     let (mut layers, mut errors) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    let mut touched = false;
+    let (mut touched, mut waiting) = (false, Vec::with_capacity(ABREAST));
     for i in 0..n {
         run.step("refit", i as u64, n as u64)?;
         let partition = shared.groups(i);
@@ -152,7 +154,15 @@ pub(crate) fn refit_from<'a>(
         if i + 1 < n {
             texts.leave(model, &merged, i, touched)?;
         }
-        layers.push(pooled.map_or_else(|| merged.stored_heads(i), Ok)?);
+        waiting.push((i, merged, pooled));
+        if waiting.len() == ABREAST || i + 1 == n {
+            let found = map_ordered(waiting.len(), |w| match &waiting[w] {
+                (_, _, Some(pooled)) => Ok(pooled.clone()),
+                (i, merged, None) => merged.stored_heads(*i),
+            });
+            layers.extend(found.into_iter().collect::<Result<Vec<_>, _>>()?);
+            waiting.clear();
+        }
         errors.push(error);
     }
     run.step("refit", n as u64, n as u64)?;

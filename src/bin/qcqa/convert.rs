@@ -102,7 +102,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
         compress = compress.distil(beside(effort, &written.out));
     }
     let compressed = compress.run(&checkpoint, run)?;
-    let run = if compressed.interrupted { run.unwatched() } else { run };
+    let run = if args.distill.is_some() { run.to_the_end() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;
