@@ -20,7 +20,7 @@ use crate::run::Run;
 pub struct Compressed<'a> {
     /// The model that it is made of.
     pub model: &'a Checkpoint,
-    /// The front of every layer that the plan was chosen from.
+    /// The front of every layer that the plan was chosen from: of the k of its budget alone, where nothing else was searched.
     pub fronts: Vec<Front>,
     /// The plan, and the shared heads that it makes.
     pub shared: SharedHeads<'a>,
