@@ -21,6 +21,7 @@ use crate::heads::{Heads, Projection};
 use crate::model::NormOver;
 use crate::run::map_ordered;
 
+#[cfg(feature = "runtime")]
 pub(crate) use layout::from_rows;
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
