@@ -60,13 +60,14 @@ impl fmt::Display for Device {
 pub struct Run<'a> {
     seed: u64,
     observer: Option<&'a dyn Observer>,
+    stoppable: bool,
     device: Device,
 }
 
 impl<'a> Run<'a> {
     /// A silent run on the CPU. The same seed gives the same result on any number of threads.
     pub fn new(seed: u64) -> Self {
-        Self { seed, observer: None, device: Device::Cpu }
+        Self { seed, observer: None, stoppable: true, device: Device::Cpu }
     }
 
     /// This run, watched.
@@ -77,6 +78,12 @@ impl<'a> Run<'a> {
     /// This run, unwatched.
     pub fn unwatched(self) -> Self {
         Self { observer: None, ..self }
+    }
+
+    /// This run, watched as before, but no longer to be stopped: what was computed at length should not be lost on its last
+    /// steps.
+    pub fn to_the_end(self) -> Self {
+        Self { stoppable: false, ..self }
     }
 
     /// This run, with the models that it loads on a device. Models that are there already run where they are.
@@ -124,8 +131,8 @@ impl<'a> Run<'a> {
     pub fn step_with(&self, stage: &str, done: u64, total: u64, detail: &str) -> Result<()> {
         let Some(observer) = self.observer else { return Ok(()) };
         match observer.observe(&Progress { stage, done, total, detail }) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(Error::Cancelled),
+            ControlFlow::Break(()) if self.stoppable => Err(Error::Cancelled),
+            _ => Ok(()),
         }
     }
 
@@ -152,4 +159,22 @@ pub(crate) fn map_ordered<T: Send>(n: usize, f: impl Fn(usize) -> T + Send + Syn
     }
     #[cfg(not(feature = "rayon"))]
     (0..n).map(f).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_to_the_end_tells_and_does_not_stop() {
+        let told = std::sync::atomic::AtomicU64::new(0);
+        let watch = |progress: &Progress<'_>| {
+            told.store(progress.done, std::sync::atomic::Ordering::Relaxed);
+            ControlFlow::Break(())
+        };
+        let run = Run::new(0).with_observer(&watch);
+        assert!(matches!(run.step("stage", 1, 2), Err(Error::Cancelled)));
+        assert!(run.to_the_end().fork(3).step("stage", 2, 2).is_ok());
+        assert_eq!(told.into_inner(), 2);
+    }
 }

@@ -5,14 +5,17 @@ mod models;
 mod running;
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{Array1, Array2};
+use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::descent::Descent;
 use qcqa::distil::{Distill, Distilled, Effort, gradient};
 use qcqa::evaluation::evaluate_against;
 use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::partition::Partition;
+use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::SharedHeads;
 use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
@@ -333,4 +336,24 @@ fn time_ends() {
     let found = distil(&distill, &source, shared, (&fit, &validation));
     assert!(found.course.len() >= 2 && found.course[1].1 < found.course[0].1, "{:?}", found.course);
     assert!(!found.interrupted);
+}
+
+/// Whoever breaks off when all steps are done gets what they made.
+#[test]
+fn nothing_that_was_learned_is_lost_on_the_last_steps() {
+    let checkpoint = novels();
+    let calibration = Calibration::from_text(&checkpoint, &calibration_text(), 12, Run::new(0)).unwrap();
+    let done = AtomicBool::new(false);
+    let watch = |progress: &Progress<'_>| {
+        let stop = done.load(Ordering::Relaxed);
+        if progress.stage == "distil" && progress.done == progress.total {
+            done.store(true, Ordering::Relaxed);
+        }
+        if stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let compress = Compress::new(Preset::LowRank).refit(None).calibration(&calibration);
+    let compress = compress.distil(Distill::new(Effort::Tokens(1024)));
+    let found = compress.run(&checkpoint, Run::new(0).with_observer(&watch)).unwrap();
+    assert!(done.into_inner() && !found.interrupted && found.course.len() > 1);
+    assert_eq!(found.stages.last().unwrap().name(), "distilled");
 }

@@ -16,12 +16,14 @@ use qcqa::files::WriteOptions;
 use qcqa::fitness::LowRankSharing;
 use qcqa::grouping::UniformGqa;
 use qcqa::heads::{HeadSource, Pooled};
+use qcqa::optimizer::LocalSearch;
 use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Compressed, Preset, Search};
 use qcqa::plan::{Pooling, Refit, SharedHeads};
 use qcqa::pooler::LowRankPooler;
 use qcqa::refit::apply;
 use qcqa::runtime::Model;
+use qcqa::targets::Stock;
 use qcqa::text::{Texts, WholeText, Windows};
 use qcqa::{KvPooler, Run};
 use running::{calibration_text, evaluation_text, neighbours, novels, planned, windows};
@@ -160,6 +162,18 @@ fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
     (0..4).map(|i| shared.layer(i).unwrap().1).collect()
 }
 
+/// All numbers, as a conversion writes them.
+fn stored(shared: &SharedHeads<'_>) -> Vec<f32> {
+    let of_layer = |pooled: Pooled| {
+        let query = pooled.query.unwrap();
+        let rows =
+            [&pooled.key, &pooled.value, &query].map(|p| p.weight().iter().copied().collect::<Vec<_>>());
+        rows.concat().into_iter().chain(pooled.output.unwrap()).collect::<Vec<f32>>()
+    };
+    let all = layers(shared).into_iter().flat_map(of_layer);
+    all.map(|number| half::bf16::from_f32(number).to_f32()).collect()
+}
+
 /// Other tokens in the windows that validate: no moment and no fitted weight changes, only what is measured.
 #[test]
 fn windows_that_validate_enter_no_sum() {
@@ -264,10 +278,35 @@ fn no_stage_ends_above_the_one_before_it() {
                 Some(_) => apply(found.plan(), &calibration, run).unwrap(),
                 None => SharedHeads::new(found.plan(), &checkpoint).unwrap(),
             };
-            assert_eq!(layers(&again), layers(&found.shared));
+            assert_eq!(stored(&again), stored(&found.shared));
         }
     }
     assert!(kept_names.contains("full refit") && kept_names.len() > 1, "{kept_names:?}");
+}
+
+/// Where all layers have one k, one budget alone is searched for it, and finds what a search for all finds.
+#[test]
+fn one_budget_has_the_plan_that_it_has_among_all() {
+    let checkpoint = novels();
+    let model = Model::load(&checkpoint).unwrap();
+    let calibration =
+        calibrated(&checkpoint, vec![windows(&checkpoint, &model, &calibration_text()).first(6)]);
+    for (share, k) in [(0.5, 4), (0.3, 2), (0.125, 1), (1.0, 8)] {
+        for local in [false, true] {
+            let (budget, run) = (Budget::Fraction(share), Run::new(3));
+            let mut compress = Compress::new(Preset::LowRank).target(&Stock).calibration(&calibration);
+            if local {
+                compress = compress.optimizer(LocalSearch::default());
+            }
+            let compress = compress.budget(budget).refit(None);
+            let all = compress.search(&calibration, run).unwrap();
+            assert_eq!(all.layers()[0].iter().count(), 4);
+            assert_eq!(compress.plan(&calibration, run).unwrap(), all.plan(budget, run).unwrap());
+            let found = compress.run(&checkpoint, run).unwrap();
+            assert!(found.plan().layers.iter().all(|layer| layer.groups.n_groups() == k));
+            assert_eq!(found.fronts[0].iter().count(), if k < 8 { 2 } else { 4 });
+        }
+    }
 }
 
 /// One window fits, and chooses nothing.

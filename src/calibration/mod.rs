@@ -8,6 +8,8 @@ mod moments;
 mod opened;
 #[cfg(feature = "runtime")]
 mod sampled;
+#[cfg(feature = "runtime")]
+mod sums;
 
 use crate::error::{Error, Result};
 use crate::heads::{HeadRows, HeadSource, Heads};

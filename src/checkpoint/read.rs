@@ -292,6 +292,7 @@ impl Checkpoint {
         let (entry, dtype) = self.entry(name)?;
         let mut numbers = vec![0.0; entry.range.len() / dtype.bytes()];
         dtype.decode(self.shards.bytes(entry), &mut numbers);
+        self.shards.forget(entry);
         if numbers.iter().all(|v| v.is_finite()) { Ok(numbers) } else { Err(self.not_finite(name, entry)) }
     }
 

@@ -17,6 +17,8 @@ pub(crate) const INDEX: &str = "model.safetensors.index.json";
 const INDEX_LIMIT: u64 = 1 << 30;
 /// Bytes before the header: its length.
 const LENGTH_BYTES: usize = 8;
+/// Bytes of a tensor that are given back once they were read.
+const LARGE: usize = 1 << 20;
 
 /// One file of weights.
 #[derive(Debug)]
@@ -150,6 +152,18 @@ impl Shards {
     /// The stored bytes of a tensor.
     pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.files[entry.shard].bytes[entry.range.clone()]
+    }
+
+    /// Gives back the memory of a tensor's bytes, should it be mapped, where that is worth it.
+    pub(crate) fn forget(&self, entry: &Entry) {
+        if let (Bytes::Mapped(bytes), LARGE..) = (&self.files[entry.shard].bytes, entry.range.len()) {
+            bytes.forget(entry.range.clone());
+        }
+    }
+
+    /// Gives back the memory of all that was read.
+    pub(crate) fn forget_all(&self) {
+        self.tensors.values().for_each(|entry| self.forget(entry));
     }
 }
 

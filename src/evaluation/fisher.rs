@@ -8,6 +8,7 @@ use super::sensitivity::{Sensitivity, measured};
 use super::trial::Trial;
 use crate::error::Error;
 use crate::front::Front;
+use crate::partition::Partition;
 use crate::run::Run;
 use crate::runtime::{Model, Pass};
 use crate::text::RuntimeError;
@@ -39,16 +40,13 @@ impl Sensitivity {
         for (i, front) in fronts.iter().enumerate().rev() {
             run.step("sensitivity", (layers - i) as u64, total)?;
             let heads = trial.source.heads(i)?;
-            let options: Vec<_> = measured(front)
-                .map(|point| {
-                    Ok((point.partition.n_groups(), trial.regrouped(model, &heads, &point.partition)?))
-                })
-                .collect::<Result<_, RuntimeError>>()?;
-            let models: Vec<&Model> = options.iter().map(|(_, model)| model).collect();
+            let partitions: Vec<&Partition> = measured(front).map(|point| &point.partition).collect();
+            let models = trial.regrouped(&heads, &partitions)?;
+            let models: Vec<&Model> = models.iter().collect();
             let sums = texts.par_iter_mut().map(|way| way.back(model, i, &models, &pass));
             let sums = sums.collect::<Result<Vec<_>, _>>()?;
             let tokens = trial.windows.tokens().len() as f64;
-            for (n, (k, _)) in options.iter().enumerate() {
+            for (n, k) in partitions.iter().map(|partition| partition.n_groups()).enumerate() {
                 // In the order of the text, on however many threads.
                 let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / tokens;
                 if !estimate.is_finite() {
@@ -56,7 +54,7 @@ impl Sensitivity {
                         what: format!("what layer {i} loses at {k} heads"),
                     });
                 }
-                estimates[i].push((*k, estimate));
+                estimates[i].push((k, estimate));
             }
         }
         run.step("sensitivity", total, total)?;

@@ -9,6 +9,7 @@ use crate::budget::Limits;
 use crate::error::{Error, Result};
 use crate::files::{FileError, WriteOptions, fingerprint, replace_whole, sha256};
 use crate::front::{Front, FrontPoint};
+use crate::partition::Partition;
 use crate::run::Run;
 use crate::text::{RuntimeError, read_file};
 
@@ -49,9 +50,9 @@ impl Sensitivity {
         for (i, front) in fronts.iter().enumerate() {
             let heads = trial.source.heads(i)?;
             let mut rises = Vec::new();
-            for point in measured(front) {
-                let grouped = trial.regrouped(model, &heads, &point.partition)?;
-                rises.push((point.partition.n_groups(), reading.loss(&grouped)? - before));
+            let partitions: Vec<&Partition> = measured(front).map(|point| &point.partition).collect();
+            for (partition, grouped) in partitions.iter().zip(trial.regrouped(&heads, &partitions)?) {
+                rises.push((partition.n_groups(), reading.loss(&grouped)? - before));
                 done += 1;
                 run.step("sensitivity", done, total)?;
             }

@@ -40,25 +40,36 @@ impl<'a> Trial<'a> {
     /// # Errors
     /// [`Error::LayerCount`]; what the source and the pooler report; as [`Model::with_layer`].
     pub fn grouped(&self, groups: &[Partition]) -> Result<Model, RuntimeError> {
-        let (expected, found) = (self.model.n_layers(), groups.len());
-        if expected != found {
-            return Err(Error::LayerCount { what: "partitions", expected, found }.into());
-        }
-        let regroup = |model: Model, (i, groups): (usize, &Partition)| {
-            self.regrouped(&model, &self.source.heads(i)?, groups)
-        };
-        groups.iter().enumerate().try_fold(self.model.clone(), regroup)
+        Ok(self.grouped_each(&[groups], Run::new(0))?.swap_remove(0))
     }
 
-    /// A model with one more layer grouped.
-    pub(super) fn regrouped(
-        &self,
-        model: &Model,
-        heads: &Heads,
-        groups: &Partition,
-    ) -> Result<Model, RuntimeError> {
-        let pooled = self.pooler.pool(heads, groups).map_err(|e| e.of_layer(heads.layer()))?;
-        model.with_layer(heads, groups, pooled)
+    /// The models with each of these groups, as [`Trial::grouped`] makes them; what a layer has in common for all is computed
+    /// once. Progress is stage `"pool"`.
+    ///
+    /// # Errors
+    /// As [`Trial::grouped`].
+    pub fn grouped_each(&self, groups: &[&[Partition]], run: Run<'_>) -> Result<Vec<Model>, RuntimeError> {
+        let expected = self.model.n_layers();
+        if let Some(found) = groups.iter().map(|groups| groups.len()).find(|&found| found != expected) {
+            return Err(Error::LayerCount { what: "partitions", expected, found }.into());
+        }
+        let made = |i: usize| {
+            let (heads, of_layer) = (self.source.heads(i)?, groups.iter().map(|groups| &groups[i]));
+            let of_layer: Vec<&Partition> = of_layer.collect();
+            let pooled = self.pooler.pool_each(&heads, &of_layer).map_err(|e| e.of_layer(i))?;
+            Ok((heads, of_layer.into_iter().zip(pooled).collect()))
+        };
+        self.model.with_each(groups.len(), made, run)
+    }
+
+    /// The model with one more layer grouped, in each of these ways.
+    pub(super) fn regrouped(&self, heads: &Heads, groups: &[&Partition]) -> Result<Vec<Model>, RuntimeError> {
+        let pooled = self.pooler.pool_each(heads, groups).map_err(|e| e.of_layer(heads.layer()))?;
+        groups
+            .iter()
+            .zip(pooled)
+            .map(|(groups, pooled)| self.model.with_layer(heads, groups, pooled))
+            .collect()
     }
 }
 

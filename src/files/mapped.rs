@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use memmap2::Mmap;
@@ -28,6 +28,21 @@ impl Mapped {
         let file = File::open(path).map_err(failed)?;
         // SAFETY: a read-only mapping of an open regular file; see above for the one condition.
         unsafe { Mmap::map(&file) }.map(Self).map_err(failed)
+    }
+
+    /// Gives back the memory of some of its bytes, which are read from the file again when they are asked for: what was read
+    /// once would else count as this process's own until the system needs the memory. A hint: where it cannot be taken,
+    /// nothing happens.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is shared and read-only, so nothing was written that could be lost: its pages are filled from
+            // the file again at the next access.
+            let _ = unsafe { self.0.unchecked_advise_range(advice, range.start, range.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

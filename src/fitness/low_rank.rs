@@ -76,8 +76,11 @@ impl LowRankError {
         let values = Gram { block: h, gram: low_rank::values(heads, &metric)?.gram(&all) };
         let keys = low_rank::keys(heads, &metric)?;
         drop(metric);
-        let frequencies =
-            keys.rotated.iter().flat_map(|k| (0..k.frequencies()).map(|f| k.hermitian(f, &all))).collect();
+        let frequencies = keys
+            .rotated
+            .iter()
+            .flat_map(|k| map_ordered(k.frequencies(), |f| k.hermitian(f, &all)))
+            .collect();
         let block = h - heads.rotation().dims();
         let unrotated = keys.unrotated.map(|k| Gram { block, gram: k.gram(&all) });
         let mut error = Self {
@@ -111,22 +114,27 @@ impl LowRankError {
 
     /// How errors of groups grow beyond those of their pairs, from groups of neighbours of up to half the heads.
     fn measured_growth(&self) -> Result<Vec<(usize, f64)>> {
+        let sizes: Vec<usize> = SIZES.into_iter().filter(|size| 2 * size <= self.n_heads).collect();
+        let group = |size: usize, sample: usize| {
+            let first = sample * self.n_heads / SAMPLES;
+            let mut members: Vec<usize> = (first..first + size).map(|i| i % self.n_heads).collect();
+            members.sort_unstable();
+            members
+        };
+        let groups = sizes.iter().flat_map(|&size| (0..SAMPLES).map(move |sample| group(size, sample)));
+        // The largest take the longest, so they begin.
+        let groups: Vec<Vec<usize>> = groups.rev().collect();
+        let mut errors = map_ordered(groups.len(), |g| self.group_error(&groups[g]));
+        errors.reverse();
+        let pairs = |members: &Vec<usize>| -> f64 {
+            let of_pairs = members.iter().flat_map(|&i| members.iter().map(move |&j| self.proxy[[i, j]]));
+            of_pairs.sum::<f64>() / 2.0
+        };
         let mut growth = vec![(2, 1.0)];
-        for size in SIZES.into_iter().filter(|size| 2 * size <= self.n_heads) {
-            let groups = (0..SAMPLES).map(|s| {
-                let first = s * self.n_heads / SAMPLES;
-                let mut members: Vec<usize> = (first..first + size).map(|i| i % self.n_heads).collect();
-                members.sort_unstable();
-                members
-            });
-            let groups: Vec<Vec<usize>> = groups.collect();
-            let errors = map_ordered(SAMPLES, |s| self.group_error(&groups[s]));
-            let error = errors.into_iter().sum::<Result<f64>>()?;
-            let pairs = |members: &Vec<usize>| -> f64 {
-                let of_pairs = members.iter().flat_map(|&i| members.iter().map(move |&j| self.proxy[[i, j]]));
-                of_pairs.sum::<f64>() / 2.0
-            };
-            let distance: f64 = groups.iter().map(pairs).sum();
+        let (mut errors, mut groups) = (errors.into_iter(), groups.iter().rev());
+        for size in sizes {
+            let error = errors.by_ref().take(SAMPLES).sum::<Result<f64>>()?;
+            let distance: f64 = groups.by_ref().take(SAMPLES).map(pairs).sum();
             if distance > 0.0 {
                 growth.push((size, size as f64 * error / distance));
             }

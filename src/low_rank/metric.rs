@@ -2,6 +2,7 @@ use std::ops::Range;
 
 use faer::{Mat, Side};
 
+use super::layout::from_rows;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Projection};
 
@@ -26,8 +27,9 @@ impl Metric {
             let moment = moment.matrix();
             let d = moment.nrows() - 1;
             let added = ridge * moment.diag().iter().take(d).sum::<f64>() / d as f64;
+            // It is symmetric: columns are read where rows lie.
             let second =
-                Mat::from_fn(d + 1, d + 1, |i, j| moment[[i, j]] + if i == j && i < d { added } else { 0.0 });
+                Mat::from_fn(d + 1, d + 1, |i, j| moment[[j, i]] + if i == j && i < d { added } else { 0.0 });
             if is_positive(&second) { Ok(second) } else { Err(no_moment()) }
         });
         Ok(Self { second: second.transpose()? })
@@ -69,8 +71,20 @@ impl Metric {
 /// Rows `part` of every head of a projection, one head after the other, (n·|part|, d+1): the bias is the last column,
 /// 0 where there is none.
 pub(crate) fn projection_rows(projection: &Projection, part: Range<usize>) -> Mat<f64> {
-    let rows = projection.augmented(part, f64::from);
-    Mat::from_fn(rows.nrows(), rows.ncols(), |i, j| rows[[i, j]])
+    let (h, d) = (projection.head_dim(), projection.inputs());
+    let weights = projection.weight_slice();
+    let mut rows = match part.len() == h {
+        true => from_rows(weights, d, 1),
+        false => {
+            let of_head = |head: &[f32]| head[part.start * d..part.end * d].to_vec();
+            from_rows(&weights.chunks_exact(h * d).flat_map(of_head).collect::<Vec<_>>(), d, 1)
+        }
+    };
+    if let Some(bias) = projection.bias_slice() {
+        let of_part = bias.chunks_exact(h).flat_map(|head| &head[part.clone()]);
+        of_part.enumerate().for_each(|(row, &b)| rows[(row, d)] = f64::from(b));
+    }
+    rows
 }
 
 /// Whether the eigenvalues are finite and, to rounding, not negative.

@@ -6,6 +6,7 @@
 //! commutes with the rotation and which the query undoes (docs/method.md, "Low-rank sharing"). A group's shared head is
 //! the best low-rank fit of all its members under that freedom and under the layer's real inputs.
 
+mod layout;
 mod metric;
 mod phases;
 mod spectra;
@@ -18,7 +19,10 @@ use ndarray::{ArrayView3, s};
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Projection};
 use crate::model::NormOver;
+use crate::run::map_ordered;
 
+#[cfg(feature = "runtime")]
+pub(crate) use layout::from_rows;
 pub(crate) use metric::{Metric, no_moment, projection_rows};
 pub(crate) use phases::{Phases, PhasesFit};
 pub(crate) use spectra::eigenvalues;
@@ -47,7 +51,7 @@ pub(crate) fn values(heads: &Heads, metric: &Metric) -> Result<Stack> {
         let product = columns.t().dot(&columns);
         Mat::from_fn(h, h, |i, j| product[[i, j]])
     };
-    Stack::new(rows, weighted, (0..n).map(readers).collect(), || Error::NotFinite {
+    Stack::new(rows, weighted, map_ordered(n, readers), || Error::NotFinite {
         what: "output projection".to_string(),
     })
 }
@@ -131,7 +135,7 @@ pub(crate) fn keys(heads: &Heads, metric: &Metric) -> Result<Keys> {
                 sum + seen.subrows(at, part) * queries.subrows(at, part).transpose()
             })
         };
-        Stack::new(rows, weighted, (0..n).map(readers).collect(), no_moment)
+        Stack::new(rows, weighted, map_ordered(n, readers), no_moment)
     });
     Ok(Keys { rotated, unrotated: unrotated.transpose()?, lengths: of_keys })
 }

@@ -4,6 +4,7 @@ use super::no_moment;
 use super::spectra::eigen;
 use crate::error::Result;
 use crate::model::Rotation;
+use crate::run::map_ordered;
 
 /// Keys under rotation: only one complex factor for each frequency commutes with the turning of positions, so that each
 /// frequency is a head of one complex row of its own, `κ = K[a] + j K[b]`, weighed by what its queries see.
@@ -56,7 +57,7 @@ impl Phases {
         };
         let n = rows.nrows() / dims;
         let pairs: Vec<_> = rotation.pairs().collect();
-        let weights = pairs.iter().map(|&pair| (0..n).map(|head| weight(head, pair)).collect()).collect();
+        let weights = map_ordered(pairs.len(), |f| (0..n).map(|head| weight(head, pairs[f])).collect());
         Self { pairs, rows, weighted, weights }
     }
 

@@ -4,6 +4,7 @@ use super::no_moment;
 use super::phases::root_mean_square;
 use super::spectra::{eigen, nearest_turn};
 use crate::error::{Error, Result};
+use crate::run::map_ordered;
 
 /// Rows of heads of which any invertible map may be taken, because those who read them undo it: values, and keys
 /// without rotation.
@@ -37,14 +38,14 @@ impl Stack {
         rows: Mat<f64>,
         weighted: Mat<f64>,
         readers: Vec<Mat<f64>>,
-        unread: impl Fn() -> Error,
+        unread: impl Fn() -> Error + Sync + Send,
     ) -> Result<Self> {
         let block = readers.first().map_or(0, Mat::nrows);
-        let root = |reader: Mat<f64>| {
-            let (values, vectors) = eigen(reader.as_ref()).ok_or_else(&unread)?;
+        let root = |head: usize| {
+            let (values, vectors) = eigen(readers[head].as_ref()).ok_or_else(&unread)?;
             Ok(Mat::from_fn(block, block, |i, j| values[i].max(0.0).sqrt() * vectors[(j, i)]))
         };
-        let roots = readers.into_iter().map(root).collect::<Result<_>>()?;
+        let roots = map_ordered(readers.len(), root).into_iter().collect::<Result<_>>()?;
         Ok(Self { block, rows, weighted, roots })
     }
 

@@ -1,10 +1,11 @@
 use faer::{Mat, MatRef, c64};
-use ndarray::{Array1, Array2, Array3, s};
+use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
 
 use super::{Fit, Metric, PhasesFit, projection_rows, query_side};
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
 use crate::partition::Partition;
+use crate::run::map_ordered;
 
 /// A shared head, and what its members must turn to read it.
 #[derive(Debug)]
@@ -58,7 +59,7 @@ pub(crate) fn pool_groups(
     heads: &Heads,
     partition: &Partition,
     metric: &Metric,
-    share: impl Fn(&[usize]) -> Result<SharedGroup>,
+    share: impl Fn(&[usize]) -> Result<SharedGroup> + Sync + Send,
 ) -> Result<Pooled> {
     if partition.n_heads() != heads.n_heads() {
         return Err(Error::PartitionSize { expected: heads.n_heads(), found: partition.n_heads() });
@@ -72,29 +73,38 @@ pub(crate) fn pool_groups(
     let values = output_bias.as_ref().map(|_| projection_rows(heads.value(), 0..h));
     let mut key = Filled::new(heads.key(), groups.len());
     let mut value = Filled::new(heads.value(), groups.len());
-    for (g, members) in groups.iter().enumerate() {
-        if let [alone] = members[..] {
-            key.copy(g, heads.key(), alone);
-            value.copy(g, heads.value(), alone);
-            continue;
+    let turned = map_ordered(groups.len(), |g| -> Result<_> {
+        let members = &groups[g];
+        if members.len() < 2 {
+            return Ok(None);
         }
         let shared = share(members)?;
+        let of_head = |(&head, turn): (&usize, &Turn)| {
+            let lost = values
+                .as_ref()
+                .map(|values| turn.lost_mean(metric, values.subrows(head * h, h), &shared.value));
+            TurnedHead::new(heads, query, output, head, turn, lost)
+        };
+        let of_heads: Vec<TurnedHead> = members.iter().zip(&shared.turns).map(of_head).collect();
+        Ok(Some((shared, of_heads)))
+    });
+    for (g, (members, turned)) in groups.iter().zip(turned).enumerate() {
+        let Some((shared, of_heads)) = turned? else {
+            key.copy(g, heads.key(), members[0]);
+            value.copy(g, heads.value(), members[0]);
+            continue;
+        };
         key.set(g, shared.key.as_ref());
         value.set(g, shared.value.as_ref());
-        for (&head, turn) in members.iter().zip(&shared.turns) {
-            if let Some((bias, values)) = output_bias.as_mut().zip(values.as_ref()) {
-                let lost = turn.lost_mean(metric, values.subrows(head * h, h), &shared.value);
-                for o in output.slice(s![head * r..(head + 1) * r, .., ..]).outer_iter() {
-                    *bias += &o.mapv(f64::from).dot(&lost);
-                }
+        for (&head, turned) in members.iter().zip(of_heads) {
+            let own = s![head * r..(head + 1) * r, .., ..];
+            queries.slice_mut(own).assign(&turned.queries);
+            outputs.slice_mut(own).assign(&turned.outputs);
+            if let (Some(all), Some(bias)) = (&mut query_bias, turned.query_bias) {
+                all.slice_mut(s![head * r..(head + 1) * r, ..]).assign(&bias);
             }
-            for q in head * r..(head + 1) * r {
-                turn.query(heads, &mut queries.slice_mut(s![q, .., ..]));
-                if let Some(bias) = &mut query_bias {
-                    let mut column = bias.slice_mut(s![q, ..]).insert_axis(ndarray::Axis(1));
-                    turn.query(heads, &mut column);
-                }
-                turn.output(&mut outputs.slice_mut(s![q, .., ..]));
+            if let Some(bias) = &mut output_bias {
+                turned.made_up.iter().for_each(|made_up| *bias += made_up);
             }
         }
     }
@@ -106,6 +116,43 @@ pub(crate) fn pool_groups(
         output: Some(outputs),
         output_bias,
     })
+}
+
+/// What becomes of the query heads of one KV head.
+struct TurnedHead {
+    queries: Array3<f32>,
+    query_bias: Option<Array2<f32>>,
+    outputs: Array3<f32>,
+    /// What the output bias makes up for, one for each query head; empty without one.
+    made_up: Vec<Array1<f64>>,
+}
+
+impl TurnedHead {
+    /// `lost` is the mean of what the head's values lose, where there is an output bias.
+    fn new(
+        heads: &Heads,
+        query: &Projection,
+        output: ArrayView3<'_, f32>,
+        head: usize,
+        turn: &Turn,
+        lost: Option<Array1<f64>>,
+    ) -> Self {
+        let r = heads.queries_per_head();
+        let own = s![head * r..(head + 1) * r, .., ..];
+        let (mut queries, output) = (query.weight().slice(own).to_owned(), output.slice(own));
+        queries.outer_iter_mut().for_each(|mut rows| turn.query(heads, &mut rows));
+        let query_bias = query.bias().map(|bias| {
+            let mut bias = bias.slice(s![head * r..(head + 1) * r, ..]).to_owned();
+            bias.outer_iter_mut().for_each(|bias| turn.query(heads, &mut bias.insert_axis(Axis(1))));
+            bias
+        });
+        let made_up =
+            |lost: Array1<f64>| output.outer_iter().map(|o| o.mapv(f64::from).dot(&lost)).collect::<Vec<_>>();
+        let made_up = lost.map(made_up).unwrap_or_default();
+        let mut outputs = output.to_owned();
+        outputs.outer_iter_mut().for_each(|mut columns| turn.output(&mut columns));
+        Self { queries, query_bias, outputs, made_up }
+    }
 }
 
 impl Turn {

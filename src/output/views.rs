@@ -15,6 +15,9 @@ use crate::model::{Axis, Part};
 use crate::plan::SharedHeads;
 use crate::run::Run;
 
+/// Bytes of a tensor from which on those before it are given back.
+const LARGE: usize = 1 << 20;
+
 /// What all tensors of a conversion share.
 pub(super) struct Job<'a> {
     source: &'a Checkpoint,
@@ -144,10 +147,15 @@ impl Tensor<'_> {
 
     fn bytes(&self) -> Result<Cow<'_, [u8]>, FileError> {
         let (dtype, layer, made) = match &self.numbers {
-            Numbers::Stored(_, entry) if entry.dtype == self.dtype => {
-                return Ok(Cow::Borrowed(self.job.source.files().bytes(entry)));
-            }
             Numbers::Stored(name, entry) => {
+                let files = self.job.source.files();
+                if self.data_len() > LARGE {
+                    // Those before are written.
+                    files.forget_all();
+                }
+                if entry.dtype == self.dtype {
+                    return Ok(Cow::Borrowed(files.bytes(entry)));
+                }
                 let dtype = Dtype::from_stored(self.dtype).unwrap_or(self.job.source.float(name, entry)?);
                 return Ok(Cow::Owned(self.encode(dtype, self.job.source.tensor(name)?.into_iter())?));
             }

@@ -20,7 +20,7 @@ use crate::run::Run;
 pub struct Compressed<'a> {
     /// The model that it is made of.
     pub model: &'a Checkpoint,
-    /// The front of every layer that the plan was chosen from.
+    /// The front of every layer that the plan was chosen from: of the k of its budget alone, where nothing else was searched.
     pub fronts: Vec<Front>,
     /// The plan, and the shared heads that it makes.
     pub shared: SharedHeads<'a>,
@@ -63,20 +63,22 @@ impl<'a> Compress<'a> {
     /// As [`Compress::search`] and [`Fronts::plan`]; what pooling, refitting and running the model report.
     pub fn run(&self, model: &'a Checkpoint, run: Run<'_>) -> Result<Compressed<'a>> {
         let source = self.source(model);
-        let searched = self.search(source, run)?;
-        let plan = searched.plan(self.budget, run)?;
+        let searched = self.search_for(source, Some(self.budget), run)?;
+        #[cfg_attr(not(feature = "runtime"), expect(unused_variables))]
+        let (plan, model_under_it) = searched.planned(self.budget, run)?;
         let Fronts { fronts, .. } = searched;
         #[cfg(feature = "runtime")]
-        let Made { shared, stages, course, interrupted } = self.made(&plan, source, run)?;
+        let Made { shared, model: kept, stages, course, interrupted } =
+            self.made(&plan, source, model_under_it, run)?;
         #[cfg(feature = "runtime")]
-        let run = if interrupted { run.unwatched() } else { run };
+        let run = if self.distil.is_some() { run.to_the_end() } else { run };
         #[cfg(not(feature = "runtime"))]
         let shared = self.shared(&plan, source, run)?;
         Ok(Compressed {
             model,
             fronts,
             #[cfg(feature = "runtime")]
-            effects: self.effects(&shared, &stages, run)?,
+            effects: self.effects(kept.as_ref(), &stages, run)?,
             shared,
             #[cfg(feature = "runtime")]
             stages,
@@ -104,7 +106,7 @@ impl<'a> Compress<'a> {
     /// As [`SharedHeads::with_pooler`]; what refitting and running the model report.
     pub fn shared(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<SharedHeads<'a>> {
         #[cfg(feature = "runtime")]
-        return Ok(self.made(plan, source, run)?.shared);
+        return Ok(self.made(plan, source, None, run)?.shared);
         #[cfg(not(feature = "runtime"))]
         {
             let _ = run;

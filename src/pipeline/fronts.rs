@@ -10,6 +10,8 @@ use crate::front::Front;
 use crate::heads::HeadSource;
 use crate::plan::{LayerPlan, Method, Plan, Pooling, Refit};
 use crate::run::Run;
+#[cfg(feature = "runtime")]
+use crate::runtime::Model;
 use crate::spec::Spec;
 
 /// The most windows that decide between groups: the order of two losses shows early.
@@ -18,6 +20,13 @@ const CHOOSING_WINDOWS: usize = 32;
 /// The most windows that measure how much each layer pays: losses of one text differ by little but what is measured.
 #[cfg(feature = "runtime")]
 const MEASURING_WINDOWS: usize = 16;
+
+/// A model under a plan, before anything was fitted.
+#[cfg(feature = "runtime")]
+pub(super) type Chosen = Model;
+/// Nothing is run.
+#[cfg(not(feature = "runtime"))]
+pub(super) type Chosen = std::convert::Infallible;
 
 /// The front of every layer, as a search found them: plans for any budget are made of these.
 #[derive(Debug)]
@@ -57,6 +66,11 @@ impl Fronts<'_> {
     /// [`Error::BudgetRange`] and [`Error::BudgetUnreachable`], what [`LayerCosts::new`] and the allocator report; what
     /// running the model reports, where a text chooses between groups.
     pub fn plan(&self, budget: Budget, run: Run<'_>) -> Result<Plan> {
+        Ok(self.planned(budget, run)?.0)
+    }
+
+    /// The plan, and the model under it where one was made to choose between groups.
+    pub(super) fn planned(&self, budget: Budget, run: Run<'_>) -> Result<(Plan, Option<Chosen>)> {
         let cost = if self.allocation.1 { CostScale::Measured } else { self.compress.cost };
         self.allocated(self.allocation.0.as_ref(), &self.costs()?, cost, budget, run)
     }
@@ -67,7 +81,9 @@ impl Fronts<'_> {
     /// As [`Fronts::plan`].
     pub fn plan_by(&self, allocator: &dyn Allocator, budget: Budget, run: Run<'_>) -> Result<Plan> {
         let cost = self.compress.cost;
-        self.allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)
+        Ok(self
+            .allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)?
+            .0)
     }
 
     /// The plan within a budget under costs from elsewhere: `costs` holds what each k of each layer loses, under the limits
@@ -76,7 +92,7 @@ impl Fronts<'_> {
     /// # Errors
     /// As [`Fronts::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
     pub fn plan_with_costs(&self, costs: &LayerCosts, budget: Budget, run: Run<'_>) -> Result<Plan> {
-        self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)
+        Ok(self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)?.0)
     }
 
     fn allocated(
@@ -86,7 +102,7 @@ impl Fronts<'_> {
         cost: CostScale,
         budget: Budget,
         run: Run<'_>,
-    ) -> Result<Plan> {
+    ) -> Result<(Plan, Option<Chosen>)> {
         let (compress, heads) = (self.compress, self.source.architecture().kv_heads());
         let budget = if compress.preset == Some(Preset::Mqa) { Budget::Heads(heads.len()) } else { budget };
         if costs.n_layers() != heads.len() {
@@ -99,7 +115,7 @@ impl Fronts<'_> {
             front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
         };
         let layers: Vec<LayerPlan> = self.fronts.iter().zip(&ks).map(point).collect::<Result<_>>()?;
-        let layers = self.chosen(layers, run)?;
+        let (layers, model) = self.chosen(layers, run)?;
         let moments = self.source.calibration();
         let calibrated = compress.pooler.needs().moment;
         let counts = calibrated || compress.fitness.needs().moment || cost == CostScale::Measured;
@@ -116,7 +132,8 @@ impl Fronts<'_> {
         let pooling = Pooling::new(compress.pooler.spec())
             .with_calibration(moments.filter(|_| calibrated))
             .with_refit(self.refit);
-        Plan::new(self.source.id()?, method, pooling, layers, budget.fraction(&heads), run.seed())
+        let share = budget.fraction(&heads);
+        Ok((Plan::new(self.source.id()?, method, pooling, layers, share, run.seed())?, model))
     }
 
     fn costs(&self) -> Result<LayerCosts> {
@@ -144,14 +161,14 @@ impl Fronts<'_> {
     }
 
     #[cfg(not(feature = "runtime"))]
-    fn chosen(&self, layers: Vec<LayerPlan>, _run: Run<'_>) -> Result<Vec<LayerPlan>> {
-        Ok(layers)
+    fn chosen(&self, layers: Vec<LayerPlan>, _run: Run<'_>) -> Result<(Vec<LayerPlan>, Option<Chosen>)> {
+        Ok((layers, None))
     }
 
     /// Groups of neighbours in the place of those found, where the model then reads the windows that validate better.
     #[cfg(feature = "runtime")]
-    fn chosen(&self, layers: Vec<LayerPlan>, run: Run<'_>) -> Result<Vec<LayerPlan>> {
-        let Some((model, windows)) = self.compress.validation() else { return Ok(layers) };
+    fn chosen(&self, layers: Vec<LayerPlan>, run: Run<'_>) -> Result<(Vec<LayerPlan>, Option<Chosen>)> {
+        let Some((model, windows)) = self.compress.validation() else { return Ok((layers, None)) };
         // A bound holds for every partition of that many equal groups.
         let other = |(layer, front): (&LayerPlan, &Front)| match front.get(layer.groups.n_groups()) {
             Some(point) => LayerPlan { lower_bound: layer.lower_bound, ..LayerPlan::from(point) },
@@ -159,12 +176,14 @@ impl Fronts<'_> {
         };
         let others: Vec<LayerPlan> = layers.iter().zip(&self.neighbours).map(other).collect();
         let groups = |layers: &[LayerPlan]| layers.iter().map(|l| l.groups.clone()).collect::<Vec<_>>();
-        if others.is_empty() || groups(&layers) == groups(&others) {
-            return Ok(layers);
+        let (found, neighbours) = (groups(&layers), groups(&others));
+        if others.is_empty() || found == neighbours {
+            return Ok((layers, None));
         }
         let windows = windows.spaced(CHOOSING_WINDOWS);
         let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
-        let models = [trial.grouped(&groups(&layers))?, trial.grouped(&groups(&others))?];
-        Ok(if choose_model(&models, &windows, run)?.0 == 1 { others } else { layers })
+        let mut models = trial.grouped_each(&[&found, &neighbours], run)?;
+        let best = choose_model(&models, &windows, run)?.0;
+        Ok((if best == 1 { others } else { layers }, Some(models.swap_remove(best))))
     }
 }

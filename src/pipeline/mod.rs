@@ -213,7 +213,7 @@ impl<'a> Compress<'a> {
     /// # Errors
     /// As these.
     pub fn plan(&self, source: &dyn HeadSource, run: Run<'_>) -> Result<Plan> {
-        self.search(source, run)?.plan(self.budget, run)
+        self.search_for(source, Some(self.budget), run)?.plan(self.budget, run)
     }
 
     /// Searches every layer for every number of groups, and measures what the allocation needs. Layer i is searched with
@@ -223,14 +223,27 @@ impl<'a> Compress<'a> {
     /// [`Error::TargetMethod`] for a method whose groups the target cannot hold, [`Error::NeedsText`] and
     /// [`Error::RefitPooler`] for what a calibration text is missing for; what source, fitness and search report.
     pub fn search<'s>(&'s self, source: &'s dyn HeadSource, run: Run<'_>) -> Result<Fronts<'s>> {
+        self.search_for(source, None, run)
+    }
+
+    /// As [`Compress::search`]; for one budget alone where one is given.
+    fn search_for<'s>(
+        &'s self,
+        source: &'s dyn HeadSource,
+        budget: Option<Budget>,
+        run: Run<'_>,
+    ) -> Result<Fronts<'s>> {
         let limits = self.all_limits(source)?;
+        let space = match budget {
+            Some(budget) => self.space_for(&limits, source, budget)?,
+            None => limits.space,
+        };
         let allocation = self.resolved_allocation(&limits)?;
         let refit = self.resolved_refit()?;
         self.check_distillation()?;
         let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
         let beside = neighbours.then_some(&UniformGqa as &dyn Grouping);
-        let mut found =
-            search::fronts(&self.search, beside, self.fitness.as_ref(), source, &limits.space, run)?;
+        let mut found = search::fronts(&self.search, beside, self.fitness.as_ref(), source, &space, run)?;
         if !self.can_choose() {
             // The error chooses, layer by layer.
             for (front, others) in found.searched.iter_mut().zip(found.ruled.drain(..)) {
@@ -325,6 +338,29 @@ impl<'a> Compress<'a> {
             }
         }
         Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed })
+    }
+
+    /// Where equal groups of costly error have one k in all layers: that of the budget alone, which is then searched with all
+    /// that others would have asked.
+    fn space_for(&self, limits: &Limits, source: &dyn HeadSource, budget: Budget) -> Result<SearchSpace> {
+        let (space, heads) = (limits.space, source.architecture().kv_heads());
+        let own = matches!(self.allocation, Allocation::Own | Allocation::Measured);
+        let costly = self.preset.is_some_and(|preset| preset.tries_neighbours(space.cardinality));
+        let Some(&n) = heads.first().filter(|&&n| costly && own && heads.iter().all(|&other| other == n))
+        else {
+            return Ok(space);
+        };
+        if !limits.same_k || !limits.fixed.is_empty() {
+            return Ok(space);
+        }
+        let most = budget.kv_heads(&heads)?;
+        let fits = |&k: &usize| k < n && k * heads.len() <= most;
+        Ok(match space.group_counts(n)?.into_iter().rev().find(fits) {
+            Some(k) if most < n * heads.len() => {
+                SearchSpace { max_groups: Some(k), max_group_size: Some(n / k), ..space }
+            }
+            _ => space,
+        })
     }
 
     /// How the layers share the budget, and whether by measured costs. One k in all layers leaves nothing to measure.

@@ -86,9 +86,16 @@ pub(super) struct BothFronts {
     pub(super) ruled: Vec<Front>,
 }
 
-/// The front of every layer. One layer is read at a time; those whose fitness is no more than distances of heads are searched
-/// side by side afterwards, others before the next is read. Layer i is searched with `run.fork(i)`, so that its front depends
-/// neither on the others nor on the number of threads.
+/// Layers of costly fitness that are searched side by side: each holds what it computed of its layer.
+const ABREAST: usize = 16;
+
+/// Layers that are read side by side where what is computed of them takes longer than reading: what one thread does of one
+/// goes on beside what all do of another.
+const READ_ABREAST: usize = 4;
+
+/// The front of every layer. One layer or a few are read at a time; several are searched side by side afterwards, all of them where their
+/// fitness is no more than distances of heads, and one where a rule has groups. Layer i is searched with `run.fork(i)`, so that its front depends neither on the
+/// others nor on the number of threads.
 pub(super) fn fronts(
     search: &Search,
     beside: Option<&dyn Grouping>,
@@ -100,26 +107,39 @@ pub(super) fn fronts(
     let job = Job { space, run };
     let total = source.architecture().n_layers();
     let (mut fronts, mut waiting) = (BothFronts::default(), Vec::new());
-    for layer in 0..total {
-        run.step("layers", layer as u64, total as u64)?;
-        let fitness = kind.of(source, layer)?;
-        if let Some(rule) = beside {
-            fronts.ruled.push(ruled(rule, source, layer, fitness.as_ref(), space)?);
+    let done = AtomicU64::new(0);
+    let together = if kind.needs().moment { READ_ABREAST } else { 1 };
+    for first in (0..total).step_by(together) {
+        run.step("layers", first as u64, total as u64)?;
+        let read = map_ordered(together.min(total - first), |n| kind.of(source, first + n));
+        for (n, fitness) in read.into_iter().enumerate() {
+            waiting.push((first + n, fitness?));
         }
-        let is_light = fitness.separable().is_some_and(|s| s.pairwise().is_some());
-        match search {
-            Search::Optimizer(_) if is_light => waiting.push(fitness),
-            _ => fronts.searched.push(search.front(source, layer, fitness.as_ref(), job)?),
+        let is_light = |fitness: &dyn FitnessFn| fitness.separable().is_some_and(|s| s.pairwise().is_some());
+        let most = match search {
+            Search::Grouping(_) => 1,
+            Search::Optimizer(_) if waiting.iter().all(|(_, fitness)| is_light(fitness.as_ref())) => total,
+            Search::Optimizer(_) => ABREAST,
+        };
+        if first + together < total && waiting.len() < most {
+            continue;
+        }
+        let all = map_ordered(waiting.len(), |n| -> Result<_> {
+            let (layer, fitness) = (waiting[n].0, waiting[n].1.as_ref());
+            let ruled = beside.map(|rule| ruled(rule, source, layer, fitness, space)).transpose()?;
+            let front = search.front(source, layer, fitness, job)?;
+            if most > 1 {
+                run.step("search", done.fetch_add(1, Ordering::Relaxed) + 1, total as u64)?;
+            }
+            Ok((ruled, front))
+        });
+        waiting.clear();
+        for found in all {
+            let (ruled, front) = found?;
+            fronts.ruled.extend(ruled);
+            fronts.searched.push(front);
         }
     }
     run.step("layers", total as u64, total as u64)?;
-    if let (Search::Optimizer(optimizer), false) = (search, waiting.is_empty()) {
-        let done = AtomicU64::new(0);
-        let all = map_ordered(waiting.len(), |layer| {
-            let front = searched(optimizer.as_ref(), layer, waiting[layer].as_ref(), job)?;
-            run.step("search", done.fetch_add(1, Ordering::Relaxed) + 1, total as u64).map(|()| front)
-        });
-        fronts.searched = all.into_iter().collect::<Result<_>>()?;
-    }
     Ok(fronts)
 }

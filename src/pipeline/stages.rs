@@ -7,11 +7,14 @@ use super::Compress;
 use crate::distil::Distilled;
 use crate::error::{Error, Result};
 use crate::evaluation::{Evaluation, Reference, evaluate_against};
-use crate::heads::HeadSource;
+use crate::heads::{self, HeadSource, Heads, Needs};
+use crate::partition::Partition;
 use crate::plan::{Plan, Pooling, Refit, SharedHeads};
-use crate::refit::refit;
+use crate::pooler::KvPooler;
+use crate::refit::refit_from;
 use crate::run::Run;
 use crate::runtime::Model;
+use crate::spec::Spec;
 use crate::text::{Text, Texts, Windows};
 
 /// A model before and after, on one text.
@@ -96,6 +99,8 @@ impl Stage {
 /// Shared heads, and how they came about.
 pub(super) struct Made<'a> {
     pub(super) shared: SharedHeads<'a>,
+    /// The model with them, where windows validated it.
+    pub(super) model: Option<Model>,
     pub(super) stages: Vec<Stage>,
     /// KL on validation by tokens of distillation, and whether that was broken off.
     pub(super) course: Vec<(u64, f64)>,
@@ -104,16 +109,16 @@ pub(super) struct Made<'a> {
 
 impl<'a> Made<'a> {
     fn new(shared: SharedHeads<'a>, stages: Vec<Stage>) -> Self {
-        Self { shared, stages, course: Vec::new(), interrupted: false }
+        Self { shared, model: None, stages, course: Vec::new(), interrupted: false }
     }
 }
 
-/// The stages so far, and the shared heads of the one that is nearest to the source.
+/// The stages so far, and the shared heads of the one that is nearest to the source, with the model that has them.
 struct Stages<'j, 'a> {
     model: &'j Model,
     references: Vec<Reference<'j>>,
     stages: Vec<Stage>,
-    kept: Option<SharedHeads<'a>>,
+    kept: Option<(SharedHeads<'a>, Model)>,
 }
 
 impl<'j, 'a> Stages<'j, 'a> {
@@ -127,7 +132,12 @@ impl<'j, 'a> Stages<'j, 'a> {
 
     /// One more stage, kept if it is nearer to the source than all before it. Whether it was.
     fn offer(&mut self, shared: SharedHeads<'a>, run: Run<'_>) -> Result<bool> {
-        let model = self.model.with_shared(&shared)?;
+        let model = self.model.watched_with_shared(&shared, run)?;
+        self.offer_model(shared, model, run)
+    }
+
+    /// As [`Stages::offer`], of shared heads that a model has already.
+    fn offer_model(&mut self, shared: SharedHeads<'a>, model: Model, run: Run<'_>) -> Result<bool> {
         let effect = |reference: &Reference<'_>| -> Result<Effect> {
             let (before, after) = (reference.source().clone(), reference.compare(&model, run)?);
             Ok(Effect { before, after })
@@ -138,22 +148,54 @@ impl<'j, 'a> Stages<'j, 'a> {
         let kept = stage.kept;
         if kept {
             self.stages.iter_mut().for_each(|other| other.kept = false);
-            self.kept = Some(shared);
+            self.kept = Some((shared, model));
         }
         self.stages.push(stage);
         Ok(kept)
     }
 }
 
+/// A pooler whose work is done: the heads that a model has.
+#[derive(Debug)]
+struct Pooled {
+    by: Arc<dyn KvPooler>,
+    model: Model,
+}
+
+impl KvPooler for Pooled {
+    fn spec(&self) -> Spec {
+        self.by.spec()
+    }
+
+    fn needs(&self) -> Needs {
+        self.by.needs()
+    }
+
+    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<heads::Pooled> {
+        let told = self.model.tells_heads();
+        if told { Ok(self.model.stored_heads(heads.layer())?) } else { self.by.pool(heads, partition) }
+    }
+}
+
 impl<'a> Compress<'a> {
     /// The shared heads of a plan, refitted as it says, and the stages on the way, where windows validate them: then the nearest
     /// to the source is kept, and its plan says so. A full refit that ends above another stage is tried again on outputs alone.
-    pub(super) fn made(&self, plan: &Plan, source: &'a dyn HeadSource, run: Run<'_>) -> Result<Made<'a>> {
-        let pooled = |source| SharedHeads::with_pooler(plan, source, Box::new(Arc::clone(&self.pooler)));
-        let closed = || pooled(source);
+    /// `pooled` is the model under the plan, where there is one.
+    pub(super) fn made(
+        &self,
+        plan: &Plan,
+        source: &'a dyn HeadSource,
+        pooled: Option<Model>,
+        run: Run<'_>,
+    ) -> Result<Made<'a>> {
+        let by = |source, pooler| SharedHeads::with_pooler(plan, source, Box::new(pooler));
         let text = self.calibration.and_then(|calibration| Some((calibration, calibration.text()?)));
-        let Some((calibration, (model, texts))) = text else { return Ok(Made::new(closed()?, Vec::new())) };
-        let refitted = |level| Ok::<_, Error>(refit(closed()?, model, texts.fit(), level, run)?.shared);
+        let Some((calibration, (model, texts))) = text else {
+            return Ok(Made::new(by(source, Arc::clone(&self.pooler))?, Vec::new()));
+        };
+        let refitted = |shared, pooled: Option<&Model>, level| {
+            Ok::<_, Error>(refit_from(shared, pooled, model, texts.fit(), level, run)?.shared)
+        };
         let distilled = |shared| {
             let distilled = self.distil.as_ref().map(|distil| {
                 distil.run(model, shared, texts.fit(), texts.validation(), run).map_err(Error::from)
@@ -161,52 +203,69 @@ impl<'a> Compress<'a> {
             distilled.transpose()
         };
         if texts.validation().is_none() {
-            let shared = plan.pooling.refit.map_or_else(closed, refitted)?;
+            let closed = by(source, Arc::clone(&self.pooler))?;
+            let shared = match plan.pooling.refit {
+                Some(level) => refitted(closed, pooled.as_ref(), level)?,
+                None => closed,
+            };
             return Ok(match distilled(shared.clone())? {
                 Some(Distilled { shared, course, interrupted, .. }) => {
-                    Made { shared, stages: Vec::new(), course, interrupted }
+                    Made { course, interrupted, ..Made::new(shared, Vec::new()) }
                 }
                 None => Made::new(shared, Vec::new()),
             });
         }
         let mut stages = Stages::new(model, texts, run)?;
         if self.pooler.needs().moment {
-            stages.offer(pooled(calibration.source())?, run)?;
+            stages.offer(by(calibration.source(), Arc::clone(&self.pooler))?, run)?;
         }
-        stages.offer(closed()?, run)?;
+        let pooled = match pooled {
+            Some(pooled) => pooled,
+            None => model.watched_with_shared(&by(source, Arc::clone(&self.pooler))?, run)?,
+        };
+        // Every layer is pooled once: what comes after takes its heads from the model that has them.
+        let done: Arc<dyn KvPooler> =
+            Arc::new(Pooled { by: Arc::clone(&self.pooler), model: pooled.clone() });
+        let closed = by(source, done)?;
+        stages.offer_model(closed.clone(), pooled.clone(), run)?;
         if let Some(level) = plan.pooling.refit {
+            let refitted = |level| refitted(closed.clone(), Some(&pooled), level);
             if !stages.offer(refitted(level)?, run)? && level == Refit::Full {
                 stages.offer(refitted(Refit::Output)?, run)?;
             }
         }
-        let kept = stages.kept.clone().map_or_else(closed, Ok)?;
+        drop(pooled);
+        let kept = stages.kept.as_ref().map_or(closed, |(shared, _)| shared.clone());
         let (mut course, mut interrupted) = (Vec::new(), false);
-        if let Some(distilled) = distilled(kept)? {
+        if let Some(distilled) = distilled(kept.clone())? {
             (course, interrupted) = (distilled.course, distilled.interrupted);
-            // Whoever broke it off wants what there is.
-            stages.offer(distilled.shared, if interrupted { run.unwatched() } else { run })?;
+            // Whoever breaks off from here on wants what there is.
+            stages.offer(distilled.shared, run.to_the_end())?;
         }
-        let Stages { stages, kept, .. } = stages;
-        let shared = kept.map_or_else(closed, |shared| Ok(shared.settled()))?;
-        Ok(Made { shared, stages, course, interrupted })
+        let Stages { stages, kept: nearest, .. } = stages;
+        let (shared, model) = match nearest {
+            Some((shared, model)) => (shared.settled(), Some(model)),
+            None => (kept, None),
+        };
+        Ok(Made { shared, model, stages, course, interrupted })
     }
 
-    /// What shared heads do on each text that validates them, beside what they do on windows that fitted them.
+    /// What the model that was kept does on each text that validates it, beside what it does on windows that fitted it.
     pub(super) fn effects(
         &self,
-        shared: &SharedHeads<'_>,
+        model: Option<&Model>,
         stages: &[Stage],
         run: Run<'_>,
     ) -> Result<Vec<TextEffect>> {
-        let Some((source, texts)) = self.calibration.and_then(|calibration| calibration.text()) else {
+        let texts = self.calibration.and_then(|calibration| calibration.text());
+        let kept = stages.iter().find(|stage| stage.kept);
+        let Some((((source, texts), kept), model)) = texts.zip(kept).zip(model) else {
             return Ok(Vec::new());
         };
-        let Some(kept) = stages.iter().find(|stage| stage.kept) else { return Ok(Vec::new()) };
-        let model = source.with_shared(shared)?;
         let validated = texts.each().iter().filter_map(|text| Some((text, text.validation()?)));
         let effect = |((text, validation), effect): ((&Text, &Windows), &Effect)| {
             let windows = text.fit().spaced(validation.count());
-            let (before, after) = evaluate_against(source, &[&model], &windows, run)?;
+            let (before, after) = evaluate_against(source, &[model], &windows, run)?;
             let after = after.into_iter().next().unwrap_or_else(|| before.clone());
             let fitted = Effect { before, after };
             Ok(TextEffect { name: text.name().to_string(), validation: effect.clone(), fitted })

@@ -48,12 +48,17 @@ impl KvPooler for LowRankPooler {
     }
 
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
+        Ok(self.pool_each(heads, &[partition])?.swap_remove(0))
+    }
+
+    fn pool_each(&self, heads: &Heads, partitions: &[&Partition]) -> Result<Vec<Pooled>> {
         let metric = Metric::new(heads, self.ridge)?;
         let (values, keys) = (low_rank::values(heads, &metric)?, low_rank::keys(heads, &metric)?);
-        pool_groups(heads, partition, &metric, |members| {
+        let share = |members: &[usize]| {
             let value = values.fit(members)?;
             let (rotated, unrotated) = keys.fit(members)?;
             Ok(SharedGroup::new(value, rotated, unrotated))
-        })
+        };
+        partitions.iter().map(|partition| pool_groups(heads, partition, &metric, share)).collect()
     }
 }

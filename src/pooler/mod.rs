@@ -55,6 +55,15 @@ pub trait KvPooler: Debug + Send + Sync {
     /// [`Error::PartitionSize`] when the partition is of another number of heads, and whatever the rule itself
     /// can fail with.
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled>;
+
+    /// The shared heads of several partitions, as [`KvPooler::pool`] makes them one by one: what they have in common can be
+    /// computed once.
+    ///
+    /// # Errors
+    /// As [`KvPooler::pool`].
+    fn pool_each(&self, heads: &Heads, partitions: &[&Partition]) -> Result<Vec<Pooled>> {
+        partitions.iter().map(|partition| self.pool(heads, partition)).collect()
+    }
 }
 
 impl<P: KvPooler + ?Sized> KvPooler for Arc<P> {
@@ -68,6 +77,10 @@ impl<P: KvPooler + ?Sized> KvPooler for Arc<P> {
 
     fn pool(&self, heads: &Heads, partition: &Partition) -> Result<Pooled> {
         (**self).pool(heads, partition)
+    }
+
+    fn pool_each(&self, heads: &Heads, partitions: &[&Partition]) -> Result<Vec<Pooled>> {
+        (**self).pool_each(heads, partitions)
     }
 }
 

@@ -7,14 +7,15 @@ mod texts;
 use self::texts::Texts;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
-use crate::heads::Pooled;
 use crate::plan::{Plan, Refit, SharedHeads};
-use crate::run::Run;
+use crate::run::{Run, map_ordered};
 use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 /// The share of the energy that sums in f32 cannot tell from nothing: there is nothing to refit.
 const NOTHING: f64 = 1e-7;
+/// Layers whose heads are taken from their models side by side.
+const ABREAST: usize = 4;
 
 /// The shared heads of every layer after a refit, and what it gained.
 #[derive(Debug)]
@@ -90,17 +91,36 @@ pub fn refit<'a>(
     level: Refit,
     run: Run<'_>,
 ) -> Result<Refitted<'a>, RuntimeError> {
+    refit_from(shared, None, model, windows, level, run)
+}
+
+/// As [`refit()`]; `start` is the model with these shared heads, where there is one already.
+pub(crate) fn refit_from<'a>(
+    shared: SharedHeads<'a>,
+    start: Option<&Model>,
+    model: &Model,
+    windows: &Windows,
+    level: Refit,
+    run: Run<'_>,
+) -> Result<Refitted<'a>, RuntimeError> {
     shared.plan().source.check_same(model.id())?;
+    let start = start.filter(|start| start.tells_heads());
     let n = model.n_layers();
     let mut texts = Texts::new(model, windows)?;
     let (mut layers, mut errors) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    let mut touched = false;
+    let (mut touched, mut waiting) = (false, Vec::with_capacity(ABREAST));
     for i in 0..n {
         run.step("refit", i as u64, n as u64)?;
-        let (partition, (heads, mut pooled)) = (shared.groups(i), shared.layer(i)?);
+        let partition = shared.groups(i);
         touched |= partition.n_groups() < partition.n_heads();
         // The layers below have done their part: the streams come from them.
-        let mut merged = model.with_layer(&heads, partition, pooled.clone())?;
+        let (mut merged, mut pooled) = match start {
+            Some(start) => (model.with_layer_of(start, i), None),
+            None => {
+                let (heads, pooled) = shared.layer(i)?;
+                (model.with_layer(&heads, partition, pooled.clone())?, Some(pooled))
+            }
+        };
         let mut error = [0.0; 2];
         if touched {
             texts.enter(model, i)?;
@@ -117,14 +137,16 @@ pub fn refit<'a>(
                 }
                 if after <= before {
                     (merged, error[1]) = (fitted, after);
-                    let found = merged.pooled(i)?;
-                    pooled = match level {
-                        // All else stays bit for bit.
-                        Refit::Output => {
-                            Pooled { output: found.output, output_bias: found.output_bias, ..pooled }
+                    if let Some(pooled) = &mut pooled {
+                        let found = merged.pooled(i)?;
+                        match level {
+                            // All else stays bit for bit.
+                            Refit::Output => {
+                                (pooled.output, pooled.output_bias) = (found.output, found.output_bias);
+                            }
+                            Refit::Full => *pooled = found,
                         }
-                        Refit::Full => found,
-                    };
+                    }
                 }
             }
         }
@@ -132,7 +154,15 @@ pub fn refit<'a>(
         if i + 1 < n {
             texts.leave(model, &merged, i, touched)?;
         }
-        layers.push(pooled);
+        waiting.push((i, merged, pooled));
+        if waiting.len() == ABREAST || i + 1 == n {
+            let found = map_ordered(waiting.len(), |w| match &waiting[w] {
+                (_, _, Some(pooled)) => Ok(pooled.clone()),
+                (i, merged, None) => merged.stored_heads(*i),
+            });
+            layers.extend(found.into_iter().collect::<Result<Vec<_>, _>>()?);
+            waiting.clear();
+        }
         errors.push(error);
     }
     run.step("refit", n as u64, n as u64)?;

@@ -99,7 +99,10 @@ impl Texts {
         change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync,
     ) -> Result<(), RuntimeError> {
         let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
-        self.windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held))
+        match model.shares_out() {
+            true => self.windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held)),
+            false => self.windows.chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held)),
+        }
     }
 
     /// What is made of each of the windows with these numbers as layer `i`, which was entered, meets them; some at a time, in
@@ -133,7 +136,11 @@ impl Texts {
             let weight = size.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
             make(&Text { input: model.attention_input(i, &stream)?, target, weight })
         };
-        windows.par_chunks(model.abreast(self.pass.positions().len())).map(text).collect()
+        let abreast = model.abreast(self.pass.positions().len());
+        match model.shares_out() {
+            true => windows.par_chunks(abreast).map(text).collect(),
+            false => windows.chunks(abreast).map(text).collect(),
+        }
     }
 
     /// The error of the attention output of layer `i`, as a share of the energy of what it should be, by the weights of the

@@ -1,4 +1,4 @@
-use candle_core::{Device, Result as Candle, Tensor};
+use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::RuntimeError;
@@ -157,8 +157,51 @@ pub(crate) fn times(x: Tensor, factor: f64) -> Candle<Tensor> {
     if factor == 1.0 { Ok(x) } else { x.affine(factor, 0.0) }
 }
 
+/// A weight as `x` is computed with: what is held in fewer bits is widened for as long as it is used.
+pub(super) fn wide(weight: &Tensor, x: &Tensor) -> Candle<Tensor> {
+    weight.to_dtype(x.dtype())
+}
+
+/// A weight in 16 bits where these hold every number of it and it is on a GPU, whose memory is small and fast: half of it is
+/// saved, and widening it again takes a fraction of what it is used for.
+pub(super) fn narrow(weight: Tensor) -> Candle<Tensor> {
+    if weight.device().is_cpu() { Ok(weight) } else { narrowest(weight) }
+}
+
+fn narrowest(weight: Tensor) -> Candle<Tensor> {
+    for dtype in [DType::BF16, DType::F16] {
+        let short = weight.to_dtype(dtype)?;
+        if (short.to_dtype(weight.dtype())? - &weight)?.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
+            return Ok(short);
+        }
+    }
+    Ok(weight)
+}
+
 /// x (N, in), weight (out, in) → (N, out).
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> Candle<Tensor> {
-    let y = x.matmul(&weight.t()?)?;
+    let y = x.matmul(&wide(weight, x)?.t()?)?;
     bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is held in 16 bits computes what it would in 32; what 16 bits do not hold stays.
+    #[test]
+    fn narrow_weights_lose_nothing() -> Candle<()> {
+        let device = Device::Cpu;
+        let x = Tensor::randn(0f32, 1.0, (3, 8), &device)?;
+        let full = Tensor::randn(0f32, 1.0, (5, 8), &device)?;
+        assert_eq!(narrowest(full.clone())?.dtype(), DType::F32);
+        for dtype in [DType::BF16, DType::F16] {
+            let stored = full.to_dtype(dtype)?.to_dtype(DType::F32)?;
+            let short = narrowest(stored.clone())?;
+            assert_eq!(short.dtype(), dtype);
+            let of = |weight: &Tensor| linear(&x, weight, &None)?.to_vec2::<f32>();
+            assert_eq!(of(&short)?, of(&stored)?);
+        }
+        Ok(())
+    }
 }

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Result as Candle, Tensor};
 use candle_nn::ops::softmax;
 
 use super::RuntimeError;
-use super::layer::{Weights, linear};
+use super::layer::{Weights, linear, narrow, wide};
 use super::ops::{activated, activated_backward, gated, gated_backward};
 use crate::files::FileError;
 use crate::model::{Activation, Experts, FeedForward, Linear, Mlp};
@@ -105,9 +105,9 @@ impl Dense {
             Some(Tensor::cat(&biases, 0)?)
         };
         Ok(Self {
-            up: Tensor::cat(&rows, 0)?,
+            up: narrow(Tensor::cat(&rows, 0)?)?,
             up_bias,
-            down: weights.weight(&mlp.down, d, m)?,
+            down: narrow(weights.weight(&mlp.down, d, m)?)?,
             down_bias: weights.bias(&mlp.down, d)?,
             activation: mlp.activation,
             has_gate: mlp.gate.is_some(),
@@ -136,9 +136,9 @@ impl Dense {
     }
 
     fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        let (wide, of_hidden) = (self.widened(x)?, gradient.matmul(&self.down)?);
+        let (above, of_hidden) = (self.widened(x)?, gradient.matmul(&wide(&self.down, gradient)?)?);
         let back = if self.has_gate { gated_backward } else { activated_backward };
-        back(self.activation, &wide, &of_hidden)?.matmul(&self.up)
+        back(self.activation, &above, &of_hidden)?.matmul(&wide(&self.up, x)?)
     }
 }
 

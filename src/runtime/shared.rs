@@ -9,6 +9,11 @@ use crate::files::FileError;
 use crate::heads::{Heads, Pooled, Projection};
 use crate::partition::Partition;
 use crate::plan::SharedHeads;
+use crate::run::{Run, map_ordered};
+
+/// Layers that are made side by side: what one thread does of one goes on beside what all do of another, and several
+/// layers in f64 are in memory.
+const ABREAST: usize = 4;
 
 impl Model {
     /// This model under a plan, with the numbers that a conversion would write: shared heads are rounded to the type of the
@@ -17,11 +22,46 @@ impl Model {
     /// # Errors
     /// [`Error::PlanSource`] for a plan of another model; as [`SharedHeads::layer`] and [`Model::with_layer`].
     pub fn with_shared(&self, shared: &SharedHeads<'_>) -> Result<Self, RuntimeError> {
+        self.watched_with_shared(shared, Run::new(0))
+    }
+
+    /// As [`Model::with_shared`]. Progress is stage `"pool"`.
+    pub(crate) fn watched_with_shared(
+        &self,
+        shared: &SharedHeads<'_>,
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
         shared.plan().source.check_same(self.id())?;
-        (0..self.n_layers()).try_fold(self.clone(), |model, i| {
+        let made = |i: usize| {
             let (heads, pooled) = shared.layer(i)?;
-            model.with_layer(&heads, shared.groups(i), pooled)
-        })
+            Ok((heads, vec![(shared.groups(i), pooled)]))
+        };
+        Ok(self.with_each(1, made, run)?.swap_remove(0))
+    }
+
+    /// As many models as `made` gives shared heads for a layer. Progress is stage `"pool"`.
+    pub(crate) fn with_each<'p>(
+        &self,
+        models: usize,
+        made: impl Fn(usize) -> Result<(Heads, Vec<(&'p Partition, Pooled)>), RuntimeError> + Sync + Send,
+        run: Run<'_>,
+    ) -> Result<Vec<Self>, RuntimeError> {
+        let (n, mut all) = (self.n_layers(), vec![self.clone(); models]);
+        for first in (0..n).step_by(ABREAST) {
+            run.step("pool", first as u64, n as u64)?;
+            let layers = map_ordered(ABREAST.min(n - first), |layer| {
+                let (heads, pooled) = made(first + layer)?;
+                let own = |(partition, pooled)| self.shared_attention(&heads, partition, pooled);
+                pooled.into_iter().map(own).collect::<Result<Vec<_>, RuntimeError>>()
+            });
+            for (layer, found) in layers.into_iter().enumerate() {
+                for (model, attention) in all.iter_mut().zip(found?) {
+                    model.attention[first + layer] = Some(attention);
+                }
+            }
+        }
+        run.step("pool", n as u64, n as u64)?;
+        Ok(all)
     }
 
     /// This model with shared heads in the layer that `heads`, the source's, are of; all other weights are shared with it.
@@ -34,8 +74,37 @@ impl Model {
         partition: &Partition,
         pooled: Pooled,
     ) -> Result<Self, RuntimeError> {
-        let (i, layers) = (heads.layer(), self.n_layers());
+        let attention = self.shared_attention(heads, partition, pooled)?;
         let mut model = self.clone();
+        model.attention[heads.layer()] = Some(attention);
+        Ok(model)
+    }
+
+    /// This model with layer `i` of another that is made of the same source.
+    pub(crate) fn with_layer_of(&self, other: &Self, i: usize) -> Self {
+        let mut model = self.clone();
+        model.attention[i].clone_from(&other.attention[i]);
+        model
+    }
+
+    /// Whether [`Model::stored_heads`] are what a conversion would write. Not of a model stored in f32: the scale of the scores,
+    /// which the queries hold here, costs their last digit; shorter numbers are found again by rounding.
+    pub(crate) fn tells_heads(&self) -> bool {
+        self.dtype != Dtype::F32
+    }
+
+    /// The shared heads of layer `i`, rounded to the type of the stored keys and values.
+    pub(crate) fn stored_heads(&self, i: usize) -> Result<Pooled, RuntimeError> {
+        Ok(rounded(self.pooled(i)?, self.dtype, i)?)
+    }
+
+    fn shared_attention(
+        &self,
+        heads: &Heads,
+        partition: &Partition,
+        pooled: Pooled,
+    ) -> Result<Attention, RuntimeError> {
+        let (i, layers) = (heads.layer(), self.n_layers());
         let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
         pooled.check(heads, partition)?;
         let pooled = rounded(pooled, self.dtype, i)?;
@@ -44,9 +113,7 @@ impl Model {
             true => HeadNorms::default(),
             false => self.shelf.layer(i)?.attention.norms,
         };
-        let shared = Some((&pooled, partition));
-        model.attention[i] = Some(Attention::new(heads, shared, spec, norms, &self.device)?);
-        Ok(model)
+        Ok(Attention::new(heads, Some((&pooled, partition)), spec, norms, &self.device)?)
     }
 }
 

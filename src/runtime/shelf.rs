@@ -7,7 +7,11 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::heads::HeadSource;
 use crate::model::{Block, Forward};
+use crate::run::map_ordered;
 use crate::text::{RuntimeError, forward_of};
+
+/// Layers that are read side by side; as many are in memory in f32 on their way to a device.
+const ABREAST: usize = 4;
 
 /// Where the weights of a model are while it runs.
 #[derive(Debug)]
@@ -35,8 +39,11 @@ impl Shelf {
     /// All weights of a checkpoint, in memory.
     pub(super) fn held(checkpoint: &Checkpoint, place: &Place) -> Result<Self, RuntimeError> {
         let (forward, weights) = (forward_of(checkpoint)?, Weights::of(checkpoint, place));
-        let layers = forward.blocks.iter().enumerate().map(|(i, block)| Layer::load(&weights, block, i));
-        let layers = layers.collect::<Result<_, _>>()?;
+        let mut layers = Vec::with_capacity(forward.blocks.len());
+        for (first, blocks) in forward.blocks.chunks(ABREAST).enumerate() {
+            let load = |n: usize| Layer::load(&weights, &blocks[n], first * ABREAST + n);
+            layers.extend(map_ordered(blocks.len(), load).into_iter().collect::<Result<Vec<_>, _>>()?);
+        }
         let shape = [forward.vocabulary, weights.width];
         let embedding = weights.take(&forward.embedding, &shape)?;
         let head = match forward.head == forward.embedding {

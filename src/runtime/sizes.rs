@@ -7,9 +7,9 @@ use crate::run::Device;
 /// Tokens computed at once, and numbers of logits held at once.
 const BATCH_TOKENS: usize = 4096;
 const BATCH_LOGITS: usize = 1 << 25;
-/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 2 GB.
+/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 1 GB.
 const GPU_BATCH_TOKENS: usize = 1 << 14;
-const GPU_BATCH_LOGITS: usize = 1 << 29;
+const GPU_BATCH_LOGITS: usize = 1 << 28;
 /// Tokens that go through a layer together where it has to be read for them.
 const STORED_TOKENS: usize = 1 << 14;
 /// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
@@ -37,6 +37,11 @@ impl Model {
             Device::Cuda => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
         };
         (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
+    }
+
+    /// Whether texts share out over the threads. On a GPU they queue up one behind the other, and each that waits takes memory.
+    pub(crate) fn shares_out(&self) -> bool {
+        self.device.is_cpu()
     }
 
     /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows

@@ -85,6 +85,7 @@ pub fn check_allocator(allocator: &dyn Allocator) -> Verdict {
 pub fn check_pooler(pooler: &dyn KvPooler) -> Verdict {
     for bias in [false, true] {
         let heads = unexpected("a layer", heads(6, 4, 10, bias))?;
+        let (mut partitions, mut alone) = (Vec::new(), Vec::new());
         for groups in
             [vec![0, 1, 0, 1, 0, 1], vec![0, 0, 0, 0, 0, 0], vec![0, 1, 2, 2, 3, 4], vec![0, 1, 2, 3, 4, 5]]
         {
@@ -94,7 +95,12 @@ pub fn check_pooler(pooler: &dyn KvPooler) -> Verdict {
             single_heads(&heads, &partition, &pooled)?;
             let again = unexpected("pooling again", pooler.pool(&heads, &partition))?;
             rule(again == pooled, || format!("groups {groups:?} were pooled differently the second time"))?;
+            partitions.push(partition);
+            alone.push(pooled);
         }
+        let each =
+            unexpected("pooling each", pooler.pool_each(&heads, &partitions.iter().collect::<Vec<_>>()))?;
+        rule(each == alone, || "several partitions at once were pooled differently".to_string())?;
         let other = unexpected("a partition", Partition::from_labels(&[0, 1, 0]))?;
         let refused =
             matches!(pooler.pool(&heads, &other), Err(Error::PartitionSize { expected: 6, found: 3 }));

@@ -115,7 +115,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let compressed = compress.run(&checkpoint, run)?;
     let target = runtime.map_or(Ok(target), |runtime| runtime.plainest(&checkpoint, compressed.plan()))?;
     let compressed = compressed.for_target(target);
-    let run = if compressed.interrupted { run.unwatched() } else { run };
+    let run = if args.distill.is_some() { run.to_the_end() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;

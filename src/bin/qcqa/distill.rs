@@ -132,8 +132,8 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         return Ok(Output { text, json }.noting(&source));
     }
     let found = beside(args.effort, out).run(&model, shared, texts.fit(), texts.validation(), run)?;
-    // Whoever broke it off wants what there is.
-    let run = if found.interrupted { run.unwatched() } else { run };
+    // Whoever breaks off from here on wants what there is.
+    let run = run.to_the_end();
     let after = compared(&model, &references, &found.shared, run)?;
     let report = convert(&source, &found.shared, target, out, options, run)?;
 

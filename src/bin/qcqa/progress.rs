@@ -10,9 +10,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qcqa::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 11] = [
+const BARS: [(&str, &str); 12] = [
     ("layers", "reading layers"),
     ("search", "searching"),
+    ("pool", "sharing heads"),
     ("write", "writing"),
     ("evaluate", "evaluating"),
     ("sample", "writing text"),
