@@ -51,12 +51,13 @@ pub(super) struct CompressArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
 struct OutputArgs {
-    /// Form of the output
+    /// Form of the output: stock, padded, gguf, …
     ///
     /// Unless said stock, which loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
-    /// for transformers with a model file of its own; gguf any plan of models like Llama, as one file for llama.cpp; expanded holds any plan but saves no
-    /// memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
-    #[arg(long, default_value = "stock", hide_default_value = true, value_parser = targets_parser(&[AUTO]))]
+    /// for transformers with a model file of its own; gguf (gguf-f16, gguf-f32) any plan of models like Llama, as one file for
+    /// llama.cpp; deci equal groups, k by layer, for vLLM; expanded holds any plan but saves no memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
+    #[arg(long, default_value = "stock", hide_default_value = true, hide_possible_values = true)]
+    #[arg(value_parser = targets_parser(&[AUTO]))]
     target: String,
     /// Where the output of --target auto is to be served
     #[arg(long, default_value = "transformers", hide_short_help = true, value_parser = runtimes())]
