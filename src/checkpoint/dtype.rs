@@ -43,6 +43,15 @@ impl Dtype {
         }
     }
 
+    /// Its safetensors tag.
+    pub(crate) fn stored(self) -> safetensors::Dtype {
+        match self {
+            Self::Bf16 => safetensors::Dtype::BF16,
+            Self::F16 => safetensors::Dtype::F16,
+            Self::F32 => safetensors::Dtype::F32,
+        }
+    }
+
     /// A number as it would be stored; infinite where it does not fit.
     pub fn round(self, value: f32) -> f32 {
         match self {

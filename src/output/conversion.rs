@@ -11,7 +11,7 @@ use super::staging::{Destination, Staging};
 use super::views::{Job, Made, Numbers, Tensor};
 use super::weights::Weights;
 use super::{Container, Content, OutputModel, OutputTensor, Slot, Target};
-use crate::checkpoint::{CONFIG, Checkpoint, Dtype, Entry, INDEX};
+use crate::checkpoint::{CONFIG, Checkpoint, Entry, INDEX};
 use crate::error::Error;
 use crate::files::{FileError, WriteOptions, check_apart, parent_of, sync_directory};
 use crate::heads::HeadSource;
@@ -261,12 +261,7 @@ fn outputs<'a>(
             }
             Content::Made { layer, shape, dtype, make } => {
                 let keys = like(&source.stored(*layer)?.key.tensor)?;
-                let stored = match dtype {
-                    Dtype::Bf16 => safetensors::Dtype::BF16,
-                    Dtype::F16 => safetensors::Dtype::F16,
-                    Dtype::F32 => safetensors::Dtype::F32,
-                };
-                (keys.shard, stored, shape.clone(), Numbers::Made(*dtype, *layer, Made::By(make)))
+                (keys.shard, dtype.stored(), shape.clone(), Numbers::Made(*dtype, *layer, Made::By(make)))
             }
         };
         let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &size| bits.checked_mul(size));

@@ -134,11 +134,7 @@ impl View for Tensor<'_> {
 impl Tensor<'_> {
     /// Stores its numbers as this type.
     pub(super) fn store_as(&mut self, dtype: Dtype) {
-        self.dtype = match dtype {
-            Dtype::Bf16 => safetensors::Dtype::BF16,
-            Dtype::F16 => safetensors::Dtype::F16,
-            Dtype::F32 => safetensors::Dtype::F32,
-        };
+        self.dtype = dtype.stored();
         match &mut self.numbers {
             Numbers::Stored(..) => {}
             Numbers::Norm(stored, ..) | Numbers::Made(stored, ..) => *stored = dtype,

@@ -1,6 +1,7 @@
 use super::expanded::Expanded;
 use super::form::Form;
 use super::padded::filled;
+use super::stock::queries;
 use crate::budget::Limits;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
@@ -46,11 +47,7 @@ impl Target for Deci {
         if form.one_k {
             return Err(refused("vLLM's DeciLM has no norms of queries and keys".to_string()).into());
         }
-        let queries = model.layers[0].query_heads;
-        if let Some(layer) = model.layers.iter().position(|layer| layer.query_heads != queries) {
-            let found = format!("has {} query heads", model.layers[layer].query_heads);
-            return Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") }.into());
-        }
+        let queries = queries(model)?;
         let config = by_block(model, source.config().raw(), &plan.group_counts(), &form.widths(source)?)?;
         let mut laid = OutputModel::from_slots(model, config, |layer| {
             filled(model, plan, layer, queries / plan.layers[layer].groups.n_groups())

@@ -6,7 +6,7 @@ use crate::files::FileError;
 use crate::heads::HeadSource;
 use crate::model::Architecture;
 use crate::output::{OutputModel, Slot, Target};
-use crate::partition::{Partition, SearchSpace};
+use crate::partition::SearchSpace;
 use crate::plan::Plan;
 
 /// An ordinary grouped-query model of groups that may differ in size, as many in every layer: query heads of zeros, in rows of
@@ -42,17 +42,17 @@ impl Target for Padded {
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
         let model = source.architecture();
-        let of = |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
-        let places = (0..plan.layers.len()).map(of).max().unwrap_or(1);
+        let places = (0..plan.layers.len()).map(|layer| places(model, plan, layer)).max().unwrap_or(1);
         let k = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
         let changed = with_heads(model, source.config().raw(), k * places, k)?;
         Ok(OutputModel::from_slots(model, changed, |layer| filled(model, plan, layer, places))?)
     }
 }
 
-/// Heads of the largest group.
-pub(super) fn largest(groups: &Partition) -> usize {
-    groups.sizes().into_iter().max().unwrap_or(1)
+/// Query heads of the largest group of a layer.
+pub(super) fn places(model: &Architecture, plan: &Plan, layer: usize) -> usize {
+    let largest = plan.layers[layer].groups.sizes().into_iter().max().unwrap_or(1);
+    largest * model.layers[layer].queries_per_head()
 }
 
 /// The shared heads of a layer, and its query heads group by group, each group filled up to so many.

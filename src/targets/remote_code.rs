@@ -1,7 +1,7 @@
 use serde_json::{Map, json};
 
 use super::expanded::Expanded;
-use super::padded::{filled, largest};
+use super::padded::{filled, places};
 use crate::budget::Limits;
 use crate::checkpoint::Checkpoint;
 use crate::families::by_layer;
@@ -33,8 +33,7 @@ impl Target for RemoteCode {
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
         let model = source.architecture();
-        let places =
-            |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
+        let places = |layer: usize| places(model, plan, layer);
         let heads = |layer: usize| {
             let k = plan.layers[layer].groups.n_groups();
             [k * places(layer), k]

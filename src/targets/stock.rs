@@ -1,7 +1,7 @@
 use super::padded::filled;
 use crate::budget::Limits;
 use crate::checkpoint::Checkpoint;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::families::with_heads;
 use crate::files::FileError;
 use crate::heads::HeadSource;
@@ -26,17 +26,25 @@ impl Target for Stock {
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
         let (model, config) = (source.architecture(), source.config().raw());
-        let of = |layer: usize| model.layers[layer].query_heads;
-        let queries = model.layers.first().map_or(0, |_| of(0));
-        if let Some(layer) = (0..model.n_layers()).find(|&layer| of(layer) != queries) {
-            let found = format!("has {} query heads", of(layer));
-            return Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") }.into());
-        }
+        let queries = queries(model)?;
         let kv_heads = plan.layers.first().map_or(1, |layer| layer.groups.n_groups());
         let changed = with_heads(model, config, queries, kv_heads)?;
         let laid = OutputModel::from_slots(model, changed, |layer| {
             filled(model, plan, layer, queries / plan.layers[layer].groups.n_groups())
         })?;
         Ok(laid)
+    }
+}
+
+/// Query heads of all layers, where these have as many.
+pub(super) fn queries(model: &Architecture) -> Result<usize> {
+    let of = |layer: usize| model.layers[layer].query_heads;
+    let queries = model.layers.first().map_or(0, |_| of(0));
+    match (0..model.n_layers()).find(|&layer| of(layer) != queries) {
+        None => Ok(queries),
+        Some(layer) => {
+            let found = format!("has {} query heads", of(layer));
+            Err(Error::Limits { layer, found, expected: format!("layer 0 has {queries}") })
+        }
     }
 }

@@ -13,7 +13,7 @@ use crate::output::{Container, Content, OutputModel, OutputTensor, Slot, Target}
 use crate::plan::Plan;
 
 use super::form::Form;
-use super::padded::{Padded, filled, largest};
+use super::padded::{Padded, filled, places};
 
 /// A [GGUF](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) file for llama.cpp, with the tokenizer in it, for any plan of a model
 /// that computes as a Llama does: every layer caches its own number of heads (architecture `deci`; `llama` where layers are alike). With norms of
@@ -56,14 +56,14 @@ impl Target for Gguf {
             let reason = format!("llama.cpp's Llama does not have {found}; another target may hold it");
             Error::NoForm { model: model.model_type.clone(), reason }
         })?;
-        let own = |layer: usize| largest(&plan.layers[layer].groups) * model.layers[layer].queries_per_head();
+        let own = |layer: usize| places(model, plan, layer);
         let most = (0..model.n_layers()).map(own).max().unwrap_or(1);
-        let places = |layer| if form.one_k { most } else { own(layer) };
+        let of = |layer| if form.one_k { most } else { own(layer) };
 
         let mut output = OutputModel::new(source.config().raw().clone(), Vec::new());
         let mut heads = Vec::with_capacity(model.n_layers());
         for layer in 0..model.n_layers() {
-            let (kv, queries) = filled(model, plan, layer, places(layer));
+            let (kv, queries) = filled(model, plan, layer, of(layer));
             heads.push([queries.len(), kv.len()]);
             lay(&mut output, model, &form, layer, &kv, &queries);
             output.kv_heads.push(kv.len());
