@@ -140,11 +140,17 @@ fn every_family_is_described() {
         let spec = &model.layers[1];
         let expected = if model.kv_heads_at.is_some() { 2 } else { QUERIES };
         assert_eq!((spec.query_heads, spec.kv_heads, spec.head_dim), (QUERIES, expected, HEAD), "{kind}");
-        let normed =
-            ["qwen3", "qwen3_moe", "olmo2", "olmo3", "phi", "gemma3_text", "exaone4"].contains(&kind);
+        let own =
+            ["use_qk_norm", "qk_layernorm"].iter().any(|key| differs.get(key).is_some()) && kind != "phi";
+        let normed = own
+            || ["qwen3", "qwen3_moe", "olmo2", "olmo3", "olmoe", "phi", "gemma3_text", "exaone4"]
+                .contains(&kind);
         assert_eq!(spec.norms.iter().all(Option::is_some), normed, "{kind}");
-        let wide = ["olmo2", "olmo3"].contains(&kind);
-        let over = if wide { NormOver::Width } else { NormOver::Head };
+        let over = match kind {
+            "olmo2" | "olmo3" | "olmoe" => NormOver::Width,
+            _ if own => NormOver::OwnHead,
+            _ => NormOver::Head,
+        };
         assert_eq!(checkpoint.heads(1).unwrap().key_norm(), normed.then_some(over), "{kind}");
         let positions = ["opt", "gpt2", "bloom", "falcon", "mpt"].contains(&kind)
             || (kind == "smollm3")
@@ -172,7 +178,7 @@ fn what_is_nobodys_is_refused_with_a_way_out() {
         ("deepseek_v3", "latent attention"),
         ("qwen3_next", "linear attention or state spaces"),
         ("t5", "cross-attention"),
-        ("bert", "an encoder"),
+        ("roberta", "an encoder"),
     ] {
         models::says(&refused(kind), &["config.json", reason, kind]);
     }

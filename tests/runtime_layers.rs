@@ -78,7 +78,7 @@ impl Family for Tapered {
         };
         let (blocks, last) = ((0..3).map(block).collect(), norm("model.norm.weight".into()));
         let embedding = "model.embed_tokens.weight";
-        let forward = Forward::new(VOCABULARY, 32, embedding, blocks, Some(last), "lm_head.weight");
+        let forward = Forward::new(VOCABULARY, 32, embedding, blocks, Some(last), Some("lm_head.weight"));
         let layers = (0..3).map(Self::layer).collect();
         Ok(Architecture::new(config.model_type()?, HIDDEN, layers).with_forward(Ok(forward)))
     }

@@ -122,7 +122,7 @@ impl<'a> Calibration<'a> {
         Self::measured(checkpoint, model, texts, run)
     }
 
-    /// Measures the moments of a model on texts that were read already. Progress is stage `"calibrate"`.
+    /// Measures the moments of a model on texts that were read already; of an encoder all their windows fit. Progress is stage `"calibrate"`.
     ///
     /// # Errors
     /// As [`Moments::measure`] and [`Calibration::new`].
@@ -132,6 +132,7 @@ impl<'a> Calibration<'a> {
         texts: Texts,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
+        let texts = by_what_can_choose(&model, texts);
         let moments = Moments::of_texts(&model, &texts, run)?;
         Ok(Self { text: Some((model, texts)), ..Self::new(source, moments)? })
     }
@@ -182,8 +183,8 @@ impl<'a> Calibration<'a> {
     }
 }
 
-/// A model, and its calibration texts in their roles: `most_windows` windows in all, of each source its share. Progress is stage
-/// `"sample"` where the model writes a text.
+/// A model, and its calibration texts in their roles: `most_windows` windows in all, of each source its share; of an encoder, which has no
+/// loss to choose by, all fit. Progress is stage `"sample"` where the model writes a text.
 ///
 /// # Errors
 /// As [`read_text`](crate::text::read_text), [`Vocabulary::encode`], [`Model::open`] and [`Texts::new`];
@@ -196,6 +197,11 @@ pub fn read_texts(
 ) -> Result<(Model, Texts), RuntimeError> {
     let contents = sources.iter().map(TextSource::read).collect::<Result<_, _>>()?;
     texts_of(checkpoint, sources, contents, most_windows, run)
+}
+
+/// Of an encoder, which has no loss to choose by, all windows fit.
+fn by_what_can_choose(model: &Model, texts: Texts) -> Texts {
+    if model.predicts() { texts } else { texts.all_fit() }
 }
 
 /// As [`read_texts`], of contents that were read already: what a pipe has given it does not give again.
@@ -228,6 +234,7 @@ fn texts_of(
     };
     let whole = sources.iter().zip(tokens).zip(counts).map(whole).collect::<Result<Vec<_>, _>>()?;
     let texts = Texts::new(&whole, most_windows)?;
+    let texts = by_what_can_choose(&model, texts);
     Ok((model, texts))
 }
 

@@ -323,7 +323,7 @@ impl Checkpoint {
                 "; {} is there instead: rename the tensors (tools put `module.` and the like before names, or leave `model.` out)",
                 shown(near)
             ),
-            None if forward.is_some_and(|forward| forward.head == name && forward.embedding != name) => {
+            None if forward.is_some_and(|forward| forward.head.as_deref() == Some(name) && forward.embedding != name) => {
                 "; download the model again, or set `tie_word_embeddings` to true in config.json if its output embedding is that of the inputs"
                     .to_string()
             }

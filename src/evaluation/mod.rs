@@ -1,10 +1,11 @@
-//! How well models do: perplexity and divergence from the source on [windows](Windows) of text, [multiple choice](Choices),
-//! and [how much each layer pays](Sensitivity) for being grouped.
+//! How well models do: perplexity and divergence from the source on [windows](Windows) of text, [hidden states](hidden_distance)
+//! of encoders, [multiple choice](Choices), and [how much each layer pays](Sensitivity) for being grouped.
 //!
 //! Sums over tokens are taken in f64 and in the order of the text: results do not depend on the number of threads.
 
 mod choices;
 mod fisher;
+mod hidden;
 mod reference;
 mod scores;
 mod sensitivity;
@@ -23,6 +24,7 @@ use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 pub use choices::{Accuracy, Choice, Choices};
+pub use hidden::{HiddenDistance, hidden_distance};
 pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};
@@ -80,7 +82,8 @@ impl Evaluation {
 /// ```
 ///
 /// # Errors
-/// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`]; [`Error::Cancelled`].
+/// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`]; [`RuntimeError::NoPredictions`] of an
+/// encoder; [`Error::Cancelled`].
 pub fn evaluate(model: &Model, windows: &Windows, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
     Ok(evaluate_against(model, &[], windows, run)?.0)
 }

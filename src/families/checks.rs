@@ -4,7 +4,7 @@ use super::decilm;
 use super::decoder::Decoder;
 use super::names::{Biases, MlpNames, given};
 use crate::files::FileError;
-use crate::model::{Architecture, AttentionSpec, Norm, StoredHeads};
+use crate::model::{Architecture, AttentionSpec, HeadNorm, StoredHeads};
 use crate::partition::Partition;
 
 /// Buffers that follow from the configuration, which older checkpoints hold.
@@ -40,14 +40,17 @@ impl Decoder<'_> {
                 return Err(config.unsupported(what, "models that one set of numbers describes are"));
             }
         }
+        let behind =
+            names.sum_norms.and_then(|[norm, _]| norm.strip_prefix(names.attention)?.strip_prefix('.'));
         let normed = layers.iter().any(|spec| spec.norms.iter().any(Option::is_some));
         // Whatever else belongs to heads would be left as it is while they move.
         let known = |rest: &str| {
             let (module, kind) = rest.rsplit_once('.').unwrap_or((rest, ""));
             let projection = names.heads().contains(&module) || module == names.output;
-            let norm = normed && names.head_norms.contains(&module);
+            let numbered = module.rsplit_once('.').filter(|(_, head)| head.parse::<usize>().is_ok());
+            let norm = normed && names.head_norms.contains(&numbered.map_or(module, |(norms, _)| norms));
             let own = (projection || norm) && ["weight", "bias"].contains(&kind);
-            own || BUFFERS.contains(&rest) || names.sinks == Some(rest)
+            own || BUFFERS.contains(&rest) || names.sinks == Some(rest) || behind == Some(module)
         };
         let other =
             self.tensors.names().find(|name| names.of_attention(name).is_some_and(|rest| !known(rest)));
@@ -168,7 +171,7 @@ impl Decoder<'_> {
 pub(super) fn heads_and_norms(model: &Architecture) -> impl Iterator<Item = &str> {
     model.layers.iter().flat_map(|layer| {
         let heads = layer.stored.iter().flat_map(StoredHeads::tensors);
-        let norms = layer.norms.iter().flatten().flat_map(|norm| Norm::tensors(&norm.norm));
+        let norms = layer.norms.iter().flatten().flat_map(HeadNorm::tensors);
         heads.chain(norms).chain(layer.sinks.as_deref())
     })
 }

@@ -1,12 +1,13 @@
 use super::decoder::Decoder;
 use super::kinds::{window, windows};
-use super::names::{Biases, Names, NormRule};
+use super::names::{Biases, Names};
+use super::norms::NormRule;
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
-use crate::model::{Activation, Architecture, NormKind};
+use crate::model::{Activation, Architecture, NormKind, NormOver};
 
-/// Command R: attention and MLP in parallel behind one layer norm, interleaved rotation, scaled logits.
+/// Command R and R+: attention and MLP in parallel behind one layer norm, interleaved rotation, scaled logits; R+ has a norm for each head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cohere;
 
@@ -48,6 +49,7 @@ fn cohere<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Result<Decode
         names: Names { mlp_norm: Some("input_layernorm"), ..Names::llama("model.") },
         biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },
         norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },
+        head_norms: config.flag("use_qk_norm")?.then_some(NormOver::OwnHead),
         parallel: true,
         logit_scale: scale,
         tied: true,

@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 
 use super::checks::heads_and_norms;
 use super::experts::Mixture;
-use super::names::{Biases, HeadNames, Keys, LayerKinds, MlpNames, Names, NormRule, given};
+use super::names::{Biases, HeadNames, Keys, LayerKinds, MlpNames, Names, given};
+use super::norms::NormRule;
 use super::rope::{self, RopeRule};
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
 use crate::model::{
-    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Forward, HeadNorm, Learned, Linear, Mask,
-    Mlp, Norm, NormKind, NormOver, Stored, StoredHeads, Stretch, Unsupported,
+    Activation, Alibi, Architecture, AttentionSpec, Axis, Block, Forward, Learned, Linear, Mask, Mlp,
+    NormKind, NormOver, Stored, StoredHeads, Unsupported,
 };
 
 /// A family's model. Made by [`Decoder::llama`], changed where the family differs, and turned into an [`Architecture`].
@@ -52,6 +53,8 @@ pub(super) struct Decoder<'a> {
     pub(super) alibi: Option<fn(usize) -> Alibi>,
     pub(super) logit_scale: f64,
     pub(super) logit_cap: Option<f64>,
+    /// An encoder: every token looks at the whole text, and none is predicted.
+    pub(super) encoder: bool,
     /// Whether embeddings are tied where config.json says nothing.
     pub(super) tied: bool,
     /// What keeps the model from being run.
@@ -99,6 +102,7 @@ impl<'a> Decoder<'a> {
             alibi: None,
             logit_scale: 1.0,
             logit_cap: None,
+            encoder: false,
             tied: false,
             unsupported: None,
         }
@@ -164,6 +168,9 @@ impl<'a> Decoder<'a> {
             if let Some(scale) = self.scale {
                 spec = spec.with_scale(scale);
             }
+            if self.encoder {
+                spec = spec.with_mask(Mask::Whole);
+            }
             if let Some(window) = self.layers.windows.get(layer).copied().flatten() {
                 spec = spec.with_mask(Mask::Sliding { window });
             }
@@ -179,11 +186,10 @@ impl<'a> Decoder<'a> {
                 spec = spec.with_rotary(rotary);
             }
             if let Some(over) = self.head_norms {
-                let [query, key] = self.names.head_norms.map(|name| {
-                    let name = self.of_layer(layer, &format!("{}.{name}", self.names.attention));
-                    self.norm(&name).map(|norm| HeadNorm::new(norm, over))
-                });
-                spec = spec.with_norms(query?, key?);
+                let [query, key] = [query_heads, kv_heads];
+                let [for_query, for_key] = self.names.head_norms;
+                let norm = |name, heads| self.head_norm(layer, name, over, heads);
+                spec = spec.with_norms(norm(for_query, query)?, norm(for_key, key)?);
             }
             let sinks = self.names.sinks;
             let sinks = sinks.map(|name| self.of_layer(layer, &format!("{}.{name}", self.names.attention)));
@@ -282,26 +288,6 @@ impl<'a> Decoder<'a> {
         Ok(found)
     }
 
-    /// The norm of this name; its bias where that is stored.
-    fn norm(&self, name: &str) -> Result<Norm, FileError> {
-        let (key, otherwise) = self.norms.epsilon;
-        let epsilon = match self.config.get(key) {
-            None => otherwise,
-            Some(value) => match value.as_f64().filter(|&e| e > 0.0 && e < 1.0) {
-                Some(epsilon) => epsilon,
-                None => return Err(self.config.wrong(key, "between 0 and 1", value)),
-            },
-        };
-        let bias = self.tensors.existing(format!("{name}.bias"));
-        // As the norm computes: in f32.
-        let norm = Norm::new(format!("{name}.weight"), f64::from(epsilon as f32)).with_kind(self.norms.kind);
-        if self.bare_norms {
-            return Ok(Norm { weight: None, ..norm });
-        }
-        let biased = self.norms.kind == NormKind::Layer && !self.biases.no_norms;
-        Ok(norm.with_offset(self.norms.offset).with_bias(bias.filter(|_| biased)))
-    }
-
     fn tied_embeddings(&self, notes: &mut Vec<String>) -> Result<bool, FileError> {
         let (head, embedding) = (&self.names.head, &self.names.embedding);
         const KEY: &str = "tie_word_embeddings";
@@ -345,6 +331,10 @@ impl<'a> Decoder<'a> {
             };
             let block = block.with_residual(self.residual);
             let block = block.with_norms(norm(names.attention_norm)?, norm(names.mlp_norm)?);
+            let block = match names.sum_norms.map(|names| names.map(|name| norm(Some(name)))) {
+                Some([attention, mlp]) => Block { sum_norms: [attention?, mlp?], ..block },
+                None => block,
+            };
             let block =
                 block.with_output_norms(norm(names.attention_output_norm)?, norm(names.mlp_output_norm)?);
             blocks.push(if self.parallel { block.in_parallel() } else { block });
@@ -354,10 +344,12 @@ impl<'a> Decoder<'a> {
         let vocabulary = config.count("vocab_size")?.or(rows).unwrap_or(0);
         let otherwise = self.rope.map_or(2048, |rule| rule.positions);
         let positions = config.count(given(config, self.keys.positions))?.unwrap_or(otherwise);
-        let positions = stretched(positions, model);
+        let positions = rope::stretched(positions, model);
         let norm = names.norm.as_ref().map(|name| self.norm(name)).transpose()?;
         let head = if model.tied_embeddings { &names.embedding } else { &names.head };
+        let head = (!self.encoder).then_some(&**head);
         let mut forward = Forward::new(vocabulary, positions, &names.embedding, blocks, norm, head);
+        forward.token_types = names.token_types.clone();
         forward.embedding_scale = self.embedding_scale;
         forward.learned = self.learned.clone();
         forward.embedding_norm = names.embedding_norm.as_ref().map(|name| self.norm(name)).transpose()?;
@@ -370,7 +362,8 @@ impl<'a> Decoder<'a> {
         let read: BTreeSet<&str> = forward.tensors().chain(heads_and_norms(model)).collect();
         let left = tensors.names().find(|name| {
             let known = read.contains(name) || self.harmless(name, model.n_layers()) || *name == names.head;
-            !known && self.owns(name)
+            // What an encoder's states go to is another's.
+            !known && self.owns(name) && !(self.encoder && !name.starts_with(&*names.layers))
         });
         if let Some(name) = left {
             let what = if name.contains("norm") { "the norm" } else { "the tensor" };
@@ -379,13 +372,4 @@ impl<'a> Decoder<'a> {
         }
         Ok(Ok(forward))
     }
-}
-
-/// How many positions a model has whose frequencies grow with the text.
-fn stretched(positions: usize, model: &Architecture) -> usize {
-    let of = |spec: &AttentionSpec| match spec.rotary.as_ref().map(|rotary| &rotary.stretch) {
-        Some(Stretch::Dynamic { factor, .. }) => ((positions as f64 * factor) as usize).max(positions),
-        _ => positions,
-    };
-    model.layers.iter().map(of).max().unwrap_or(positions)
 }

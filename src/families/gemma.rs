@@ -1,6 +1,7 @@
 use super::decoder::Decoder;
 use super::kinds::{window, windows};
-use super::names::{Biases, LayerKinds, Names, NormRule, only};
+use super::names::{Biases, LayerKinds, Names, only};
+use super::norms::NormRule;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};

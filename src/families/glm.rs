@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, MlpNames, Names, NormRule};
+use super::names::{Biases, MlpNames, Names};
+use super::norms::NormRule;
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;

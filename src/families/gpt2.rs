@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, HeadNames, Keys, MlpNames, Names, NormRule, given};
+use super::names::{Biases, HeadNames, Keys, MlpNames, Names, given};
+use super::norms::NormRule;
 use super::rope;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;

@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, HeadNames, MlpNames, Names, NormRule};
+use super::names::{Biases, HeadNames, MlpNames, Names};
+use super::norms::NormRule;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind};

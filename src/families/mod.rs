@@ -2,10 +2,13 @@
 //! file here and its line in [`FAMILIES`].
 
 mod alibi;
+mod arcee;
+mod bert;
 mod checks;
 mod cohere;
 mod decilm;
 mod decoder;
+mod ernie4_5;
 mod exaone4;
 mod experts;
 mod gemma;
@@ -14,6 +17,7 @@ mod gpt2;
 mod gpt_neox;
 mod granite;
 mod heads;
+mod helium;
 mod kinds;
 mod llama;
 mod llama_cpp;
@@ -21,12 +25,15 @@ mod mistral;
 mod mixtures;
 mod names;
 mod nemotron;
+mod norms;
 mod olmo;
+mod olmoe;
 mod opt;
 mod others;
 mod phi;
 mod qwen;
 mod rope;
+mod seed_oss;
 mod smollm3;
 mod stablelm;
 mod starcoder2;
@@ -37,8 +44,11 @@ use crate::checkpoint::{Checkpoint, Family};
 use crate::files::FileError;
 
 pub use alibi::{Bloom, Falcon, Mpt};
+pub use arcee::Arcee;
+pub use bert::Bert;
 pub use cohere::{Cohere, Cohere2};
 pub use decilm::{DeciLm, by_block};
+pub use ernie4_5::Ernie45;
 pub use exaone4::Exaone4;
 pub use gemma::{Gemma, Gemma2, Gemma3};
 pub use glm::{Glm, Glm4};
@@ -46,16 +56,19 @@ pub use gpt_neox::GptNeoX;
 pub use gpt2::{Gpt2, GptJ};
 pub use granite::Granite;
 pub use heads::{by_layer, with_heads};
+pub use helium::Helium;
 pub use llama::Llama;
 pub use llama_cpp::{BYTE_LEVEL, BYTE_LEVEL_WORDS, DIGITS, SENTENCEPIECE, WORDS, architecture};
 pub use mistral::Mistral;
 pub use mixtures::{GptOss, Mixtral, Qwen3Moe};
 pub use nemotron::Nemotron;
 pub use olmo::{Olmo, Olmo2, Olmo3};
+pub use olmoe::Olmoe;
 pub use opt::Opt;
 pub use others::Others;
 pub use phi::{Phi, Phi3};
 pub use qwen::{Qwen2, Qwen3};
+pub use seed_oss::SeedOss;
 pub use smollm3::SmolLm3;
 pub use stablelm::StableLm;
 pub use starcoder2::Starcoder2;
@@ -72,6 +85,7 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Olmo,
     &Olmo2,
     &Olmo3,
+    &Olmoe,
     &SmolLm3,
     &Phi,
     &Phi3,
@@ -88,12 +102,17 @@ pub static FAMILIES: &[&dyn Family] = &[
     &Glm,
     &Glm4,
     &Exaone4,
+    &Arcee,
+    &SeedOss,
+    &Ernie45,
+    &Helium,
     &Opt,
     &Gpt2,
     &GptJ,
     &Bloom,
     &Falcon,
     &Mpt,
+    &Bert,
     &DeciLm,
     &Others,
 ];

@@ -2,7 +2,6 @@
 
 use crate::checkpoint::{Config, TensorIndex};
 use crate::files::FileError;
-use crate::model::NormKind;
 
 /// Keys of config.json, each with its other names: the first that is there counts.
 #[derive(Debug, Clone, Copy)]
@@ -59,11 +58,14 @@ pub(super) struct Names {
     pub(super) attention_output_norm: Option<&'static str>,
     pub(super) mlp_norm: Option<&'static str>,
     pub(super) mlp_output_norm: Option<&'static str>,
+    /// Behind the sums of the stream with what attention and MLP give.
+    pub(super) sum_norms: Option<[&'static str; 2]>,
     pub(super) mlp: MlpNames,
     pub(super) head_norms: [&'static str; 2],
     /// Of query heads, in the attention.
     pub(super) sinks: Option<&'static str>,
     pub(super) embedding: String,
+    pub(super) token_types: Option<String>,
     pub(super) embedding_norm: Option<String>,
     pub(super) norm: Option<String>,
     pub(super) head: String,
@@ -100,16 +102,6 @@ pub(super) struct Biases {
     pub(super) head: bool,
     /// Of norms that have none, although layer norms may.
     pub(super) no_norms: bool,
-}
-
-/// How norms are.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct NormRule {
-    pub(super) kind: NormKind,
-    /// Key of ε, if it has one, and its value where that is missing.
-    pub(super) epsilon: (&'static str, f64),
-    /// What is added to stored weights.
-    pub(super) offset: f64,
 }
 
 /// What layers differ in.
@@ -149,10 +141,12 @@ impl Names {
             attention_output_norm: None,
             mlp_norm: Some("post_attention_layernorm"),
             mlp_output_norm: None,
+            sum_norms: None,
             mlp: MlpNames::Gated(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
             head_norms: ["q_norm", "k_norm"],
             sinks: None,
             embedding: format!("{prefix}embed_tokens.weight"),
+            token_types: None,
             embedding_norm: None,
             norm: Some(format!("{prefix}norm")),
             head: "lm_head.weight".to_string(),

@@ -1,5 +1,6 @@
 use super::decoder::Decoder;
-use super::names::{Biases, MlpNames, Names, NormRule};
+use super::names::{Biases, MlpNames, Names};
+use super::norms::NormRule;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, Learned, NormKind, Unsupported};
@@ -18,11 +19,6 @@ impl Family for Opt {
         let biased = config.given_flag("enable_bias")?.unwrap_or(true);
         let before = config.given_flag("do_layer_norm_before")?.unwrap_or(true);
         let projected = config.count("word_embed_proj_dim")?.is_some_and(|width| width != hidden);
-        let refused = match (before, projected) {
-            (false, _) => Some("norms behind the sum (`do_layer_norm_before` false)"),
-            (_, true) => Some("embeddings of another width (`word_embed_proj_dim`)"),
-            _ => None,
-        };
         // Files of the model without its head have no prefix.
         let root = if tensors.shape("decoder.embed_tokens.weight").is_some() {
             "decoder."
@@ -32,10 +28,11 @@ impl Family for Opt {
         let decoder = Decoder {
             names: Names {
                 output: "out_proj",
-                attention_norm: Some("self_attn_layer_norm"),
-                mlp_norm: Some("final_layer_norm"),
+                attention_norm: before.then_some("self_attn_layer_norm"),
+                mlp_norm: before.then_some("final_layer_norm"),
+                sum_norms: (!before).then_some(["self_attn_layer_norm", "final_layer_norm"]),
                 mlp: MlpNames::Plain(["fc1", "fc2"]),
-                norm: Some(format!("{root}final_layer_norm")),
+                norm: before.then(|| format!("{root}final_layer_norm")),
                 ..Names::llama(root)
             },
             kv_heads_at: None,
@@ -47,7 +44,8 @@ impl Family for Opt {
             ..Decoder::llama(config, tensors)
         };
         let mut decoder = decoder.acting(&["activation_function"], Activation::Relu);
-        if let Some(what) = refused {
+        if projected {
+            let what = "embeddings of another width (`word_embed_proj_dim`)";
             decoder.unsupported = Some(Unsupported::new(what, "OPT of 125M and from 1.3B on is"));
         }
         decoder.architecture()

@@ -31,9 +31,8 @@ const STATES: [&str; 16] = [
 const CROSSED: [&str; 9] =
     ["bart", "m2m_100", "marian", "mbart", "mllama", "mt5", "pegasus", "t5", "whisper"];
 /// Models that read a whole text at once.
-const ENCODERS: [&str; 14] = [
+const ENCODERS: [&str; 13] = [
     "albert",
-    "bert",
     "clip",
     "deberta-v2",
     "distilbert",
@@ -61,13 +60,17 @@ const REASONS: [(&[&str], &str, &str); 4] = [
         "models all of whose layers are attention are; sharing the attention layers of others is not built",
     ),
     (&CROSSED, "cross-attention", "models of decoder layers alone are"),
-    (&ENCODERS, "an encoder", "it keeps no cache that sharing could make smaller; decoders are"),
+    (
+        &ENCODERS,
+        "an encoder",
+        "it keeps no cache that sharing could make smaller; of encoders only those of the type bert are",
+    ),
 ];
 
 impl Family for Others {
     fn model_types(&self) -> &'static [&'static str] {
-        const ALL: [&str; 44] = {
-            let mut all = [""; 44];
+        const ALL: [&str; 43] = {
+            let mut all = [""; 43];
             let (mut at, mut kind) = (0, 0);
             while kind < REASONS.len() {
                 let mut i = 0;

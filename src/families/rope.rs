@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Config;
 use crate::files::FileError;
-use crate::model::{Rotary, Rotation, Stretch, Unsupported};
+use crate::model::{Architecture, AttentionSpec, Rotary, Rotation, Stretch, Unsupported};
 
 /// What a family says of rotary positions where config.json does not.
 #[derive(Debug, Clone, Copy)]
@@ -219,4 +219,13 @@ pub(super) fn rotary(
         }
     };
     Ok((rotary, None))
+}
+
+/// How many positions a model has whose frequencies grow with the text.
+pub(super) fn stretched(positions: usize, model: &Architecture) -> usize {
+    let of = |spec: &AttentionSpec| match spec.rotary.as_ref().map(|rotary| &rotary.stretch) {
+        Some(Stretch::Dynamic { factor, .. }) => ((positions as f64 * factor) as usize).max(positions),
+        _ => positions,
+    };
+    model.layers.iter().map(of).max().unwrap_or(positions)
 }

@@ -1,10 +1,11 @@
 use super::decoder::Decoder;
-use super::names::{Biases, Names, NormRule};
+use super::names::{Biases, Names};
+use super::norms::NormRule;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
-use crate::model::{Activation, Architecture, NormKind};
+use crate::model::{Activation, Architecture, NormKind, NormOver};
 
-/// StableLM: as Llama, with layer norms and heads of which a quarter turns.
+/// StableLM: as Llama, with layer norms and heads of which a quarter turns; that of 12B has a norm for each head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StableLm;
 
@@ -17,7 +18,12 @@ impl Family for StableLm {
         let parallel = config.flag("use_parallel_residual")?;
         let mlp_norm = if parallel { "input_layernorm" } else { "post_attention_layernorm" };
         let decoder = Decoder {
-            names: Names { mlp_norm: Some(mlp_norm), ..Names::llama("model.") },
+            names: Names {
+                mlp_norm: Some(mlp_norm),
+                head_norms: ["q_layernorm.norms", "k_layernorm.norms"],
+                ..Names::llama("model.")
+            },
+            head_norms: config.flag("qk_layernorm")?.then_some(NormOver::OwnHead),
             kv_heads: Some(32),
             biases: Biases { queries_keys_values: config.flag("use_qkv_bias")?, ..Biases::default() },
             norms: NormRule { kind: NormKind::Layer, epsilon: ("layer_norm_eps", 1e-5), offset: 0.0 },

@@ -1,6 +1,7 @@
 use super::decoder::Decoder;
 use super::kinds::same_window;
-use super::names::{Biases, MlpNames, Names, NormRule};
+use super::names::{Biases, MlpNames, Names};
+use super::norms::NormRule;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind};

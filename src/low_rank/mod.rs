@@ -104,7 +104,7 @@ pub(crate) fn keys(heads: &Heads, metric: &Metric) -> Result<Keys> {
     let (n, r, h) = (heads.n_heads(), heads.queries_per_head(), heads.key().head_dim());
     let dims = heads.rotation().dims();
     let normed = heads.key_norm().is_some();
-    let apart = heads.key_norm() == Some(NormOver::Head);
+    let apart = matches!(heads.key_norm(), Some(NormOver::Head | NormOver::OwnHead));
     let lengths = |of: &Projection| if apart { lengths(of, metric) } else { vec![1.0; of.n_heads()] };
     let of_keys = normed.then(|| lengths(heads.key()));
     let of_queries = normed.then(|| lengths(query));

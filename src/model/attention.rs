@@ -79,13 +79,15 @@ pub enum Mask {
         /// Positions that a query may look back at, its own included.
         window: usize,
     },
+    /// Those of the whole text, what follows included: encoders.
+    Whole,
 }
 
 impl Mask {
     /// Positions that a query may look back at, its own included; `usize::MAX` for all.
     pub fn reach(self) -> usize {
         match self {
-            Self::Causal => usize::MAX,
+            Self::Causal | Self::Whole => usize::MAX,
             Self::Sliding { window } => window,
         }
     }

@@ -16,14 +16,17 @@ pub struct Forward {
     pub embedding_scale: f64,
     /// Learned positions, added to embedded tokens.
     pub learned: Option<Learned>,
+    /// The embedding of token types, where there is one: all tokens are of its first.
+    pub token_types: Option<String>,
     /// The norm of what was embedded, where there is one.
     pub embedding_norm: Option<Norm>,
     /// What each layer does besides attention.
     pub blocks: Vec<Block>,
     /// The norm after the last layer, where there is one.
     pub norm: Option<Norm>,
-    /// The output embedding, (vocabulary, d); that of the input where the two are tied.
-    pub head: String,
+    /// The output embedding, (vocabulary, d); that of the input where the two are tied. `None`: the model predicts no next token, as
+    /// encoders do not.
+    pub head: Option<String>,
     /// Its bias, (vocabulary), where there is one.
     pub head_bias: Option<String>,
     /// What logits are multiplied by.
@@ -57,7 +60,7 @@ impl Forward {
         embedding: impl Into<String>,
         blocks: Vec<Block>,
         norm: Option<Norm>,
-        head: impl Into<String>,
+        head: Option<&str>,
     ) -> Self {
         Self {
             vocabulary,
@@ -65,10 +68,11 @@ impl Forward {
             embedding: embedding.into(),
             embedding_scale: 1.0,
             learned: None,
+            token_types: None,
             embedding_norm: None,
             blocks,
             norm,
-            head: head.into(),
+            head: head.map(str::to_string),
             head_bias: None,
             logit_scale: 1.0,
             logit_cap: None,
@@ -77,7 +81,8 @@ impl Forward {
 
     /// Names of all tensors that it reads besides those of the heads.
     pub fn tensors(&self) -> impl Iterator<Item = &str> {
-        let outer = [Some(&self.embedding), Some(&self.head), self.head_bias.as_ref()];
+        let outer =
+            [Some(&self.embedding), self.token_types.as_ref(), self.head.as_ref(), self.head_bias.as_ref()];
         let outer = outer.into_iter().flatten().map(String::as_str);
         let norms = self.embedding_norm.iter().chain(&self.norm).flat_map(Norm::tensors);
         let learned = self.learned.iter().map(|learned| learned.tensor.as_str());
@@ -88,7 +93,8 @@ impl Forward {
 /// A layer around its attention.
 ///
 /// One after the other: `y = x + r·after(attention(before(x)))`, then `y + r·after'(mlp(before'(y)))`; in parallel:
-/// `x + r·after(attention(before(x))) + r·after'(mlp(before'(x)))`. A norm that is not there leaves things as they are.
+/// `x + r·after(attention(before(x))) + r·after'(mlp(before'(x)))`; norms behind the sums, as in the first Transformers:
+/// `y = norm(x + r·attention(x))`, then `norm'(y + r·mlp(y))`. A norm that is not there leaves things as they are.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Block {
@@ -104,6 +110,8 @@ pub struct Block {
     pub mlp: FeedForward,
     /// Whether the MLP reads what the attention reads, instead of what it gives.
     pub parallel: bool,
+    /// The norms behind the two sums, where that is their place.
+    pub sum_norms: [Option<Norm>; 2],
     /// r, what is added is multiplied by.
     pub residual: f64,
 }
@@ -123,6 +131,7 @@ impl Block {
             mlp_output_norm: None,
             mlp: mlp.into(),
             parallel: false,
+            sum_norms: [None, None],
             residual: 1.0,
         }
     }
@@ -141,6 +150,11 @@ impl Block {
         Self { attention_output_norm, mlp_output_norm, ..self }
     }
 
+    /// Adds norms behind the sums of the stream with what attention and MLP give.
+    pub fn with_sum_norms(self, attention: Norm, mlp: Norm) -> Self {
+        Self { sum_norms: [Some(attention), Some(mlp)], ..self }
+    }
+
     /// Says that attention and MLP read the same.
     pub fn in_parallel(self) -> Self {
         Self { parallel: true, ..self }
@@ -155,7 +169,7 @@ impl Block {
     pub fn norms(&self) -> impl Iterator<Item = &Norm> {
         let [a, b] = [&self.attention_norm, &self.attention_output_norm];
         let [c, d] = [&self.mlp_norm, &self.mlp_output_norm];
-        [a, b, c, d].into_iter().flatten()
+        [a, b, c, d].into_iter().chain(&self.sum_norms).flatten()
     }
 
     fn tensors(&self) -> impl Iterator<Item = &str> {

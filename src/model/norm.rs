@@ -60,12 +60,24 @@ pub struct HeadNorm {
     pub norm: Norm,
     /// What it is taken over.
     pub over: NormOver,
+    /// Names of w of every head, where each has a tensor (h) of its own; the norm then names none.
+    pub heads: Vec<String>,
 }
 
 impl HeadNorm {
     /// This norm, taken over that.
     pub fn new(norm: Norm, over: NormOver) -> Self {
-        Self { norm, over }
+        Self { norm, over, heads: Vec::new() }
+    }
+
+    /// Each head with a norm of its own, whose weights are in these tensors.
+    pub fn of_heads(norm: Norm, heads: Vec<String>) -> Self {
+        Self { norm: Norm { weight: None, ..norm }, over: NormOver::OwnHead, heads }
+    }
+
+    /// Names of its tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.heads.iter().map(String::as_str).chain(self.norm.tensors())
     }
 }
 
@@ -75,6 +87,8 @@ impl HeadNorm {
 pub enum NormOver {
     /// Each head for itself, all with the same weight (h): Qwen3, Gemma 3.
     Head,
+    /// Each head for itself and with weights of its own, (heads, h): Cohere, StableLM.
+    OwnHead,
     /// All heads of a token together, weight (heads·h): OLMo 2.
     Width,
 }

@@ -250,13 +250,17 @@ fn outputs<'a>(
                 (entry.shard, entry.dtype, entry.shape.clone(), numbers)
             }
             Content::HeadNorm { like: of, layer, part, slots } => {
-                let (entry, h) = (like(of)?, source.architecture().layers[*layer].head_dim);
-                let numbers = Numbers::Norm(source.float(of, entry)?, *layer, of, *part, slots);
-                (entry.shard, entry.dtype, vec![slots.len() * h], numbers)
+                let first = of.first().ok_or_else(|| invalid(format!("{name} is a norm of no tensor")))?;
+                let (entry, h) = (like(first)?, source.architecture().layers[*layer].head_dim);
+                let numbers = Numbers::Norm(source.float(first, entry)?, *layer, of, *part, slots);
+                let by_head = of.len() == 1 && entry.shape.len() == 2;
+                let shape = if by_head { vec![slots.len(), h] } else { vec![slots.len() * h] };
+                (entry.shard, entry.dtype, shape, numbers)
             }
             Content::Sinks { like: of, layer, slots } => {
                 let entry = like(of)?;
-                let numbers = Numbers::Norm(source.float(of, entry)?, *layer, of, Part::Query, slots);
+                let like = std::slice::from_ref(of);
+                let numbers = Numbers::Norm(source.float(of, entry)?, *layer, like, Part::Query, slots);
                 (entry.shard, entry.dtype, vec![slots.len()], numbers)
             }
             Content::Made { layer, shape, dtype, make } => {

@@ -173,11 +173,12 @@ pub enum Content {
     },
     /// The bias of a layer's output projection, (d), which a refit may have changed.
     OutputBias(usize),
-    /// Weights of a norm over all queries or all keys of a token, (heads·h): of a group the mean of its members'.
+    /// Weights of norms that heads have for themselves, or of one over all queries or all keys of a token, (heads·h) or (heads, h) as in
+    /// the source: of a group the mean of its members'.
     #[non_exhaustive]
     HeadNorm {
-        /// The tensor of the source.
-        like: String,
+        /// The tensor of the source, or those of its heads one by one.
+        like: Vec<String>,
         /// The layer of the heads.
         layer: usize,
         /// [`Part::Query`] or [`Part::Key`].

@@ -34,15 +34,8 @@ impl OutputModel {
             for name in stored.tensors() {
                 output.tensors.push(OutputTensor::new(name, new.tensor(name)?));
             }
-            for (norm, (part, slots)) in attention.norms.iter().zip([(Part::Query, &query), (Part::Key, &kv)])
-            {
-                let wide = norm.iter().filter(|norm| norm.over == NormOver::Width);
-                for like in wide.flat_map(|norm| norm.norm.tensors()).map(str::to_string) {
-                    let (name, slots) = (like.clone(), slots.clone());
-                    output
-                        .tensors
-                        .push(OutputTensor::new(name, Content::HeadNorm { like, layer, part, slots }));
-                }
+            for (part, slots) in [(Part::Query, &query), (Part::Key, &kv)] {
+                output.lay_norms(layer, attention, part, slots)?;
             }
             if let Some(like) = attention.sinks.clone() {
                 let (name, slots) = (like.clone(), query.clone());
@@ -51,6 +44,37 @@ impl OutputModel {
             output.kv_heads.push(kv.len());
         }
         Ok(output)
+    }
+}
+
+impl OutputModel {
+    /// Adds the norms of queries or keys of a layer whose weights belong to single heads.
+    fn lay_norms(
+        &mut self,
+        layer: usize,
+        attention: &AttentionSpec,
+        part: Part,
+        slots: &[Slot],
+    ) -> Result<()> {
+        let norm = attention.norms[part as usize].as_ref().filter(|norm| norm.over != NormOver::Head);
+        let Some(norm) = norm else { return Ok(()) };
+        let mut add = |name: &str, like: &[String], slots: &[Slot]| {
+            let content = Content::HeadNorm { like: like.to_vec(), layer, part, slots: slots.to_vec() };
+            self.tensors.push(OutputTensor::new(name, content));
+        };
+        if slots.len() > norm.heads.len() && !norm.heads.is_empty() {
+            let found = format!("would have {} {part:?} heads", slots.len());
+            let expected = "no more than before where the norm of each has a tensor of its own".to_string();
+            return Err(Error::Limits { layer, found, expected });
+        }
+        for (name, slot) in norm.heads.iter().zip(slots) {
+            add(name, &norm.heads, &[*slot]);
+        }
+        for name in norm.norm.tensors() {
+            add(name, &[name.to_string()], slots);
+        }
+        self.left_out.extend(norm.heads.iter().skip(slots.len()).cloned());
+        Ok(())
     }
 }
 

@@ -87,8 +87,8 @@ pub(super) struct Tensor<'a> {
 pub(super) enum Numbers<'a> {
     /// From this tensor of the source, bit for bit where types agree.
     Stored(&'a str, &'a Entry),
-    /// Of this norm of the source, or these sinks, for queries or keys of a layer in these slots, stored as this type.
-    Norm(Dtype, usize, &'a str, Part, &'a [Slot]),
+    /// Of these norms of the source, or these sinks, for queries or keys of a layer in these slots, stored as this type.
+    Norm(Dtype, usize, &'a [String], Part, &'a [Slot]),
     /// Made from a layer, and stored as this type.
     Made(Dtype, usize, Made<'a>),
 }
@@ -196,13 +196,15 @@ impl Tensor<'_> {
         Ok(Cow::Owned(bytes))
     }
 
-    /// Weights of a norm over all heads, or their sinks, for those in these slots.
-    fn norm(&self, layer: usize, like: &str, part: Part, slots: &[Slot]) -> Result<Vec<f32>, FileError> {
-        let stored = self.job.source.tensor(like)?;
+    /// Weights of norms, or sinks, for the heads in these slots.
+    fn norm(&self, layer: usize, like: &[String], part: Part, slots: &[Slot]) -> Result<Vec<f32>, FileError> {
+        let mut own = Vec::new();
+        for name in like {
+            own.extend(self.job.source.tensor(name)?);
+        }
         let (heads, groups) =
             (self.job.source.architecture().layers[layer].heads(part), self.job.shared.groups(layer));
-        let h = stored.len() / heads;
-        let own: Vec<f32> = stored.into_iter().collect();
+        let h = own.len() / heads;
         let of = |slot: &Slot| match *slot {
             Slot::Zero => vec![0.0; h],
             Slot::Head(head) if part == Part::Query => own[head * h..(head + 1) * h].to_vec(),

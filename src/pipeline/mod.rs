@@ -267,11 +267,15 @@ impl<'a> Compress<'a> {
         Ok(fronts)
     }
 
-    /// Refuses to distil without a text: before anything is computed.
+    /// Refuses to distil without a text, or what predicts nothing: before anything is computed.
     fn check_distillation(&self) -> Result<()> {
         #[cfg(feature = "runtime")]
-        if self.distil.is_some() && !self.has_text() {
-            return Err(Error::NeedsText { what: "distillation" });
+        if self.distil.is_some() {
+            let text = self.calibration.and_then(|calibration| calibration.text());
+            let (model, _) = text.ok_or(Error::NeedsText { what: "distillation" })?;
+            if !model.predicts() {
+                return Err(crate::text::RuntimeError::NoPredictions.into());
+            }
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use super::ops::{CausalSoftmax, capped, visible};
 use super::rope::Rope;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
-use crate::model::{Alibi, AttentionSpec};
+use crate::model::{Alibi, AttentionSpec, Mask};
 use crate::partition::Partition;
 
 /// Groups of equally many query heads, side by side: one batched product.
@@ -38,8 +38,7 @@ pub(super) struct Attention {
     pub(super) query_heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Positions that a query may look back at, its own included.
-    reach: usize,
+    mask: Mask,
     /// What products of queries and keys are multiplied by, where the rows of the queries have it in them; else 1.
     pub(super) scale: f64,
     /// What they are multiplied by where that has to wait for the norm of the queries; else 1.
@@ -141,7 +140,7 @@ impl Attention {
             query_heads: query_order.len(),
             kv_heads: kv_order.len(),
             head_dim,
-            reach: spec.mask.reach(),
+            mask: spec.mask,
             scale,
             scale_after,
             cap: spec.cap,
@@ -263,7 +262,11 @@ impl Attention {
 
     /// The softmax of new tokens over those at the positions `seen`.
     pub(super) fn softmax(&self, pass: &Pass, seen: &[usize]) -> CausalSoftmax {
-        CausalSoftmax { visible: visible(pass.positions(), seen, self.reach), keys: seen.len() }
+        let visible = match self.mask {
+            Mask::Whole => vec![0..seen.len(); pass.positions().len()],
+            mask => visible(pass.positions(), seen, mask.reach()),
+        };
+        CausalSoftmax { visible, keys: seen.len() }
     }
 
     /// The sinks of a block's query heads; none where the model has none.

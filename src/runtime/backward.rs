@@ -47,18 +47,19 @@ impl Layer {
     ) -> Result<Backward> {
         let input = self.attention_input(x)?;
         let (kept, output) = self.attention.kept(&input, pass, pass.rope(i))?;
-        let y = self.joined(x, &output)?;
+        let sum = self.attention_sum(x, &output)?;
+        let y = self.behind(&sum)?;
         let read = if self.parallel { x } else { &y };
-        let of_read = self.feed_forward_backward(read, gradient)?;
-        // What the stream behind the attention, and the one before it, are given.
-        let (of_y, of_x) = match self.parallel {
-            true => (gradient.clone(), (gradient + of_read)?),
-            false => {
-                let of_y = (gradient + of_read)?;
-                (of_y.clone(), of_y)
-            }
+        let gradient = match &self.sum_norms[1] {
+            None => gradient.clone(),
+            Some(norm) => norm.backward(&self.mlp_sum(&y, read)?, gradient)?,
         };
-        let of_added = times(of_y, self.residual)?;
+        let of_read = self.feed_forward_backward(read, &gradient)?;
+        // What the sum behind the attention, and the stream before it, are given.
+        let of_y = if self.parallel { gradient } else { (gradient + &of_read)? };
+        let of_sum = normed_backward(&self.sum_norms[0], &sum, &of_y)?;
+        let of_x = if self.parallel { (&of_sum + of_read)? } else { of_sum.clone() };
+        let of_added = times(of_sum, self.residual)?;
         let attention = normed_backward(&self.attention_output_norm, &output, &of_added)?;
         let of_all = self.attention.backward(&kept, &attention, pass.rope(i))?;
         let weights = weights.then(|| self.attention.weights_backward(&input, &kept, &of_all, &attention));

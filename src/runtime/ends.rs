@@ -12,6 +12,8 @@ pub(super) struct Ends {
     embedding_scale: f64,
     /// Learned positions, a row each, (positions, d).
     learned: Option<Tensor>,
+    /// The embedding of the first token type, (1, d).
+    token_type: Option<Tensor>,
     embedding_norm: Option<Normed>,
     pub(super) norm: Option<Normed>,
     /// (vocabulary).
@@ -32,6 +34,7 @@ impl Ends {
         Ok(Self {
             embedding_scale: forward.embedding_scale,
             learned: forward.learned.as_ref().map(learned).transpose()?,
+            token_type: forward.token_types.as_ref().map(|name| weights.first_row(name)).transpose()?,
             embedding_norm: norm(&forward.embedding_norm)?,
             norm: norm(&forward.norm)?,
             head_bias: bias.map(|bias| weights.take(bias, &[forward.vocabulary])).transpose()?,
@@ -47,6 +50,9 @@ impl Ends {
             let rows = x.dim(0)?;
             let places: Vec<u32> = positions.iter().cycle().take(rows).map(|&t| t as u32).collect();
             x = (x + learned.index_select(&Tensor::from_vec(places, rows, learned.device())?, 0)?)?;
+        }
+        if let Some(token_type) = &self.token_type {
+            x = x.broadcast_add(token_type)?;
         }
         Ok(normed(&self.embedding_norm, &x)?)
     }

@@ -2,11 +2,14 @@
 
 use candle_core::{D, Device, Result as Candle, Tensor};
 use candle_nn::ops::{log_softmax, softmax_last_dim};
+use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
 use super::layer::{linear, normed, normed_backward, times};
+use super::model::numbers;
 use super::ops::{capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
 use super::{Model, RuntimeError};
+use crate::error::Error;
 
 /// Numbers of logits held at once, of each of two models.
 const BLOCK_LOGITS: usize = 1 << 22;
@@ -17,6 +20,18 @@ impl Model {
     /// What the output embedding reads of what the last layer gives, (N, d) → (N, d).
     pub(crate) fn last(&self, x: &Tensor) -> Candle<Tensor> {
         normed(&self.ends.norm, x)
+    }
+
+    /// Hidden states (B, T, d) of B rows of T tokens: what the output embedding reads, of an encoder what it gives.
+    ///
+    /// # Errors
+    /// As [`Model::logits`].
+    pub fn hidden_states(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
+        let (batch, len) = tokens.dim();
+        let flat: Vec<u32> = tokens.iter().copied().collect();
+        let parts = self.rows(&flat, batch)?.into_iter().map(|x| numbers(&self.last(&x)?));
+        let parts: Vec<Vec<f32>> = parts.collect::<Result<_, RuntimeError>>()?;
+        Ok(Array3::from_shape_vec((batch, len, self.width()), parts.concat()).map_err(Error::plugin)?)
     }
 
     /// What passes back through [`Model::last`], (N, d).

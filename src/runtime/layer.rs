@@ -23,6 +23,7 @@ pub(super) struct Layer {
     pub(super) mlp: Hidden,
     pub(super) parallel: bool,
     pub(super) residual: f64,
+    pub(super) sum_norms: [Option<Normed>; 2],
 }
 
 /// A norm and its weights, (d) each.
@@ -84,6 +85,12 @@ impl<'a> Weights<'a> {
         let (numbers, _) = self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset();
         Ok(Tensor::from_vec(numbers, shape, self.device)?)
     }
+
+    /// The first row of a matrix of this width, (1, d).
+    pub(super) fn first_row(&self, name: &str) -> Result<Tensor, RuntimeError> {
+        let rows = self.checkpoint.tensors().shape(name).and_then(|shape| shape.first().copied());
+        Ok(self.take(name, &[rows.unwrap_or(1).max(1), self.width])?.narrow(0, 0, 1)?)
+    }
 }
 
 impl Layer {
@@ -104,6 +111,7 @@ impl Layer {
             mlp: Hidden::load(weights, &block.mlp)?,
             parallel: block.parallel,
             residual: block.residual,
+            sum_norms: [norm(&block.sum_norms[0])?, norm(&block.sum_norms[1])?],
         })
     }
 
@@ -142,11 +150,24 @@ impl Layer {
 
     /// The stream with what the attention gives, (N, d).
     pub(super) fn joined(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
-        x + times(normed(&self.attention_output_norm, attended)?, self.residual)?
+        self.behind(&self.attention_sum(x, attended)?)
     }
 
     /// The stream with what the MLP makes of `read`, (N, d).
     pub(super) fn added(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
+        normed(&self.sum_norms[1], &self.mlp_sum(stream, read)?)
+    }
+
+    /// What the norm behind the attention's sum makes of it.
+    pub(super) fn behind(&self, sum: &Tensor) -> Candle<Tensor> {
+        normed(&self.sum_norms[0], sum)
+    }
+
+    pub(super) fn attention_sum(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
+        x + times(normed(&self.attention_output_norm, attended)?, self.residual)?
+    }
+
+    pub(super) fn mlp_sum(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
         let made = self.mlp.forward(&normed(&self.mlp_norm, read)?)?;
         stream + times(normed(&self.mlp_output_norm, &made)?, self.residual)?
     }

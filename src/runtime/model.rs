@@ -14,7 +14,7 @@ use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::{AttentionSpec, ModelId};
+use crate::model::{AttentionSpec, Mask, ModelId};
 use crate::run::Device;
 use crate::text::{RuntimeError, forward_of, within};
 
@@ -43,6 +43,8 @@ pub struct Model {
     positions: usize,
     pub(super) dtype: Dtype,
     vocabulary: usize,
+    /// Whether there is an output embedding.
+    predicts: bool,
     pub(super) specs: Arc<[AttentionSpec]>,
     /// Shared with all models made of this one.
     pub(super) shelf: Arc<Shelf>,
@@ -108,6 +110,7 @@ impl Model {
             specs: architecture.layers.clone().into(),
             ends: Arc::new(Ends::load(&Weights::of(checkpoint, &device), forward)?),
             vocabulary: forward.vocabulary,
+            predicts: forward.head.is_some(),
             id: checkpoint.id()?,
             positions: forward.positions,
             dtype: checkpoint.dtype(),
@@ -148,6 +151,11 @@ impl Model {
         self.vocabulary
     }
 
+    /// Whether it predicts next tokens, as encoders do not: these have no logits, no perplexity and no cache.
+    pub fn predicts(&self) -> bool {
+        self.predicts
+    }
+
     /// Tokens that the model has positions for.
     pub fn positions(&self) -> usize {
         self.positions
@@ -161,7 +169,7 @@ impl Model {
     /// Logits (B, T, vocabulary) of B rows of T tokens.
     ///
     /// # Errors
-    /// [`RuntimeError::Positions`], [`RuntimeError::TokenOutOfRange`].
+    /// [`RuntimeError::Positions`], [`RuntimeError::TokenOutOfRange`]; [`RuntimeError::NoPredictions`] of an encoder.
     pub fn logits(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
@@ -237,6 +245,9 @@ impl Model {
     /// What the last layer gives for further tokens (B·T): (B·T, d).
     fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
         let len = tokens.len().checked_div(batch).unwrap_or(0);
+        if self.specs.iter().any(|spec| spec.mask == Mask::Whole) {
+            return Err(RuntimeError::NoPredictions);
+        }
         let pass = self.pass(len, cache.tokens)?;
         cache.layers.resize(self.n_layers(), LayerCache::default());
         let mut x = self.embed(tokens, &pass)?;
@@ -345,7 +356,10 @@ impl Model {
         let layer = self.shelf.layer(i)?;
         Ok(match attended {
             Some(attended) => layer.finish(stream, attended)?,
-            None => layer.added(stream, stream)?,
+            None => {
+                let stream = layer.behind(stream)?;
+                layer.added(&stream, &stream)?
+            }
         })
     }
 
@@ -377,6 +391,6 @@ pub(crate) enum Joint {
 }
 
 /// The numbers of a tensor, in order.
-fn numbers(tensor: &Tensor) -> Result<Vec<f32>, RuntimeError> {
+pub(super) fn numbers(tensor: &Tensor) -> Result<Vec<f32>, RuntimeError> {
     Ok(tensor.flatten_all()?.to_vec1()?)
 }

@@ -22,6 +22,8 @@ pub(super) struct HeadNorms {
 pub(super) struct HeadNormed {
     norm: Normed,
     over: NormOver,
+    /// What the heads are multiplied by afterwards, (heads·h), where each has weights of its own: the norm's are then 1.
+    own: Option<Tensor>,
     /// As which its weights are stored, of what was made of them too.
     stored: Dtype,
 }
@@ -30,14 +32,24 @@ impl HeadNorms {
     /// Of a layer, in the order of the source's heads.
     pub(super) fn load(weights: &Weights<'_>, spec: &AttentionSpec) -> Result<Self, RuntimeError> {
         let [query, key] = sized(spec).map(|(norm, size)| {
-            let load = |HeadNorm { norm, over, .. }: &HeadNorm| {
-                let stored =
-                    norm.weight.as_ref().map(|name| weights.checkpoint.dtype_of(name)).transpose()?;
-                let normed = Normed::load(weights, norm, size)?;
+            let load = |head_norm: &HeadNorm| {
+                let HeadNorm { norm, over, .. } = head_norm;
+                let stored = head_norm.tensors().next().map(|name| weights.checkpoint.dtype_of(name));
+                let (own, shared) = match over {
+                    NormOver::OwnHead => (true, &Norm { weight: None, ..norm.clone() }),
+                    _ => (false, norm),
+                };
+                let all = own.then(|| {
+                    let parts = shapes(head_norm, size, spec.head_dim)
+                        .map(|(name, shape)| Ok(weights.take(name, &shape)?.flatten_all()?));
+                    Ok::<_, RuntimeError>(Tensor::cat(&parts.collect::<Result<Vec<_>, RuntimeError>>()?, 0)?)
+                });
+                let width = if own { spec.head_dim } else { size };
                 Ok::<_, RuntimeError>(HeadNormed {
-                    norm: normed,
+                    norm: Normed::load(weights, shared, width)?,
                     over: *over,
-                    stored: stored.unwrap_or(Dtype::F32),
+                    own: all.transpose()?,
+                    stored: stored.transpose()?.unwrap_or(Dtype::F32),
                 })
             };
             norm.map(load).transpose()
@@ -52,8 +64,8 @@ impl HeadNorms {
         let mut sinks = spec.sinks.iter();
         sinks.try_for_each(|name| weights.checkpoint.check_tensor(name, &[spec.query_heads]))?;
         sized(spec).into_iter().try_for_each(|(norm, size)| {
-            let mut names = norm.iter().flat_map(|norm| Norm::tensors(&norm.norm));
-            names.try_for_each(|name| weights.checkpoint.check_tensor(name, &[size]))
+            let mut parts = norm.into_iter().flat_map(|norm| shapes(norm, size, spec.head_dim));
+            parts.try_for_each(|(name, shape)| weights.checkpoint.check_tensor(name, &shape))
         })
     }
 
@@ -79,19 +91,26 @@ fn sized(spec: &AttentionSpec) -> [(Option<&HeadNorm>, usize); 2] {
     let [query, key] = &spec.norms;
     [(query, Part::Query), (key, Part::Key)].map(|(norm, part)| {
         let heads = match norm {
-            Some(HeadNorm { over: NormOver::Width, .. }) => spec.heads(part),
+            Some(HeadNorm { over: NormOver::Width | NormOver::OwnHead, .. }) => spec.heads(part),
             _ => 1,
         };
         (norm.as_ref(), heads * spec.head_dim)
     })
 }
 
+/// The tensors of a norm of heads of width h whose weights have this size together, and their shapes.
+fn shapes(norm: &HeadNorm, size: usize, h: usize) -> impl Iterator<Item = (&str, Vec<usize>)> {
+    let shape = match norm.over {
+        NormOver::OwnHead if norm.heads.is_empty() => vec![size / h, h],
+        NormOver::OwnHead => vec![h],
+        _ => vec![size],
+    };
+    norm.tensors().map(move |name| (name, shape.clone()))
+}
+
 impl HeadNormed {
     /// Weights of groups of heads: where each head has its own, the mean of its members'.
     fn ordered(self, groups: &[&[usize]], h: usize) -> Candle<Self> {
-        if self.over == NormOver::Head {
-            return Ok(self);
-        }
         let mean = |weights: &Tensor| {
             let numbers: Vec<f32> = weights.to_vec1()?;
             let of = |members: &[usize], r: usize| match members {
@@ -104,19 +123,33 @@ impl HeadNormed {
             let means: Vec<f32> = groups.iter().flat_map(|g| (0..h).map(move |r| of(g, r))).collect();
             Tensor::from_vec(means, groups.len() * h, weights.device())
         };
-        let (weight, bias) = (mean(&self.norm.weight)?, mean(&self.norm.bias)?);
-        Ok(Self { norm: Normed { weight, bias, ..self.norm }, ..self })
+        match self.over {
+            NormOver::Head => Ok(self),
+            NormOver::OwnHead => {
+                let own = self.own.as_ref().map(mean).transpose()?;
+                Ok(Self { own, ..self })
+            }
+            NormOver::Width => {
+                let (weight, bias) = (mean(&self.norm.weight)?, mean(&self.norm.bias)?);
+                Ok(Self { norm: Normed { weight, bias, ..self.norm }, ..self })
+            }
+        }
     }
 
     /// Heads (N, n·h) → (N, n·h).
     pub(super) fn of(&self, heads: &Tensor) -> Candle<Tensor> {
         let rows = self.rows(heads)?;
-        self.norm.of(&rows)?.reshape(heads.shape())
+        let normed = self.norm.of(&rows)?.reshape(heads.shape())?;
+        self.own.as_ref().map_or(Ok(normed.clone()), |own| normed.broadcast_mul(own))
     }
 
     /// What passes back, (N, n·h).
     pub(super) fn backward(&self, heads: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        let (rows, gradient) = (self.rows(heads)?, self.rows(gradient)?);
+        let gradient = match &self.own {
+            Some(own) => gradient.broadcast_mul(own)?,
+            None => gradient.clone(),
+        };
+        let (rows, gradient) = (self.rows(heads)?, self.rows(&gradient)?);
         self.norm.backward(&rows, &gradient)?.reshape(heads.shape())
     }
 

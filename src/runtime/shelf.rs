@@ -21,8 +21,8 @@ pub(super) enum Shelf {
         layers: Vec<Layer>,
         /// (vocabulary, d).
         embedding: Tensor,
-        /// (vocabulary, d).
-        head: Tensor,
+        /// (vocabulary, d), of a model that predicts.
+        head: Option<Tensor>,
     },
     /// In the files of the checkpoint. One layer, or the output embedding, is in memory at a time.
     Stored { checkpoint: Box<Checkpoint>, place: Place, recent: Mutex<Option<Recent>> },
@@ -46,10 +46,11 @@ impl Shelf {
         }
         let shape = [forward.vocabulary, weights.width];
         let embedding = weights.take(&forward.embedding, &shape)?;
-        let head = match forward.head == forward.embedding {
-            true => embedding.clone(),
-            false => weights.take(&forward.head, &shape)?,
-        };
+        let head = forward.head.as_ref().map(|head| match *head == forward.embedding {
+            true => Ok(embedding.clone()),
+            false => weights.take(head, &shape),
+        });
+        let head = head.transpose()?;
         Ok(Self::Held { layers, embedding, head })
     }
 
@@ -59,7 +60,7 @@ impl Shelf {
         for (i, block) in forward.blocks.iter().enumerate() {
             Layer::check(&weights, block, i)?;
         }
-        for name in [&forward.embedding, &forward.head] {
+        for name in [&forward.embedding].into_iter().chain(&forward.head) {
             checkpoint.check_tensor(name, &[forward.vocabulary, weights.width])?;
         }
         let checkpoint = Box::new(checkpoint.clone());
@@ -87,10 +88,10 @@ impl Shelf {
         Ok(Layer::clone(&layer))
     }
 
-    /// The output embedding, (vocabulary, d).
+    /// The output embedding, (vocabulary, d); none of an encoder.
     pub(super) fn head(&self) -> Result<Tensor, RuntimeError> {
         let (checkpoint, place, recent) = match self {
-            Self::Held { head, .. } => return Ok(head.clone()),
+            Self::Held { head, .. } => return head.clone().ok_or(RuntimeError::NoPredictions),
             Self::Stored { checkpoint, place, recent } => (checkpoint, place, recent),
         };
         let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,6 +101,7 @@ impl Shelf {
         *recent = None;
         let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
         let weights = Weights::of(checkpoint, place);
+        let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
         let head = weights.take(head, &[*vocabulary, weights.width])?;
         *recent = Some(Recent::Head(head.clone()));
         Ok(head)

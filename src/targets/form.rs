@@ -3,7 +3,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::files::FileError;
 use crate::model::{
-    Activation, Architecture, AttentionSpec, Block, FeedForward, Forward, HeadNorm, Linear, Mlp, Norm,
+    Activation, Architecture, AttentionSpec, Block, FeedForward, Forward, HeadNorm, Linear, Mask, Mlp, Norm,
     NormKind, NormOver, Rotary, Rotation, Stretch,
 };
 
@@ -45,6 +45,7 @@ impl<'a> Form<'a> {
             ),
             (forward.learned.is_none(), "learned positions"),
             (forward.embedding_norm.is_none(), "a norm of embeddings"),
+            (forward.head.is_some(), "an encoder's hidden states in the place of logits"),
             (forward.logit_cap.is_none(), "a bound of logits"),
             (forward.head_bias.is_none(), "a bias of logits"),
         ];
@@ -98,6 +99,7 @@ impl<'a> Parts<'a> {
                 block.attention_output_norm.is_none() && block.mlp_output_norm.is_none(),
                 "norms of what layers add",
             ),
+            (block.sum_norms.iter().all(Option::is_none), "norms behind the sums"),
             (!block.parallel, "attention and MLP in parallel"),
             (block.residual == 1.0, "multipliers of what layers add"),
         ])?;
@@ -111,6 +113,7 @@ impl<'a> Parts<'a> {
         )])?;
         let head = |norm: &'a HeadNorm| match norm.over {
             NormOver::Head => rms(Some(&norm.norm)),
+            NormOver::OwnHead => Err("norms of each head with weights of its own".to_string()),
             NormOver::Width => Err("norms over all heads of a token".to_string()),
         };
         let head_norms = match &attention.norms {
@@ -140,6 +143,7 @@ fn check(attention: &AttentionSpec, first: &AttentionSpec, positions: usize) -> 
     let usual = (attention.head_dim as f64).sqrt().recip();
     let rotary = attention.rotary.as_ref();
     all(&[
+        (attention.mask != Mask::Whole, "an attention to what follows"),
         (attention.mask.reach() >= positions, "attention in windows"),
         (attention.cap.is_none(), "a bound of scores"),
         (attention.alibi.is_none(), "linear biases of scores"),

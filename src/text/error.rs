@@ -51,6 +51,11 @@ pub enum RuntimeError {
         /// The file of moments.
         path: PathBuf,
     },
+    /// Next tokens of a model that predicts none.
+    #[error(
+        "an encoder predicts no next token: it has no perplexity, no cache and nothing to distil; its hidden states can be compared with its source's"
+    )]
+    NoPredictions,
     /// A token that the model has no embedding for.
     #[error("token id {id} is not in the model's vocabulary of {vocabulary}; {hint}")]
     TokenOutOfRange {

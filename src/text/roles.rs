@@ -137,6 +137,22 @@ impl Texts {
         Ok(Self { texts: all, fit, validation })
     }
 
+    /// As these, but every window fits: for a model that has nothing to choose by.
+    pub fn all_fit(&self) -> Self {
+        let length = self.fit.length();
+        let both = |fit: &Windows, validation: Option<&Windows>| {
+            let all = [Some(fit), validation].into_iter().flatten().flat_map(|windows| windows.batches(1));
+            Windows::gathered(all, length).unwrap_or_else(|| fit.clone())
+        };
+        let text =
+            |text: &Text| Text { fit: both(&text.fit, text.validation()), validation: None, ..text.clone() };
+        Self {
+            texts: self.texts.iter().map(text).collect(),
+            fit: both(&self.fit, self.validation()),
+            validation: None,
+        }
+    }
+
     /// What is read of every text, in the order given.
     pub fn each(&self) -> &[Text] {
         &self.texts

@@ -78,17 +78,26 @@ MODELS = {
     "stablelm": ("stablelm", dict(hidden_size=96, use_qkv_bias=True, rope_parameters=rope(partial_rotary_factor=0.25))),
     "stablelm, parallel": ("stablelm", dict(hidden_size=96, num_key_value_heads=6, use_parallel_residual=True,
                                              rope_parameters=rope(partial_rotary_factor=0.25))),
+    "stablelm, norms of heads": ("stablelm", dict(hidden_size=96, qk_layernorm=True, rope_parameters=rope(partial_rotary_factor=0.25))),
     "gpt_neox": ("gpt_neox", dict(rope_parameters=rope(partial_rotary_factor=0.5))),
     "gpt_neox, in sequence": ("gpt_neox", dict(use_parallel_residual=False, hidden_act="gelu_new", rope_parameters=rope(partial_rotary_factor=1.0))),
     "starcoder2": ("starcoder2", dict(sliding_window=16, tie_word_embeddings=True)),
     "nemotron": ("nemotron", dict(attention_bias=True, rope_parameters=rope(partial_rotary_factor=0.5))),
     "cohere": ("cohere", dict(logit_scale=0.4, tie_word_embeddings=True)),
+    "cohere, norms of heads": ("cohere", dict(logit_scale=0.4, use_qk_norm=True, attention_bias=True, tie_word_embeddings=True)),
     "cohere2": ("cohere2", dict(logit_scale=0.4, sliding_window=16, layer_types=alternating(), tie_word_embeddings=True)),
     "glm": ("glm", dict(head_dim=8, rope_parameters=rope(partial_rotary_factor=0.5))),
     "glm4": ("glm4", dict(head_dim=16, rope_parameters=rope(partial_rotary_factor=0.5))),
     "exaone4": ("exaone4", dict(sliding_window=16, sliding_window_pattern=2, layer_types=alternating())),
     "exaone4, no window": ("exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
+    "arcee": ("arcee", dict(hidden_act="relu2", mlp_bias=True)),
+    "seed_oss": ("seed_oss", dict(head_dim=16)),
+    "ernie4_5": ("ernie4_5", dict(head_dim=16, use_bias=True, tie_word_embeddings=True)),
+    "helium": ("helium", dict(head_dim=8)),
+    "olmoe": ("olmoe", dict(num_experts=4, num_experts_per_tok=2, num_key_value_heads=6)),
+    "olmoe, grouped": ("olmoe", dict(num_experts=5, num_experts_per_tok=3, norm_topk_prob=True)),
     "opt": ("opt", dict(ffn_dim=64, word_embed_proj_dim=48, tie_word_embeddings=True)),
+    "opt, norms behind": ("opt", dict(ffn_dim=64, word_embed_proj_dim=48, do_layer_norm_before=False, tie_word_embeddings=True)),
     "gpt2": ("gpt2", dict(GPT2, tie_word_embeddings=True)),
     "gpt2, scores as they are": ("gpt2", dict(GPT2, scale_attn_weights=False)),
     "gptj": ("gptj", dict(GPT2, rotary_dim=4)),
@@ -171,8 +180,8 @@ def made(kind, config, seed=0):
     model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for key, value in model.named_parameters():
-            if value.dim() == 1:
-                norm = "norm" in key or "ln_" in key
+            if value.dim() == 1 or "_norm." in key:
+                norm = "norm" in key.lower() or "ln_" in key
                 if norm and key.endswith("weight"):
                     value.uniform_(0.5, 2.0)
                     if model.config.model_type in ("gemma", "gemma2", "gemma3_text", "gemma3", "nemotron"):
@@ -188,6 +197,7 @@ def made(kind, config, seed=0):
 
 def share_heads(model):
     """Makes KV heads of a model equal two by two, so that half of them lose nothing."""
+    weights = dict(model.named_parameters())
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -199,8 +209,13 @@ def share_heads(model):
 
     with torch.no_grad():
         for key, value in model.named_parameters():
-            if any(part in key for part in ("k_proj", "v_proj", "k_norm")) and value.shape[0] == heads * width:
+            if any(part in key for part in ("k_proj", "v_proj", "k_norm", "self.key", "self.value")) and value.shape[0] == heads * width:
                 pair(value)
+            if "k_norm" in key and value.shape == (heads, width):
+                value[1::2] = value[0::2]
+            if "k_layernorm.norms." in key:
+                before, head, after = key.rpartition("norms.")[0], *key.rpartition("norms.")[2].split(".")
+                value.copy_(weights[f"{before}norms.{int(head) // 2 * 2}.{after}"])
             if "qkv_proj" in key:
                 for first in (queries, queries + heads):
                     pair(value[first * width : (first + heads) * width])

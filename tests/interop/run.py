@@ -24,6 +24,7 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import encoders
 import models
 import served
 import targets
@@ -174,6 +175,17 @@ def calibrated(check):
     check.row["lossless"] += ", calibrated"
 
 
+def row_of(binary, name, root):
+    if name in encoders.MODELS:
+        return encoders.check(run, binary, name, Path(root))
+    check = Check(binary, name, root)
+    for step in (check.losses, check.forms, check.kept):
+        step()
+    if name == "llama 3.2 shape":
+        calibrated(check)
+    return check.row
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("qcqa")
@@ -182,18 +194,14 @@ def main():
     parser.add_argument("--targets")
     arguments = parser.parse_args()
     failed, rows = [], []
-    for name in models.MODELS:
+    for name in [*models.MODELS, *encoders.MODELS]:
         if arguments.only and arguments.only not in name:
             continue
         with tempfile.TemporaryDirectory() as root:
             try:
-                check = Check(arguments.qcqa, name, root)
-                for step in (check.losses, check.forms, check.kept):
-                    step()
-                if name == "llama 3.2 shape":
-                    calibrated(check)
-                rows.append((name, check.row))
-                print(f"{name:36} {check.row}", flush=True)
+                row = row_of(arguments.qcqa, name, root)
+                rows.append((name, row))
+                print(f"{name:36} {row}", flush=True)
             except Exception as error:  # the next family is still looked at
                 failed.append(name)
                 print(f"{name:36} FAILED: {type(error).__name__}: {str(error)[:400]}", flush=True)
@@ -238,7 +246,8 @@ def table(rows):
         "family (norm weights 0.5 to 2, biases not 0, 6 query heads on 2 KV heads where nothing else is said), windows of 64 tokens, longer than every sliding",
         "window and original context. `loss`: the largest relative difference of losses in f32, bf16, sharded, and with keys of config.json as they were spelled before. `stock`: how far the logits of the",
         "stock and the expanded form of one plan lie apart, relative to the largest, both in transformers; 50 tokens written by either are the same.",
-        "`lossless`: the same for all heads kept, and for equal heads merged, against the source.",
+        "`lossless`: the same for all heads kept, and for equal heads merged, against the source. Of encoders, which have no loss and no",
+        "grouped form, `states` is how far apart transformers and this crate find the hidden states of source and expanded form to be.",
         "",
         "| model | loss | stock | lossless |",
         "|---|---|---|---|",

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use qcqa::checkpoint::{Checkpoint, Config, Family, TensorIndex};
 use qcqa::families::FAMILIES;
 use qcqa::heads::HeadSource;
-use qcqa::model::{Architecture, FeedForward, HeadNorm, Linear, NormOver, Part};
+use qcqa::model::{Architecture, FeedForward, Linear, NormOver, Part};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -61,15 +61,23 @@ pub fn kinds() -> Vec<(&'static str, Value)> {
         ),
         ("stablelm", json!({"use_qkv_bias": true, "rope_parameters": rope(0.5)})),
         ("stablelm", json!({"use_parallel_residual": true, "rope_parameters": rope(0.5)})),
+        ("stablelm", json!({"qk_layernorm": true, "rope_parameters": rope(0.5)})),
         ("gpt_neox", json!({"rotary_pct": 0.5})),
         ("starcoder2", json!({"sliding_window": 5})),
         ("nemotron", json!({"attention_bias": true, "rope_parameters": rope(0.5)})),
         ("cohere", json!({"logit_scale": 0.5})),
+        ("cohere", json!({"use_qk_norm": true})),
         ("cohere2", json!({"sliding_window": 5, "layer_types": types})),
         ("glm", json!({"rope_parameters": rope(0.5)})),
         ("glm4", json!({"rope_parameters": rope(0.5)})),
         ("exaone4", json!({"sliding_window": 5, "layer_types": types})),
+        ("arcee", json!({"mlp_bias": true})),
+        ("seed_oss", json!({})),
+        ("ernie4_5", json!({"use_bias": true})),
+        ("helium", json!({})),
+        ("olmoe", json!({"num_experts": 3, "num_experts_per_tok": 2})),
         ("opt", json!({})),
+        ("opt", json!({"do_layer_norm_before": false})),
         ("gpt2", json!({})),
         ("gptj", json!({"rotary_dim": 2})),
         ("bloom", json!({})),
@@ -96,6 +104,7 @@ impl TensorIndex for Everything {
         // A file has one root and one output embedding.
         let other = ["wte.weight", "decoder.embed_tokens.weight", "word_embeddings.weight", "lm_head.weight"]
             .contains(&name);
+        let other = other || name.ends_with("gamma");
         (!other && (name.ends_with("weight") || self.biases)).then_some(&self.shape[..])
     }
 
@@ -112,7 +121,8 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
     let mut add = |name: &str, shape: &[usize]| shapes.insert(name.to_string(), shape.to_vec());
     let d = WIDTH;
     add(&forward.embedding, &[VOCABULARY, d]);
-    add(&forward.head, &[VOCABULARY, d]);
+    forward.head.iter().for_each(|head| drop(add(head, &[VOCABULARY, d])));
+    forward.token_types.iter().for_each(|types| drop(add(types, &[2, d])));
     forward.head_bias.iter().for_each(|bias| drop(add(bias, &[VOCABULARY])));
     forward.learned.iter().for_each(|l| drop(add(&l.tensor, &[l.first + forward.positions, d])));
     let outer = forward.embedding_norm.iter().chain(&forward.norm);
@@ -145,9 +155,14 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
             of.bias.iter().for_each(|bias| drop(add(bias, &[size])));
         }
         for (norm, part) in spec.norms.iter().zip([Part::Query, Part::Key]) {
-            let Some(HeadNorm { norm, over, .. }) = norm else { continue };
-            let heads = if *over == NormOver::Width { spec.heads(part) } else { 1 };
-            norm.tensors().for_each(|name| drop(add(name, &[heads * spec.head_dim])));
+            let Some(norm) = norm else { continue };
+            let (heads, h) = (spec.heads(part), spec.head_dim);
+            let shape = match norm.over {
+                NormOver::Width => vec![heads * h],
+                NormOver::OwnHead if norm.heads.is_empty() => vec![heads, h],
+                _ => vec![h],
+            };
+            norm.tensors().for_each(|name| drop(add(name, &shape)));
         }
     }
     shapes
@@ -169,7 +184,7 @@ pub fn made(kind: &str, differs: &Value, kv_heads: usize) -> Checkpoint {
     let rng = &mut ChaCha8Rng::seed_from_u64(5);
     let mut tensor = |name: &str, shape: &[usize]| {
         // Weights of norms lie around 1, whatever is stored of them.
-        let norm = shape.len() == 1 && name.ends_with("weight");
+        let norm = (shape.len() == 1 || name.contains("_norm.")) && name.ends_with("weight");
         let scale = if norm { 0.4 } else { 1.5 / (shape[shape.len() - 1] as f32).sqrt() };
         let mut made = Tensor::random(Dtype::F32, shape, scale, rng);
         if norm && !["gemma", "gemma2", "gemma3_text", "nemotron"].contains(&kind) {

@@ -3,8 +3,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::evaluation::{Choices, Evaluation, evaluate, evaluate_against};
-use qcqa::runtime::Model;
+use qcqa::evaluation::{Choices, Evaluation, HiddenDistance, evaluate, evaluate_against, hidden_distance};
+use qcqa::runtime::{Model, RuntimeError};
 use qcqa::text::{IdWidth, Vocabulary, Windows, read_ids, read_text};
 use serde_json::json;
 
@@ -125,27 +125,33 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
         }
         (None, None) => (loaded, None),
     };
-    let mut rows = Vec::new();
     let mut json =
         json!({ "model": shown(&args.model), "plan": args.plan.as_deref().map(shown), "note": note });
-    if let Some(windows) = windows {
+    let mut text = String::new();
+    if let Some(windows) = windows.as_ref().filter(|_| !model.predicts()) {
+        let source = source.as_ref().ok_or_else(|| CliError::from(RuntimeError::NoPredictions))?;
+        let HiddenDistance { error, cosine, tokens, windows, .. } =
+            hidden_distance(source, &model, windows, run)?;
+        let row = ["model".to_string(), percent(error), format!("{cosine:.4}"), tokens.to_string()];
+        text += &table(["", "error of hidden states", "cosine", "tokens"], [row]);
+        let fields =
+            json!({ "hidden_error": error, "hidden_cosine": cosine, "tokens": tokens, "windows": windows });
+        merge(&mut json, fields);
+    } else if let Some(windows) = &windows {
         let (before, after) = match &source {
             Some(source) => {
-                let (before, after) = evaluate_against(source, &[&model], &windows, run)?;
+                let (before, after) = evaluate_against(source, &[&model], windows, run)?;
                 (Some(before), after.into_iter().next())
             }
-            None => (None, Some(evaluate(&model, &windows, run)?)),
+            None => (None, Some(evaluate(&model, windows, run)?)),
         };
-        rows.extend(before.as_ref().map(|e| row("source", e)));
-        rows.extend(after.as_ref().map(|e| row("model", e)));
+        let rows = before.iter().map(|e| row("source", e)).chain(after.iter().map(|e| row("model", e)));
+        text += &table(HEADER, rows);
         if let Some(after) = &after {
             merge(&mut json, evaluation_json(after));
         }
         json["source_perplexity"] = json!(before.as_ref().or(after.as_ref()).map(Evaluation::perplexity));
     }
-    let header =
-        ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
-    let mut text = if rows.is_empty() { String::new() } else { table(header, rows) };
     text += &note.iter().map(|note| format!("\nnote: {note}\n")).collect::<String>();
     if let Some(choices) = choices {
         let score = choices.score(&model, &Vocabulary::open(&checkpoint)?, run)?;
@@ -157,6 +163,9 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     }
     Ok(Output { text, json }.noting(&checkpoint))
 }
+
+const HEADER: [&str; 7] =
+    ["", "perplexity", "KL to source", "same top token", "tokens", "tokens/s", "KV bytes a token (f32)"];
 
 fn row(name: &str, evaluation: &Evaluation) -> [String; 7] {
     [

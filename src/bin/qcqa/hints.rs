@@ -120,6 +120,7 @@ fn of_runtime(error: &RuntimeError) -> (u8, Option<&'static str>) {
             (1, Some(IDS))
         }
         RuntimeError::MomentsAmong { .. } => (2, None),
+        RuntimeError::NoPredictions => (2, Some("(`qcqa eval`, with `--plan FILE` or `--source DIR`)")),
         RuntimeError::InText { source, .. } => of_runtime(source),
         RuntimeError::Core(error) => of_library(error),
         RuntimeError::File(error) => of_files(error),

@@ -34,7 +34,9 @@ fn notes(calibration: &Calibration<'_>) -> Vec<String> {
     let mut notes = Vec::new();
     for text in calibration.text().into_iter().flat_map(|(_, texts)| texts.each()) {
         let (name, read, distinct) = (text.name(), text.read(), text.distinct());
-        if text.validation().is_none() {
+        if text.validation().is_none() && text.distinct() > 1 {
+            notes.push(format!("an encoder has no loss to choose by: all windows of {name} fit"));
+        } else if text.validation().is_none() {
             notes.push(format!(
                 "{name} has one window: it fits, chooses nothing, and shows nothing of what became of the model"
             ));

@@ -11,8 +11,8 @@ impl Form<'_> {
     /// Names of all tensors besides heads, in the file and in the source.
     pub(super) fn rest(&self, mut take: impl FnMut(String, &str)) {
         take("token_embd.weight".to_string(), &self.forward.embedding);
-        if self.forward.head != self.forward.embedding {
-            take("output.weight".to_string(), &self.forward.head);
+        if let Some(head) = self.forward.head.as_ref().filter(|head| **head != self.forward.embedding) {
+            take("output.weight".to_string(), head);
         }
         let mut norm = |name: String, norm: &Norm| {
             if let Some(weight) = &norm.weight {
