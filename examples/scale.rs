@@ -1,21 +1,18 @@
-//! Models as large as they come: writes the attention tensors of a made-up one, and measures a search in parts.
+//! Models as large as they come: measures a search of one in parts (`made_up.rs` writes them).
 //!
 //! ```sh
-//! cargo run --release --features cli --example scale -- write target/7b 7b      # 4.3 GB; 13b: 8.4 GB
 //! cargo run --release --features cli --example scale -- measure target/7b
 //! cargo run --release --features cli --example scale -- low-rank       # one layer of a 7B model, calibrated
 //! ```
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use half::bf16;
 use ndarray::{Array2, Array3};
 use ndarray_rand::RandomExt;
-use ndarray_rand::rand_distr::{Distribution, Normal};
+use ndarray_rand::rand_distr::Normal;
 use qcqa::allocator::{CostScale, LayerCosts, UniformAllocation};
 use qcqa::budget::Limits;
 use qcqa::checkpoint::Checkpoint;
@@ -30,64 +27,16 @@ use qcqa::{Allocator, FitnessFn, HeadSource, KvPooler, Optimizer, Run};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
-use serde_json::{Map, json};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["write", out, "7b"] => write(Path::new(out), 32, 32, 128),
-        ["write", out, "13b"] => write(Path::new(out), 40, 40, 128),
         ["measure", model] => measure(Path::new(model)),
         ["low-rank"] => low_rank(),
-        _ => Err("usage: scale write DIR 7b|13b, scale measure DIR, or scale low-rank".into()),
+        _ => Err("usage: scale measure DIR, or scale low-rank".into()),
     }
-}
-
-/// Writes Gaussian weights in bf16, a shard for each layer, so that one layer is in memory at a time.
-fn write(out: &Path, layers: usize, heads: usize, head_dim: usize) -> Outcome<()> {
-    let hidden = heads * head_dim;
-    let bytes = (layers * 4 * hidden * hidden * 2) as u64;
-    fs::create_dir(out)?;
-    let free = fs4::available_space(out)?;
-    if free < bytes + (1 << 30) {
-        fs::remove_dir(out)?;
-        return Err(format!("{bytes} bytes and a gigabyte to spare are needed, {free} are free").into());
-    }
-    let mut weight_map = Map::new();
-    for layer in 0..layers {
-        let weights: Vec<(String, Vec<u8>)> = ["k", "o", "q", "v"]
-            .into_par_iter()
-            .enumerate()
-            .map(|(i, part)| {
-                let mut rng = ChaCha8Rng::seed_from_u64((layer * 4 + i) as u64);
-                let normal = Normal::new(0.0f32, 0.02).expect("a positive deviation");
-                let number = |_| bf16::from_f32(normal.sample(&mut rng)).to_le_bytes();
-                let name = format!("model.layers.{layer}.self_attn.{part}_proj.weight");
-                (name, (0..hidden * hidden).flat_map(number).collect())
-            })
-            .collect();
-        let file = format!("model-{:05}-of-{layers:05}.safetensors", layer + 1);
-        let mut views = Vec::new();
-        for (name, bytes) in &weights {
-            weight_map.insert(name.clone(), json!(file));
-            views.push((name.clone(), TensorView::new(Dtype::BF16, vec![hidden, hidden], bytes)?));
-        }
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(views, Some(metadata), &out.join(&file))?;
-        eprintln!("{file}");
-    }
-    let index = json!({ "metadata": { "total_size": bytes }, "weight_map": weight_map });
-    fs::write(out.join("model.safetensors.index.json"), index.to_string())?;
-    let config = json!({
-        "model_type": "llama", "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads,
-        "num_hidden_layers": layers, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
-    });
-    fs::write(out.join("config.json"), config.to_string())?;
-    Ok(())
 }
 
 /// Times a search part by part, each round beside a bare read of the same bytes: medians of the rounds.

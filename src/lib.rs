@@ -160,7 +160,7 @@ pub use grouping::Grouping;
 pub use heads::HeadSource;
 pub use optimizer::Optimizer;
 pub use pooler::KvPooler;
-pub use run::{Device, Observer, Progress, Run};
+pub use run::{Device, Observer, Precision, Progress, Run};
 
 #[doc = include_str!("../README.md")]
 #[cfg(all(doctest, feature = "runtime"))]

@@ -156,9 +156,17 @@ fn wrong_usage_is_code_two_and_names_the_way_out() {
     says(&unfit, &["--target stock", "qcqa-ec", "expanded"]);
     fails(2, &["compress", text(&model), "--kv", "0.5", "--method", "magic", "--out", "never"]);
     assert!(!Path::new("never").exists());
-    says(&fails(2, &["inspect", text(&model), "--device", "tpu"]), &["a device is cpu or cuda"]);
+    says(
+        &fails(2, &["inspect", text(&model), "--device", "tpu"]),
+        &["a device is cpu, cuda, cuda:N, metal or auto"],
+    );
     if !cfg!(feature = "cuda") {
-        says(&fails(2, &["inspect", text(&model), "--device", "cuda"]), &["feature `cuda`"]);
+        for device in ["cuda", "cuda:1"] {
+            says(&fails(2, &["inspect", text(&model), "--device", device]), &["feature `cuda`"]);
+        }
+        let words = model.join("evaluation.txt");
+        let rough = ["eval", text(&model), "--device", "auto", "--dtype", "bf16", "--text", text(&words)];
+        says(&fails(1, &rough), &["the CPU", "f32 alone"]);
         assert!(!done(&["eval", "--help"]).contains("--device"));
     }
 }

@@ -30,11 +30,11 @@ fn models_run_where_they_are_told() {
 #[test]
 fn without_cuda_no_model_and_no_calibration_is_put_there() {
     let checkpoint = novels();
-    let whole = opened_on(Device::Cuda, &checkpoint).map(|_| ()).unwrap_err();
-    let model = Model::load_on(&checkpoint, Device::Cuda).map(|_| ()).unwrap_err();
+    let whole = opened_on(Device::Cuda(0), &checkpoint).map(|_| ()).unwrap_err();
+    let model = Model::load_on(&checkpoint, Device::Cuda(0)).map(|_| ()).unwrap_err();
     for error in [whole, model] {
-        assert!(matches!(error, RuntimeError::Device { device: Device::Cuda, .. }), "{error}");
-        models::says(&error.to_string(), &["a CUDA device", "feature `cuda`"]);
+        assert!(matches!(error, RuntimeError::Device { device: Device::Cuda(0), .. }), "{error}");
+        models::says(&error.to_string(), &["CUDA device 0", "feature `cuda`"]);
     }
 }
 
@@ -55,7 +55,7 @@ mod cuda {
 
     /// The two, unless this machine has no GPU.
     fn both(checkpoint: &Checkpoint) -> Option<[Model; 2]> {
-        match Model::load_on(checkpoint, Device::Cuda) {
+        match Model::load_on(checkpoint, Device::Cuda(0)) {
             Ok(gpu) => Some([Model::load(checkpoint).unwrap(), gpu]),
             Err(error) => {
                 println!("skipped: {error}");
@@ -113,7 +113,7 @@ mod cuda {
             return;
         }
         let plan = neighbours(&checkpoint, 2);
-        let [cpu, gpu] = [Device::Cpu, Device::Cuda].map(|device| {
+        let [cpu, gpu] = [Device::Cpu, Device::Cuda(0)].map(|device| {
             let (model, calibration) = opened_on(device, &checkpoint).unwrap();
             let moment = calibration.heads(2).unwrap().moment().unwrap().matrix().to_owned();
             let windows: &Windows = calibration.text().unwrap().1;

@@ -222,7 +222,7 @@ fn texts_of(
     // Whoever writes needs every layer for every token.
     let writes = sources.iter().any(|source| source.origin == Origin::Model);
     let load = if writes { Model::load_on } else { Model::open };
-    let model = load(checkpoint, run.device())?;
+    let model = load(checkpoint, run.device())?.in_numbers(run.precision())?;
     let whole = |((source, tokens), count): ((&TextSource, Option<Vec<u32>>), usize)| {
         let name = source.name();
         let windows = match tokens {

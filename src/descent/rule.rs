@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use candle_core::{Result, Tensor};
 
 use crate::runtime::{AttentionWeights, combined};
@@ -28,7 +30,7 @@ const ROUNDS: usize = 5;
 const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
 /// What an optimizer remembers of each tensor of a layer, in the order of [`AttentionWeights::tensors`]: momentum for a
-/// matrix under Muon, else the means of gradients and of their squares.
+/// matrix under Muon, else sums of gradients and of their squares, in which older ones fade: Adam's means but for a factor.
 pub(crate) type Memory = Vec<Vec<Tensor>>;
 
 impl Descent {
@@ -50,31 +52,57 @@ impl Descent {
         step: u64,
         rate: f64,
     ) -> Result<AttentionWeights> {
-        let mut changes = Vec::new();
-        for (i, (gradient, memory)) in gradients.tensors().zip(memory).enumerate() {
-            changes.push(if self.orthogonal(i) {
-                let momentum = combined(&memory[0], 1.0 - FRESH, gradient, FRESH)?;
-                let mixture = combined(gradient, FRESH, &momentum, 1.0 - FRESH)?;
-                memory[0] = momentum;
-                if self == Self::Muon { orthogonal(&mixture.unsqueeze(0)?)?.squeeze(0)? } else { mixture }
-            } else {
-                let means = [gradient.clone(), gradient.sqr()?];
-                let mut corrected = Vec::with_capacity(2);
-                for ((held, new), beta) in memory.iter_mut().zip(means).zip(BETAS) {
-                    *held = combined(held, beta, &new, 1.0 - beta)?;
-                    corrected.push((&*held / (1.0 - beta.powf(step as f64 + 1.0)))?);
+        let memories = std::slice::from_mut(memory);
+        let mut all = self.step_all(&[weights], std::slice::from_ref(gradients), memories, step, rate)?;
+        Ok(all.swap_remove(0))
+    }
+
+    /// The weights of some layers after step number `step`, each as if it were alone; matrices of one shape are made orthogonal at once.
+    pub(crate) fn step_all(
+        self,
+        weights: &[&AttentionWeights],
+        gradients: &[AttentionWeights],
+        memories: &mut [Memory],
+        step: u64,
+        rate: f64,
+    ) -> Result<Vec<AttentionWeights>> {
+        // What makes means of Adam's sums is left to the end, where it is one number.
+        let [mean, square] = BETAS.map(|beta| (1.0 - beta) / (1.0 - beta.powf(step as f64 + 1.0)));
+        let root = square.sqrt();
+        let changes = gradients.iter().zip(memories).map(|(gradients, memory)| {
+            let change = |(i, (gradient, memory)): (usize, (&Tensor, &mut Vec<Tensor>))| {
+                if self.orthogonal(i) {
+                    memory[0] = combined(&memory[0], 1.0 - FRESH, gradient, FRESH)?;
+                    return combined(gradient, FRESH, &memory[0], 1.0 - FRESH);
                 }
-                (&corrected[0] / (corrected[1].sqrt()? + EPSILON)?)?
-            });
+                for ((sum, new), beta) in
+                    memory.iter_mut().zip([gradient.clone(), gradient.sqr()?]).zip(BETAS)
+                {
+                    *sum = combined(sum, beta, &new, 1.0)?;
+                }
+                &memory[0] / (memory[1].sqrt()? + EPSILON / root)?
+            };
+            gradients.tensors().zip(memory).enumerate().map(change).collect()
+        });
+        let mut changes: Vec<Vec<Tensor>> = changes.collect::<Result<_>>()?;
+        match self {
+            Self::Muon => all_orthogonal(&mut changes)?,
+            Self::MuonByHead => {
+                for (changes, weights) in changes.iter_mut().zip(weights) {
+                    by_heads(&mut changes[..MATRICES], weights.head_dim)?;
+                }
+            }
+            Self::AdamW => {}
         }
-        if self == Self::MuonByHead {
-            by_heads(&mut changes[..MATRICES], weights.head_dim)?;
-        }
-        let mut changes = changes.iter();
-        weights.map(|weight| match changes.next() {
-            Some(change) => combined(weight, 1.0, change, -rate),
-            None => Ok(weight.clone()),
-        })
+        let moved = weights.iter().zip(changes).map(|(weights, changes)| {
+            let mut changes = changes.iter().enumerate();
+            weights.map(|weight| match changes.next() {
+                Some((i, change)) if self.orthogonal(i) => combined(weight, 1.0, change, -rate),
+                Some((_, change)) => combined(weight, 1.0, change, -rate * mean / root),
+                None => Ok(weight.clone()),
+            })
+        });
+        moved.collect()
     }
 
     /// Whether tensor number `i` of a layer moves by an orthogonal matrix.
@@ -86,6 +114,29 @@ impl Descent {
 /// Matrices of a layer, of which the outputs are the last; biases come after them.
 const MATRICES: usize = 4;
 const OUTPUTS: usize = MATRICES - 1;
+
+/// Numbers of matrices that are made orthogonal at once.
+const AT_ONCE: usize = 1 << 26;
+
+/// [`orthogonal`] of all matrices of some layers, those of one shape side by side.
+fn all_orthogonal(layers: &mut [Vec<Tensor>]) -> Result<()> {
+    let mut alike: BTreeMap<(usize, usize), Vec<(usize, usize)>> = BTreeMap::new();
+    for (layer, tensors) in layers.iter().enumerate() {
+        for (i, matrix) in tensors[..MATRICES].iter().enumerate() {
+            alike.entry(matrix.dims2()?).or_default().push((layer, i));
+        }
+    }
+    for ((a, b), places) in alike {
+        for places in places.chunks((AT_ONCE / (a * b).max(1)).max(1)) {
+            let matrices: Vec<&Tensor> = places.iter().map(|&(layer, i)| &layers[layer][i]).collect();
+            let turned = orthogonal(&Tensor::stack(&matrices, 0)?)?;
+            for (n, &(layer, i)) in places.iter().enumerate() {
+                layers[layer][i] = turned.get(n)?;
+            }
+        }
+    }
+    Ok(())
+}
 
 /// [`orthogonal`] of every head of a layer's matrices, all at once: rows of queries, keys and values, columns of outputs.
 fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
@@ -109,7 +160,8 @@ fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
 fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
     let (_, a, b) = matrices.dims3()?;
     let wide = if a <= b { matrices.clone() } else { matrices.t()?.contiguous()? };
-    let norm = (wide.sqr()?.sum_keepdim((1, 2))?.sqrt()? + 1e-7)?;
+    // Rows first: on a GPU a sum of all at once is one block's work.
+    let norm = (wide.sqr()?.sum_keepdim(2)?.sum_keepdim(1)?.sqrt()? + 1e-7)?;
     let x = wide.broadcast_div(&norm)?;
     // Elsewhere products may be rounded, which the square of a matrix does not bear.
     let exact = x.device().is_cpu();
@@ -205,6 +257,34 @@ mod tests {
                 let alone = orthogonal(&alone).unwrap().squeeze(0).unwrap();
                 let apart = (alone - found.narrow(dim, 2 * head, 2).unwrap()).unwrap().abs().unwrap();
                 assert!(apart.max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-6, "{i}, {head}");
+            }
+        }
+    }
+
+    #[test]
+    fn layers_side_by_side_are_what_each_is_alone() {
+        let matrix =
+            |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
+        let layer = |kv: usize, seed| AttentionWeights {
+            matrices: [matrix(8, seed), matrix(kv, seed + 1), matrix(kv, seed + 2), matrix(8, seed + 3)],
+            biases: [Some(Tensor::from_vec(numbers(8, seed), 8, &Device::Cpu).unwrap()), None, None, None],
+            head_dim: 2,
+        };
+        let (weights, gradients) = ([layer(4, 1), layer(2, 5)], [layer(4, 9), layer(2, 13)]);
+        for descent in [Descent::Muon, Descent::MuonByHead, Descent::AdamW] {
+            let memories = || weights.each_ref().map(|weights| descent.memory(weights).unwrap());
+            let (mut together, mut alone) = (memories(), memories());
+            for step in 0..2 {
+                let all =
+                    descent.step_all(&weights.each_ref(), &gradients, &mut together, step, 0.1).unwrap();
+                for (n, all) in all.iter().enumerate() {
+                    let one = descent.step(&weights[n], &gradients[n], &mut alone[n], step, 0.1).unwrap();
+                    for (all, one) in all.tensors().zip(one.tensors()) {
+                        let apart =
+                            (all - one).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                        assert!(apart.to_scalar::<f32>().unwrap() < 1e-6, "{descent:?}, {n}");
+                    }
+                }
             }
         }
     }

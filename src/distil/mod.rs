@@ -7,17 +7,19 @@
 
 mod state;
 mod trainer;
+mod usual;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use self::state::{SavedState, StateFile};
 use self::trainer::Trainer;
+use self::usual::Usual;
 use crate::descent::{Descent, Fall, Order, share};
 use crate::error::{Error, Result};
 use crate::heads::Pooled;
-use crate::plan::{Distillation, Refit, SharedHeads};
-use crate::run::{Device, Run};
+use crate::plan::{Distillation, SharedHeads};
+use crate::run::{Precision, Run};
 use crate::runtime::{AttentionWeights, Model};
 use crate::text::{RuntimeError, Windows};
 
@@ -29,6 +31,8 @@ const TRAINED_PER_VALIDATED: usize = 3;
 const PATIENCE: usize = 3;
 /// Between two writings of the state.
 const SAVE_EVERY: Duration = Duration::from_secs(180);
+/// Of this form are states, and what a descent remembers in them.
+const STATES: &str = "2";
 /// Steps by which the time of one is known.
 const TIMED: u64 = 2;
 
@@ -150,7 +154,7 @@ impl Distill {
         let model = source.with_shared(&shared)?;
         let work = self.work(&Usual::new(self.effort, source, &shared, fit.length()), fit, validation)?;
         let file = self.state.as_ref().map(|path| {
-            let key = work.key(self, &shared, run.seed());
+            let key = work.key(self, &shared, source.precision(), run.seed());
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
@@ -282,12 +286,18 @@ impl Work<'_> {
     }
 
     /// What one distillation is told from another by.
-    fn key(&self, distill: &Distill, shared: &SharedHeads<'_>, seed: u64) -> Result<String, RuntimeError> {
+    fn key(
+        &self,
+        distill: &Distill,
+        shared: &SharedHeads<'_>,
+        precision: Precision,
+        seed: u64,
+    ) -> Result<String, RuntimeError> {
         let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
         let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
         let (Distill { effort, .. }, descent) = (distill, self.descent);
         Ok(format!(
-            "{seed} {effort:?} {descent:?} {} {} {texts:?} {:?}",
+            "{STATES} {seed} {effort:?} {descent:?} {precision:?} {} {} {texts:?} {:?}",
             self.batch,
             self.rate,
             shared.record()
@@ -335,45 +345,6 @@ impl Work<'_> {
 fn weights_of(model: &Model) -> Result<Vec<AttentionWeights>, RuntimeError> {
     (0..model.n_layers()).map(|i| model.attention_weights(i)).collect()
 }
-
-/// What a distillation does unless it is told otherwise: rules that were measured (docs/quality.md).
-#[derive(Debug)]
-struct Usual {
-    /// Muon's products cost as much as a window on a CPU: they pay where a step reads several.
-    descent: Descent,
-    /// Windows of a step: many small steps beat few large ones.
-    batch: usize,
-    /// The highest rate: the better the start, the lower.
-    rate: f64,
-    /// How strongly hidden states are pulled to the source's at first, which fades to nothing: of use for as long as there are
-    /// new tokens to learn from.
-    pull: f64,
-}
-
-impl Usual {
-    /// For windows of so many tokens.
-    fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>, length: usize) -> Self {
-        let refitted = shared.done().refit == Some(Refit::Full);
-        // A CPU reads few tokens in any time that people wait.
-        let many = match effort {
-            Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
-            Effort::Time(_) => model.device() != Device::Cpu,
-        };
-        let (muon, adam) = (Descent::Muon, Descent::AdamW);
-        let few = FEW_TOKENS.div_ceil(length);
-        match (many, refitted) {
-            (true, true) => Self { descent: muon, batch: 4, rate: 7e-4, pull: 3.0 },
-            (true, false) => Self { descent: muon, batch: 4, rate: 1e-3, pull: 3.0 },
-            (false, true) => Self { descent: adam, batch: few, rate: 4e-4, pull: 0.0 },
-            (false, false) => Self { descent: adam, batch: few, rate: 5e-4, pull: 0.0 },
-        }
-    }
-}
-
-/// Tokens of a step where there are few in all.
-const FEW_TOKENS: usize = 512;
-/// Tokens from which on there are many.
-const MANY_TOKENS: u64 = 1_000_000;
 
 /// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of
 /// every layer of `model`, in their places: for those who bring an descent of their own.

@@ -6,6 +6,9 @@ use crate::error::Result;
 use crate::runtime::{AttentionWeights, Model, Pass};
 use crate::text::{RuntimeError, Windows};
 
+/// Layers that go a step together: on a GPU many small products are one, and of large ones not all changes are held.
+const TOGETHER: usize = 16;
+
 /// A model on its way towards its source: weights, and what the descent remembers of them.
 #[derive(Debug)]
 pub(super) struct Trainer<'a> {
@@ -31,10 +34,17 @@ impl<'a> Trainer<'a> {
         pull: f64,
     ) -> Result<f64, RuntimeError> {
         let (divergence, gradients) = self.gradients(windows, pull)?;
-        for (i, (gradients, memory)) in gradients.iter().zip(&mut self.memory).enumerate() {
-            let weights = self.model.attention_weights(i)?;
-            let weights = self.descent.step(&weights, gradients, memory, step, rate)?;
-            self.model.set_attention_weights(i, &weights)?;
+        let layers = (0..self.model.n_layers()).collect::<Vec<_>>();
+        for layers in layers.chunks(TOGETHER) {
+            let (first, end) = (layers[0], layers[0] + layers.len());
+            let weights = layers.iter().map(|&i| self.model.attention_weights(i));
+            let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
+            let (of, memories) = (&gradients[first..end], &mut self.memory[first..end]);
+            let weights: Vec<&AttentionWeights> = weights.iter().collect();
+            let moved = self.descent.step_all(&weights, of, memories, step, rate)?;
+            for (&i, weights) in layers.iter().zip(&moved) {
+                self.model.set_attention_weights(i, weights)?;
+            }
         }
         Ok(divergence)
     }
@@ -48,28 +58,26 @@ impl<'a> Trainer<'a> {
         windows: &[&[u32]],
         pull: f64,
     ) -> Result<(f64, Vec<AttentionWeights>), RuntimeError> {
-        let (mut divergence, mut tokens) = (0.0, 0);
+        let mut divergence = 0.0;
         let mut sums: Vec<Option<AttentionWeights>> = vec![None; self.model.n_layers()];
         let length = windows.first().map_or(0, |window| window.len());
         let pass = self.model.pass(length, 0)?;
+        let tokens: usize = windows.iter().map(|window| window.len()).sum();
+        let share = 1.0 / tokens.max(1) as f64;
         for held in windows.chunks(self.model.held_windows()) {
             let texts = held.concat();
             let abreast = texts.chunks(self.model.abreast(length) * length).collect::<Vec<_>>();
-            tokens += texts.len();
-            divergence += self.add_gradients(&abreast, &pass, pull, &mut sums)?;
+            divergence += self.add_gradients(&abreast, &pass, [share, pull], &mut sums)?;
         }
-        let share = 1.0 / tokens.max(1) as f64;
-        let mean = |sum: AttentionWeights| Ok(sum.map(|tensor| tensor.affine(share, 0.0))?);
-        let gradients = sums.into_iter().flatten().map(mean).collect::<Result<_, RuntimeError>>()?;
-        Ok((divergence * share, gradients))
+        Ok((divergence * share, sums.into_iter().flatten().collect()))
     }
 
-    /// Adds the gradients of the sum over some texts to `sums`, and gives the sum.
+    /// Adds the gradients of `share` times the sum over some texts to `sums`, and gives the sum of the divergences.
     fn add_gradients(
         &self,
         texts: &[&[u32]],
         pass: &Pass,
-        pull: f64,
+        [share, pull]: [f64; 2],
         sums: &mut [Option<AttentionWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
@@ -81,10 +89,10 @@ impl<'a> Trainer<'a> {
             let own = model.last(last)?;
             let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
             if pull > 0.0 {
-                let share = (2.0 * pull / theirs.sqr()?.sum_keepdim(D::Minus1)?)?;
-                gradient = (gradient + (own - &theirs)?.broadcast_mul(&share)?)?;
+                let weight = (2.0 * pull / theirs.sqr()?.sum_keepdim(D::Minus1)?)?;
+                gradient = (gradient + (own - &theirs)?.broadcast_mul(&weight)?)?;
             }
-            let gradient = model.last_backward(last, &gradient)?;
+            let gradient = model.last_backward(last, &(gradient * share)?)?;
             Ok((divergences, inputs, gradient))
         };
         let both = theirs.into_par_iter().zip(model.layer_inputs(texts, pass)?);

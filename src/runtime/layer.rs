@@ -1,4 +1,4 @@
-use candle_core::{DType, Device, Result as Candle, Tensor};
+use candle_core::{D, DType, Device, Result as Candle, Tensor};
 use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::RuntimeError;
@@ -192,7 +192,9 @@ pub(super) fn narrow(weight: Tensor) -> Candle<Tensor> {
 fn narrowest(weight: Tensor) -> Candle<Tensor> {
     for dtype in [DType::BF16, DType::F16] {
         let short = weight.to_dtype(dtype)?;
-        if (short.to_dtype(weight.dtype())? - &weight)?.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
+        // Rows first: a maximum of all at once is one block's work.
+        let apart = (short.to_dtype(weight.dtype())? - &weight)?.abs()?.max(D::Minus1)?.max_all()?;
+        if apart.to_scalar::<f32>()? == 0.0 {
             return Ok(short);
         }
     }
@@ -201,7 +203,11 @@ fn narrowest(weight: Tensor) -> Candle<Tensor> {
 
 /// x (N, in), weight (out, in) → (N, out).
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> Candle<Tensor> {
-    let y = x.matmul(&wide(weight, x)?.t()?)?;
+    biased(x.matmul(&wide(weight, x)?.t()?)?, bias)
+}
+
+/// With a bias, where there is one.
+pub(super) fn biased(y: Tensor, bias: &Option<Tensor>) -> Candle<Tensor> {
     bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
 }
 

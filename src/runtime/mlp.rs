@@ -4,7 +4,7 @@ use candle_core::{D, DType, Result as Candle, Tensor};
 use candle_nn::ops::softmax;
 
 use super::RuntimeError;
-use super::layer::{Weights, linear, narrow, wide};
+use super::layer::{Weights, biased, linear, narrow, wide};
 use super::ops::{activated, activated_backward, gated, gated_backward};
 use crate::files::FileError;
 use crate::model::{Activation, Experts, FeedForward, Linear, Mlp};
@@ -27,6 +27,8 @@ pub(super) struct Dense {
     pub(super) down_bias: Option<Tensor>,
     pub(super) activation: Activation,
     pub(super) has_gate: bool,
+    /// Whether products with weights in BF16 are of that type.
+    rounding: bool,
 }
 
 /// Experts and what chooses among them.
@@ -60,6 +62,17 @@ impl Hidden {
             bias.try_for_each(|bias| weights.checkpoint.check_tensor(bias, &[experts.len()]))?;
         }
         of.mlps().iter().try_for_each(|mlp| Dense::check(weights, mlp))
+    }
+
+    /// The same, with products in BF16 where the weights are.
+    pub(super) fn rounding(self) -> Self {
+        let one = |dense: Dense| Dense { rounding: true, ..dense };
+        match self {
+            Self::Dense(dense) => Self::Dense(one(dense)),
+            Self::Experts(mixture) => {
+                Self::Experts(Mixture { experts: mixture.experts.into_iter().map(one).collect(), ..mixture })
+            }
+        }
     }
 
     /// (N, d) → (N, d).
@@ -111,6 +124,7 @@ impl Dense {
             down_bias: weights.bias(&mlp.down, d)?,
             activation: mlp.activation,
             has_gate: mlp.gate.is_some(),
+            rounding: false,
         })
     }
 
@@ -121,24 +135,34 @@ impl Dense {
     }
 
     /// What the activation reads, (N, d) → (N, m or 2m).
-    pub(super) fn widened(&self, x: &Tensor) -> Candle<Tensor> {
-        linear(x, &self.up, &self.up_bias)
+    fn widened(&self, x: &Tensor, up: &Tensor) -> Candle<Tensor> {
+        biased(self.product(x, &up.t()?)?, &self.up_bias)
+    }
+
+    /// x (N, a) times a weight, (a, b).
+    fn product(&self, x: &Tensor, weight: &Tensor) -> Candle<Tensor> {
+        if self.rounding && weight.dtype() == DType::BF16 {
+            return x.to_dtype(DType::BF16)?.matmul(weight)?.to_dtype(x.dtype());
+        }
+        x.matmul(&wide(weight, x)?)
     }
 
     /// (N, d) → (N, d).
     pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let wide = self.widened(x)?;
+        let wide = self.widened(x, &self.up)?;
         let hidden = match self.has_gate {
             true => gated(self.activation, &wide)?,
             false => activated(self.activation, &wide)?,
         };
-        linear(&hidden, &self.down, &self.down_bias)
+        biased(self.product(&hidden, &self.down.t()?)?, &self.down_bias)
     }
 
     fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        let (above, of_hidden) = (self.widened(x)?, gradient.matmul(&wide(&self.down, gradient)?)?);
+        // Used twice, and widened once.
+        let up = if self.rounding { self.up.clone() } else { wide(&self.up, x)? };
+        let (above, of_hidden) = (self.widened(x, &up)?, self.product(gradient, &self.down)?);
         let back = if self.has_gate { gated_backward } else { activated_backward };
-        back(self.activation, &above, &of_hidden)?.matmul(&wide(&self.up, x)?)
+        self.product(&back(self.activation, &above, &of_hidden)?, &up)
     }
 }
 

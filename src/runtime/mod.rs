@@ -46,6 +46,7 @@ mod weights;
 
 pub use crate::text::RuntimeError;
 pub use cache::KvCache;
+pub use device::best_device;
 pub use model::Model;
 
 pub(crate) use attention::Pass;

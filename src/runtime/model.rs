@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
 use crate::model::{AttentionSpec, Mask, ModelId};
-use crate::run::Device;
+use crate::run::{Device, Precision};
 use crate::text::{RuntimeError, forward_of, within};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
@@ -40,6 +40,7 @@ const HELD_WEIGHTS: u64 = 1 << 30;
 pub struct Model {
     id: ModelId,
     pub(super) device: Place,
+    pub(super) precision: Precision,
     positions: usize,
     pub(super) dtype: Dtype,
     vocabulary: usize,
@@ -112,6 +113,7 @@ impl Model {
             vocabulary: forward.vocabulary,
             predicts: forward.head.is_some(),
             id: checkpoint.id()?,
+            precision: Precision::F32,
             positions: forward.positions,
             dtype: checkpoint.dtype(),
             device,
@@ -121,11 +123,6 @@ impl Model {
     /// The checkpoint that the weights come from, before any sharing here.
     pub fn id(&self) -> &ModelId {
         &self.id
-    }
-
-    /// Where it runs.
-    pub fn device(&self) -> Device {
-        device::of(&self.device)
     }
 
     /// Number of layers, L.

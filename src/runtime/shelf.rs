@@ -67,6 +67,22 @@ impl Shelf {
         Ok(Self::Stored { checkpoint, place: place.clone(), recent: Mutex::new(None) })
     }
 
+    /// The same weights, where those in 16 bits round what they are multiplied with.
+    pub(super) fn rounding(&self) -> Self {
+        match self {
+            Self::Held { layers, embedding, head } => {
+                let layers = layers.iter().cloned().map(|layer| Layer { mlp: layer.mlp.rounding(), ..layer });
+                Self::Held { layers: layers.collect(), embedding: embedding.clone(), head: head.clone() }
+            }
+            // Read for every use, and on the CPU: nothing is held in 16 bits.
+            Self::Stored { checkpoint, place, .. } => Self::Stored {
+                checkpoint: checkpoint.clone(),
+                place: place.clone(),
+                recent: Mutex::new(None),
+            },
+        }
+    }
+
     /// Layer `i`. Who asks for one that is being read waits for it.
     pub(super) fn layer(&self, i: usize) -> Result<Layer, RuntimeError> {
         let (checkpoint, place, recent) = match self {

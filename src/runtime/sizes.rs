@@ -34,7 +34,7 @@ impl Model {
     pub(crate) fn batch(&self, len: usize) -> usize {
         let (tokens, logits) = match self.device() {
             Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
-            Device::Cuda => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
+            Device::Cuda(_) | Device::Metal => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
         };
         (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
     }

@@ -53,7 +53,7 @@ impl CalibrateArgs {
         if self.ids.is_empty() {
             return Err(CliError::usage("a text is missing: --text FILE, or --ids FILE for token ids"));
         }
-        let model = Model::open(checkpoint, run.device())?;
+        let model = Model::open_for(checkpoint, run)?;
         let whole = self.ids.iter().map(|ids| {
             Ok::<_, CliError>(WholeText::new(ids.display().to_string(), windows_of_ids(ids, &model)?))
         });

@@ -96,7 +96,7 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     check_refit(args, &candidates)?;
     // What is given is read before what takes long.
     let text = args.text.is_given().then(|| {
-        let source = Model::open(&checkpoint, run.device())?;
+        let source = Model::open_for(&checkpoint, run)?;
         Ok::<Reader, CliError>((args.text.required(&checkpoint, &source)?, source))
     });
     let text = text.transpose()?;

@@ -96,7 +96,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let plan = args.plan.as_ref().map(|path| Ok::<_, CliError>((path, plan_for(&checkpoint, path)?)));
     let plan = plan.transpose()?;
     let choices = args.choices.as_deref().map(Choices::read).transpose()?;
-    let loaded = Model::open(&checkpoint, run.device())?;
+    let loaded = Model::open_for(&checkpoint, run)?;
     let text = args.choices.is_none() || args.text.is_given();
     let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
     // The model in question, and the one it came from where there is one.
@@ -109,7 +109,7 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             (loaded.with_shared(&shared)?, Some(loaded))
         }
         (None, Some(path)) => {
-            let source = Model::open(&Checkpoint::open(path)?, run.device())?;
+            let source = Model::open_for(&Checkpoint::open(path)?, run)?;
             let sizes = [source.vocabulary(), loaded.vocabulary()];
             if sizes[0] != sizes[1] {
                 return Err(CliError::failed(format!(

@@ -22,7 +22,8 @@ mod search;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use qcqa::{Device, Run};
+use qcqa::runtime::best_device;
+use qcqa::{Device, Precision, Run};
 
 use hints::CliError;
 use progress::Watch;
@@ -44,21 +45,41 @@ struct Cli {
     /// One seed, one result, on any number of threads.
     #[arg(long, global = true, default_value_t = 0, value_name = "N", allow_negative_numbers = true)]
     seed: u64,
-    /// Where models run: cpu or cuda, the first NVIDIA GPU
+    /// Where models run: cpu, cuda, cuda:N, metal, or auto: a GPU where one answers
     #[arg(long, global = true, default_value = "cpu", value_parser = device, value_name = "DEVICE")]
-    #[arg(hide = !cfg!(feature = "cuda"))]
+    #[arg(hide = !GPU)]
     device: Device,
+    /// On a GPU, what weights stored in BF16 are multiplied in: f32, or bf16, rougher and faster
+    #[arg(long, global = true, default_value = "f32", value_parser = precision, value_name = "TYPE")]
+    #[arg(hide = !GPU)]
+    dtype: Precision,
 }
+
+/// Whether this build knows any other device than the CPU.
+const GPU: bool = cfg!(any(feature = "cuda", feature = "metal"));
 
 /// A device that this build knows.
 fn device(name: &str) -> Result<Device, String> {
+    let built = |device: Device, feature: &str, has: bool| match has {
+        true => Ok(device),
+        false => Err(format!("this build does not run models there; build it with the feature `{feature}`")),
+    };
+    let number = name.strip_prefix("cuda:").map(str::parse);
+    match (name, number) {
+        ("cpu", _) => Ok(Device::Cpu),
+        ("auto", _) => Ok(best_device()),
+        ("cuda", _) => built(Device::Cuda(0), "cuda", cfg!(feature = "cuda")),
+        ("metal", _) => built(Device::Metal, "metal", cfg!(feature = "metal")),
+        (_, Some(Ok(number))) => built(Device::Cuda(number), "cuda", cfg!(feature = "cuda")),
+        _ => Err("a device is cpu, cuda, cuda:N, metal or auto".to_string()),
+    }
+}
+
+fn precision(name: &str) -> Result<Precision, String> {
     match name {
-        "cpu" => Ok(Device::Cpu),
-        "cuda" if cfg!(feature = "cuda") => Ok(Device::Cuda),
-        "cuda" => {
-            Err("this build runs models on the CPU alone; build it with the feature `cuda`".to_string())
-        }
-        _ => Err("a device is cpu or cuda".to_string()),
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        _ => Err("a type is f32 or bf16".to_string()),
     }
 }
 
@@ -93,7 +114,7 @@ fn main() -> ExitCode {
         Ok(watch) => watch,
         Err(error) => return report::failed(cli.json, &error.to_string(), 1),
     };
-    let run = Run::new(cli.seed).on(cli.device).with_observer(&watch);
+    let run = Run::new(cli.seed).on(cli.device).computing(cli.dtype).with_observer(&watch);
     let done = match &cli.command {
         Command::Inspect(args) => inspect::inspect(args),
         Command::Compare(args) => args.calibration.named(compare::compare(args, run)),

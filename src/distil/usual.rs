@@ -1,0 +1,44 @@
+use super::Effort;
+use crate::descent::Descent;
+use crate::plan::{Refit, SharedHeads};
+use crate::run::Device;
+use crate::runtime::Model;
+
+/// What a distillation does unless it is told otherwise: rules that were measured (docs/quality.md).
+#[derive(Debug)]
+pub(super) struct Usual {
+    /// Muon's products cost as much as a window on a CPU: they pay where a step reads several.
+    pub(super) descent: Descent,
+    /// Windows of a step: many small steps beat few large ones.
+    pub(super) batch: usize,
+    /// The highest rate: the better the start, the lower.
+    pub(super) rate: f64,
+    /// How strongly hidden states are pulled to the source's at first, which fades to nothing: of use for as long as there are
+    /// new tokens to learn from.
+    pub(super) pull: f64,
+}
+
+impl Usual {
+    /// For windows of so many tokens.
+    pub(super) fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>, length: usize) -> Self {
+        let refitted = shared.done().refit == Some(Refit::Full);
+        // A CPU reads few tokens in any time that people wait.
+        let many = match effort {
+            Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
+            Effort::Time(_) => model.device() != Device::Cpu,
+        };
+        let (muon, adam) = (Descent::Muon, Descent::AdamW);
+        let few = FEW_TOKENS.div_ceil(length);
+        match (many, refitted) {
+            (true, true) => Self { descent: muon, batch: 4, rate: 7e-4, pull: 3.0 },
+            (true, false) => Self { descent: muon, batch: 4, rate: 1e-3, pull: 3.0 },
+            (false, true) => Self { descent: adam, batch: few, rate: 4e-4, pull: 0.0 },
+            (false, false) => Self { descent: adam, batch: few, rate: 5e-4, pull: 0.0 },
+        }
+    }
+}
+
+/// Tokens of a step where there are few in all.
+const FEW_TOKENS: usize = 512;
+/// Tokens from which on there are many.
+const MANY_TOKENS: u64 = 1_000_000;
