@@ -38,5 +38,5 @@ measured compress "$qcqa" compress "$work/source" --kv 0.5 --target stock --cali
 for dtype in f32 bf16; do
   measured "distill-$dtype" "$qcqa" distill "$work/half" --source "$work/source" --calibration $text --for 90s --device cuda \
     --dtype $dtype --out "$work/distilled" --force
-  grep -o '[0-9,. ]*tokens[^|]*' "$work/distill-$dtype.log" | tail -n 1 || true
+  grep 'tokens a second' "$work/distill-$dtype.log"
 done

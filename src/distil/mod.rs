@@ -76,6 +76,8 @@ pub struct Distilled<'a> {
     pub course: Vec<(u64, f64)>,
     /// KL(source ‖ shared) on the windows of every step, in nats a token, before that step.
     pub losses: Vec<f64>,
+    /// Tokens trained on in a second, validation left out; 0 where none was.
+    pub tokens_per_second: f64,
     /// Whether it was broken off; what was best until then is there.
     pub interrupted: bool,
 }
@@ -163,7 +165,8 @@ impl Distill {
             Some(state) => state,
             None => work.begin(&trainer)?,
         };
-        let interrupted = self.steps(&work, &mut trainer, &mut state, file.as_ref(), run)?;
+        let mut pace = Pace::default();
+        let interrupted = self.steps(&work, &mut trainer, &mut state, file.as_ref(), &mut pace, run)?;
         if let (false, Some(file)) = (interrupted, &file) {
             file.remove()?;
         }
@@ -175,7 +178,9 @@ impl Distill {
             0 => shared,
             _ => shared.distilled(layers, Distillation::new(tokens, steps, calibration)),
         };
-        Ok(Distilled { shared, course: state.course, losses: state.losses, interrupted })
+        let tokens_per_second =
+            pace.steps as f64 * work.step_tokens() as f64 / pace.time.as_secs_f64().max(1e-9);
+        Ok(Distilled { shared, course: state.course, losses: state.losses, tokens_per_second, interrupted })
     }
 
     /// Goes on until the end, or until it is broken off.
@@ -185,6 +190,7 @@ impl Distill {
         trainer: &mut Trainer<'_>,
         state: &mut SavedState,
         file: Option<&StateFile>,
+        pace: &mut Pace,
         run: Run<'_>,
     ) -> Result<bool, RuntimeError> {
         let (began, mut saved, mut order) =
@@ -204,7 +210,9 @@ impl Distill {
                 order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
             let share = share(state.step, state.total, WARM_UP, Fall::Cosine);
             let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
+            let began_step = Instant::now();
             let loss = trainer.step(&windows, state.step, work.rate * share, work.pull * (1.0 - gone))?;
+            pace.add(began_step.elapsed());
             if !loss.is_finite() {
                 return Err(RuntimeError::NotFinite { what: "the divergence while distilling".to_string() });
             }
@@ -258,6 +266,19 @@ impl Distill {
     }
 }
 
+/// Steps of this run, and their time.
+#[derive(Debug, Default)]
+struct Pace {
+    steps: u64,
+    time: Duration,
+}
+
+impl Pace {
+    fn add(&mut self, time: Duration) {
+        (self.steps, self.time) = (self.steps + 1, self.time + time);
+    }
+}
+
 /// What a distillation works on.
 #[derive(Debug)]
 struct Work<'w> {
@@ -305,8 +326,8 @@ impl Work<'_> {
     }
 
     fn begin(&self, trainer: &Trainer<'_>) -> Result<SavedState, RuntimeError> {
-        let weights = weights_of(&trainer.model)?;
-        let mut state = SavedState { total: self.total, best: weights, ..SavedState::default() };
+        let mut state =
+            SavedState { total: self.total, best: trainer.weights.clone(), ..SavedState::default() };
         if let Some(validation) = self.validation {
             state.course.push((0, trainer.divergence(validation)?));
         }
@@ -321,7 +342,7 @@ impl Work<'_> {
             None => f64::NEG_INFINITY,
         };
         if kl < best {
-            (state.best, state.best_step, state.worse) = (weights_of(&trainer.model)?, state.step, 0);
+            (state.best, state.best_step, state.worse) = (trainer.weights.clone(), state.step, 0);
         } else {
             state.worse += 1;
         }
@@ -340,10 +361,6 @@ impl Work<'_> {
         }
         Ok(model)
     }
-}
-
-fn weights_of(model: &Model) -> Result<Vec<AttentionWeights>, RuntimeError> {
-    (0..model.n_layers()).map(|i| model.attention_weights(i)).collect()
 }
 
 /// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of

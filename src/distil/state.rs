@@ -77,7 +77,7 @@ impl StateFile {
         };
         let mut state = found.state;
         for i in 0..trainer.memory.len() {
-            let like = trainer.model.attention_weights(i)?;
+            let like = trainer.weights[i].clone();
             let read = |what: &str| {
                 let mut n = 0;
                 like.map(|tensor| {
@@ -86,7 +86,7 @@ impl StateFile {
                 })
             };
             let (weights, best) = (read("weights")?, read("best")?);
-            trainer.model.set_attention_weights(i, &weights)?;
+            trainer.set(i, weights)?;
             state.best.push(best);
             for (n, held) in trainer.memory[i].iter_mut().enumerate() {
                 for (m, tensor) in held.iter_mut().enumerate() {
@@ -101,8 +101,7 @@ impl StateFile {
     pub(super) fn write(&self, trainer: &Trainer<'_>, state: &SavedState) -> Result<(), RuntimeError> {
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for (i, (best, memory)) in state.best.iter().zip(&trainer.memory).enumerate() {
-            let weights = trainer.model.attention_weights(i)?;
-            for (what, layer) in [("weights", &weights), ("best", best)] {
+            for (what, layer) in [("weights", &trainer.weights[i]), ("best", best)] {
                 tensors.extend(layer.tensors().enumerate().map(|(n, t)| (name(what, i, n + 1), t.clone())));
             }
             for (n, held) in memory.iter().enumerate() {

@@ -15,14 +15,24 @@ pub(super) struct Trainer<'a> {
     pub(super) source: &'a Model,
     pub(super) model: Model,
     pub(super) descent: Descent,
+    /// Those of the model, as they are trained.
+    pub(super) weights: Vec<AttentionWeights>,
     pub(super) memory: Vec<Memory>,
 }
 
 impl<'a> Trainer<'a> {
     pub(super) fn new(source: &'a Model, model: Model, descent: Descent) -> Result<Self, RuntimeError> {
-        let layers = 0..model.n_layers();
-        let memory = layers.map(|i| Ok(descent.memory(&model.attention_weights(i)?)?));
-        Ok(Self { source, memory: memory.collect::<Result<_, RuntimeError>>()?, model, descent })
+        let weights = (0..model.n_layers()).map(|i| model.attention_weights(i));
+        let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
+        let memory = weights.iter().map(|weights| descent.memory(weights));
+        Ok(Self { source, memory: memory.collect::<Result<_, _>>()?, weights, model, descent })
+    }
+
+    /// Puts weights into layer `i`.
+    pub(super) fn set(&mut self, i: usize, weights: AttentionWeights) -> Result<(), RuntimeError> {
+        self.model.set_attention_weights(i, &weights)?;
+        self.weights[i] = weights;
+        Ok(())
     }
 
     /// Goes one step on some windows, and gives the mean KL(source ‖ model) over their tokens before it.
@@ -34,17 +44,13 @@ impl<'a> Trainer<'a> {
         pull: f64,
     ) -> Result<f64, RuntimeError> {
         let (divergence, gradients) = self.gradients(windows, pull)?;
-        let layers = (0..self.model.n_layers()).collect::<Vec<_>>();
-        for layers in layers.chunks(TOGETHER) {
-            let (first, end) = (layers[0], layers[0] + layers.len());
-            let weights = layers.iter().map(|&i| self.model.attention_weights(i));
-            let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
-            let (of, memories) = (&gradients[first..end], &mut self.memory[first..end]);
-            let weights: Vec<&AttentionWeights> = weights.iter().collect();
+        let layers = self.model.n_layers();
+        for first in (0..layers).step_by(TOGETHER) {
+            let together = first..layers.min(first + TOGETHER);
+            let weights: Vec<&AttentionWeights> = self.weights[together.clone()].iter().collect();
+            let (of, memories) = (&gradients[together.clone()], &mut self.memory[together.clone()]);
             let moved = self.descent.step_all(&weights, of, memories, step, rate)?;
-            for (&i, weights) in layers.iter().zip(&moved) {
-                self.model.set_attention_weights(i, weights)?;
-            }
+            together.zip(moved).try_for_each(|(i, weights)| self.set(i, weights))?;
         }
         Ok(divergence)
     }

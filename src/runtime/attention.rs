@@ -1,6 +1,7 @@
 //! Attention on the KV heads that are there: query heads are ordered group by group, so that nothing is copied
 //! back to the heads of a group.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
@@ -10,7 +11,7 @@ use ndarray::Array3;
 use super::cache::LayerCache;
 use super::layer::{linear, times};
 use super::norms::{HeadNormed, HeadNorms};
-use super::ops::{CausalSoftmax, capped, visible};
+use super::ops::{CausalSoftmax, KeptMask, capped, visible};
 use super::rope::Rope;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
@@ -62,6 +63,8 @@ pub(crate) struct Pass {
     pub(super) positions: Vec<usize>,
     /// Of every layer.
     pub(super) ropes: Vec<Rope>,
+    /// What hides keys, kept for all layers that reach as far.
+    pub(super) masks: BTreeMap<usize, KeptMask>,
 }
 
 impl Pass {
@@ -266,7 +269,9 @@ impl Attention {
             Mask::Whole => vec![0..seen.len(); pass.positions().len()],
             mask => visible(pass.positions(), seen, mask.reach()),
         };
-        CausalSoftmax { visible, keys: seen.len() }
+        let own = seen.len() == pass.positions().len();
+        let kept = pass.masks.get(&self.mask.reach()).filter(|_| own && self.mask != Mask::Whole).cloned();
+        CausalSoftmax { visible, keys: seen.len(), kept }
     }
 
     /// The sinks of a block's query heads; none where the model has none.

@@ -9,6 +9,7 @@ use super::cache::{KvCache, LayerCache};
 use super::device;
 use super::ends::Ends;
 use super::layer::{Layer, Weights};
+use super::ops::KeptMask;
 use super::rope::Rope;
 use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
@@ -299,7 +300,10 @@ impl Model {
                 None => Rope::new(spec.rotary.as_ref(), &positions, &self.device)?,
             });
         }
-        Ok(Pass { positions, ropes })
+        // Whoever looks at everything reaches as far as the most, with another mask.
+        let causal = self.specs.iter().filter(|spec| spec.mask != Mask::Whole);
+        let masks = causal.map(|spec| (spec.mask.reach(), KeptMask::default())).collect();
+        Ok(Pass { positions, ropes, masks })
     }
 
     /// Tokens (B·T) → what enters the first layer, (B·T, d).

@@ -151,7 +151,9 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let pairs = || references.iter().map(|(name, reference)| (name, reference)).zip(&before).zip(&after);
     let rows: Vec<_> = pairs().map(row).collect();
     let (told_written, output) = tell(&args.written, target, &report);
-    let text = told(&found.course, found.interrupted, out) + &table(header, rows) + "\n" + &told_written;
+    let pace = format!("{:.0} tokens a second, validation left out\n", found.tokens_per_second);
+    let text =
+        told(&found.course, found.interrupted, out) + &pace + &table(header, rows) + "\n" + &told_written;
     let each = pairs().map(|(((name, reference), before), after)| {
         json!({
             "text": name, "source": evaluation_json(reference.source()), "before": evaluation_json(before),
@@ -160,7 +162,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     });
     let json = json!({
         "output": output, "course": found.course, "losses": found.losses, "interrupted": found.interrupted,
-        "validation": each.collect::<Vec<_>>(),
+        "tokens_per_second": found.tokens_per_second, "validation": each.collect::<Vec<_>>(),
     });
     Ok(Output { text, json }.noting(&source))
 }

@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, D, Device, InplaceOp1, Layout, Result, Tensor};
 use candle_nn::ops::softmax_last_dim;
@@ -24,7 +25,13 @@ pub(crate) struct CausalSoftmax {
     pub(crate) visible: Vec<Range<usize>>,
     /// Keys, S.
     pub(crate) keys: usize,
+    /// Where the mask is kept, spread over rows: elsewhere than on the CPU an addition of two tensors of one shape takes a tenth of one
+    /// that repeats the other.
+    pub(crate) kept: Option<KeptMask>,
 }
+
+/// A mask for as many heads as there were the most so far, (heads, T·S); for those who share what is visible.
+pub(crate) type KeptMask = Arc<Mutex<Option<Tensor>>>;
 
 impl CausalSoftmax {
     /// Of contiguous scores of these heads, one after the other: on the CPU in place, elsewhere of candle's operations. `sinks`:
@@ -42,7 +49,10 @@ impl CausalSoftmax {
         let (t, s) = (self.visible.len(), self.keys);
         // Every dimension of a broadcast is a division for each number.
         let flat = scores.reshape(((), t * s))?;
-        let masked = flat.broadcast_add(&self.mask(scores.device())?.reshape((1, t * s))?)?;
+        let masked = match &self.kept {
+            Some(kept) => (&flat + self.spread(kept, &flat)?)?,
+            None => flat.broadcast_add(&self.mask(scores.device())?.reshape((1, t * s))?)?,
+        };
         if sinks.is_empty() {
             return softmax_last_dim(&masked.reshape(((), s))?)?.reshape(scores.shape());
         }
@@ -51,6 +61,18 @@ impl CausalSoftmax {
         let sinks = sinks.broadcast_as((masked.dim(0)?, sinks.elem_count(), t, 1))?;
         let shares = softmax_last_dim(&Tensor::cat(&[&masked, &sinks], D::Minus1)?.contiguous()?)?;
         shares.narrow(D::Minus1, 0, s)?.contiguous()?.reshape(scores.shape())
+    }
+
+    /// The mask as often as there are heads, of what is kept.
+    fn spread(&self, kept: &KeptMask, flat: &Tensor) -> Result<Tensor> {
+        let (heads, size) = flat.dims2()?;
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mask) = kept.as_ref().filter(|mask| mask.dims()[0] >= heads) {
+            return mask.narrow(0, 0, heads);
+        }
+        let mask = self.mask(flat.device())?.reshape((1, size))?.broadcast_as((heads, size))?.contiguous()?;
+        *kept = Some(mask.clone());
+        Ok(mask)
     }
 
     /// 0 where a query may look, −∞ elsewhere, (T, S).
@@ -95,7 +117,7 @@ impl InplaceOp1 for Rows<'_> {
         let (CpuStorage::F32(scores), Some((from, to))) = (storage, layout.contiguous_offsets()) else {
             candle_core::bail!("scores must be contiguous and f32");
         };
-        let CausalSoftmax { visible, keys } = self.softmax;
+        let CausalSoftmax { visible, keys, .. } = self.softmax;
         scores[from..to].par_chunks_exact_mut(keys * visible.len()).enumerate().for_each(|(i, head)| {
             let sink = self.sinks.get(i % self.sinks.len().max(1)).copied();
             for (row, visible) in head.chunks_exact_mut(*keys).zip(visible) {
@@ -145,12 +167,19 @@ mod tests {
             seed in 0usize..1000, sunk: bool,
         ) {
             let keys: Vec<usize> = (0..before + t).collect();
-            let softmax = CausalSoftmax { visible: visible(&keys[before..], &keys, reach), keys: keys.len() };
+            let softmax = CausalSoftmax { visible: visible(&keys[before..], &keys, reach), keys: keys.len(), kept: None };
             let n = 2 * heads * t * keys.len();
             let scores: Vec<f32> = (0..n).map(|i| ((i * 7919 + seed * 31) % 401) as f32 / 20.0 - 10.0).collect();
             let scores = Tensor::from_vec(scores, (2, heads, t, keys.len()), &Device::Cpu).unwrap();
             let sinks: Vec<f32> = (0..heads * usize::from(sunk)).map(|head| head as f32 - 1.0).collect();
             let general = softmax.by_mask(&scores, &sinks).unwrap();
+            let keeping = CausalSoftmax { kept: Some(KeptMask::default()), ..softmax.clone() };
+            for heads in [1, 2] {
+                let some = scores.narrow(0, 0, heads).unwrap().contiguous().unwrap();
+                let apart = keeping.by_mask(&some, &sinks).unwrap() - general.narrow(0, 0, heads).unwrap();
+                let apart = apart.unwrap().abs().unwrap().max_all().unwrap();
+                prop_assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0);
+            }
             let apart = (softmax.of(scores, &sinks).unwrap() - general).unwrap().abs().unwrap().max_all().unwrap();
             prop_assert!(apart.to_scalar::<f32>().unwrap() < 1e-6);
         }

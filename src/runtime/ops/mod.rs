@@ -10,7 +10,7 @@ mod gradients;
 use candle_core::{CpuStorage, Layout, Result, Storage};
 
 pub(super) use activation::{activated, activated_backward, gated, gated_backward};
-pub(crate) use causal_softmax::{CausalSoftmax, visible};
+pub(crate) use causal_softmax::{CausalSoftmax, KeptMask, visible};
 pub(crate) use combined::combined;
 pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
 pub(super) use gradients::{
