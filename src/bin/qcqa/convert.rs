@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::{Distill, Effort};
 use qcqa::files::check_apart;
 use qcqa::output::{Report, Target, check_form, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
 use qcqa::targets::{Runtime, serving_notes};
+use qcqa::{HeadSource, Run};
 use serde_json::{Value, json};
 
 use crate::Done;
@@ -16,7 +16,7 @@ use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::distill::{beside, effort, state, told};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, file_bytes, percent, shown};
-use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
+use crate::roles::{limit_cost, limit_cost_json, outcome, outcome_json, rests_on, rests_on_json};
 use crate::search::Planned;
 
 #[derive(Debug, Args)]
@@ -43,6 +43,12 @@ pub(super) struct CompressArgs {
     /// writes what is best so far, or a crash the same command goes on from there.
     #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
     distill: Option<Effort>,
+    /// Say what the limits of --target cost, of a large model, too
+    ///
+    /// The plan of the same budget without them is searched as well, and both are measured before refits. Done unasked for models of at most 8 KV heads a
+    /// layer and less than a GiB of weights in f32, where it takes little.
+    #[arg(long, hide_short_help = true, help_heading = "Output")]
+    limit_cost: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -113,6 +119,9 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     if let Some(effort) = args.distill {
         compress = compress.distil(beside(effort, &written.out));
     }
+    if args.limit_cost || is_small(&checkpoint) {
+        compress = compress.weighing_limits();
+    }
     let compressed = compress.run(&checkpoint, run)?;
     let target = runtime.map_or(Ok(target), |runtime| runtime.plainest(&checkpoint, compressed.plan()))?;
     let compressed = compressed.for_target(target);
@@ -123,13 +132,22 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let (mut text, mut json) = (planned.describe() + "\n", planned.report());
     if calibration.is_some_and(|calibration| calibration.text().is_some()) {
         text += &format!("{}\n", outcome(&compressed));
+        text += &limit_cost(&compressed);
         text += &told(&compressed.course, compressed.interrupted, &written.out);
         (json["validation"], json["stages"]) = outcome_json(&compressed);
+        json["limit_cost"] = limit_cost_json(&compressed);
         json["distillation"] = json!({ "course": compressed.course, "interrupted": compressed.interrupted });
     }
     let (told, output) = tell(written, target, &report);
     json["output"] = output;
     Ok(Output { text: text + &told, json }.noting(&checkpoint))
+}
+
+/// Whether a second search is over soon: exact, of layers that are held.
+fn is_small(checkpoint: &Checkpoint) -> bool {
+    let heads = checkpoint.architecture().kv_heads().into_iter().max().unwrap_or(0);
+    let f32_bytes = checkpoint.weight_bytes() / checkpoint.dtype().bytes() as u64 * 4;
+    heads <= 8 && f32_bytes < 1 << 30
 }
 
 impl OutputArgs {
