@@ -15,7 +15,7 @@ impl Compress<'_> {
     pub(super) fn target_limits(&self, source: &dyn HeadSource) -> (Option<&'static str>, Limits) {
         #[cfg(feature = "checkpoint")]
         if let Some(target) = self.target {
-            return (Some(target.name()), target.limits(source.architecture()));
+            return (Some(target.name()), target.search_limits(source.architecture()));
         }
         let _ = source;
         (None, Limits::default())
@@ -50,7 +50,8 @@ impl Compress<'_> {
                 });
             }
         }
-        Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed })
+        let dividing = held.dividing.into_iter().chain(self.limits.dividing).reduce(gcd);
+        Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed, dividing })
     }
 
     /// Where equal groups of costly error have one k in all layers: that of the budget alone, which is then searched with all
@@ -68,7 +69,7 @@ impl Compress<'_> {
         else {
             return Ok(space);
         };
-        if !limits.same_k || !limits.fixed.is_empty() {
+        if !limits.same_k || !limits.fixed.is_empty() || limits.dividing.is_some() {
             return Ok(space);
         }
         let most = budget.kv_heads(&heads)?;
@@ -109,4 +110,9 @@ impl Compress<'_> {
             Some(asked) => Ok(asked),
         }
     }
+}
+
+/// The greatest number that divides both.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
