@@ -127,7 +127,8 @@ fn what_padded_cannot_hold_is_refused() {
         let model = Architecture::new(model_type, 24, vec![AttentionSpec::new(6, 6, 4); 2]);
         with_heads(&model, &Map::new(), 9, 3).unwrap_err().to_string()
     };
-    says(&with("stablelm"), &["\"stablelm\"", "llama, mistral, qwen2"]);
+    says(&with("opt"), &["\"opt\"", "llama, mistral, qwen2"]);
+    says(&with("stablelm"), &["\"stablelm\"", "cannot become 9", "groups of one size"]);
     says(&with("gemma2"), &["\"gemma2\"", "must divide the width of 24, and 9 do not"]);
 }
 
@@ -158,6 +159,8 @@ fn remote_code_holds_any_plan_and_opens_again() {
         let padded = written.root.path().join("padded again");
         models::convert(&remote, &again, &Padded, &padded, WriteOptions::default(), Run::new(0)).unwrap();
         let padded = Checkpoint::open(&padded).unwrap();
+        // Whoever loads it wants no code beside it.
+        assert!(!padded.path().join("modeling_qcqa.py").exists() && out.join("modeling_qcqa.py").exists());
         assert!(config(&padded).get("qcqa_heads").is_none() && config(&padded).get("auto_map").is_none());
         let ids = tokens(2, 12, 16);
         let logits = |checkpoint: &Checkpoint| Model::load(checkpoint).unwrap().logits(ids.view()).unwrap();

@@ -203,7 +203,7 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
             file_bytes(report.dead_bytes),
         ),
     };
-    let served = serving_notes(&report.heads);
+    let served = serving_notes(target, &report.heads);
     let notes: String = served.iter().map(|note| format!("to be known: {note}\n")).collect();
     let removed = report
         .removed
@@ -233,7 +233,7 @@ fn left_out(files: &[PathBuf]) -> String {
         [] => String::new(),
         files => {
             let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
-            format!("not copied, as it is of the source's weights: {}\n", names.join(", "))
+            format!("not copied, as it is of the source alone: {}\n", names.join(", "))
         }
     }
 }
