@@ -6,7 +6,7 @@ mod made;
 mod models;
 mod running;
 
-use made::{VOCABULARY, made};
+use made::{VOCABULARY, made_in};
 use models::plan;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
@@ -72,7 +72,8 @@ fn query_heads_are_added_where_a_type_takes_them() {
         ("stablelm", json!({"use_qkv_bias": true, "rope_parameters": rope}), &one_k[..1], &any[..2]),
     ];
     for (kind, differs, padded, remote) in cases {
-        let source = made(kind, &differs, 6);
+        let root = tempfile::tempdir().unwrap();
+        let source = made_in(root.path(), kind, &differs, 6);
         assert_eq!(held(&source, &Stock), ["equal"], "{kind} {differs}");
         assert_eq!(held(&source, &Padded), padded, "{kind} {differs}");
         assert_eq!(held(&source, &RemoteCode), remote, "{kind} {differs}");
@@ -82,10 +83,9 @@ fn query_heads_are_added_where_a_type_takes_them() {
 /// Where layers were given their numbers, those of the whole still follow from what the source was made with.
 #[test]
 fn what_was_written_by_layer_is_shared_again() {
-    let source =
-        made("stablelm", &json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}), 6);
-    let [_, (_, layers), ..] = plans();
     let root = tempfile::tempdir().unwrap();
+    let source = made_in(&root.path().join("in"), "stablelm", &json!({"partial_rotary_factor": 0.5}), 6);
+    let [_, (_, layers), ..] = plans();
     let [by_layer, again] = ["by layer", "again"].map(|name| root.path().join(name));
     let convert = |source: &Checkpoint, layers: &[Partition], target: &dyn Target, out| {
         models::convert(source, &plan(source, layers), target, out, WriteOptions::default(), Run::new(0))
