@@ -61,7 +61,7 @@ struct OutputArgs {
     ///
     /// Unless said stock, which loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
     /// for transformers with a model file of its own; gguf (gguf-f16, gguf-f32) any plan of models like Llama, as one file for
-    /// llama.cpp; deci equal groups, k by layer, for vLLM; expanded holds any plan but saves no memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
+    /// llama.cpp; deci groups of any size, k by layer, for vLLM, as far as one number of query heads for all layers holds them; expanded holds any plan but saves no memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
     #[arg(long, default_value = "stock", hide_default_value = true, hide_possible_values = true)]
     #[arg(value_parser = targets_parser(&[AUTO]))]
     target: String,
