@@ -169,6 +169,9 @@ fn text_that_is_too_little_is_named() {
     let value = json(&single);
     assert_eq!((&value["validation"], &value["stages"]), (&Value::Array(vec![]), &Value::Array(vec![])));
     says(&done(&single), &["calibration.txt has one window", "chooses nothing", "qcqa eval"]);
+    assert_eq!(value["limit_cost"], Value::Null);
+    let asked = fails(2, &[&single[..], &["--limit-cost"]].concat());
+    says(&asked, &["--limit-cost", "fitted nothing", "--calibration TEXT"]);
 }
 
 /// A figure on text that fitted is not passed off as one on other text.

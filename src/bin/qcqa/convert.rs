@@ -115,6 +115,12 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     check_form(&checkpoint, target)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
+    let validates = calibration.and_then(|c| c.text()).is_some_and(|(_, texts)| texts.validation().is_some());
+    if args.limit_cost && !validates {
+        return Err(CliError::usage(
+            "--limit-cost is measured on windows that fitted nothing: it needs --calibration TEXT, of two windows or more",
+        ));
+    }
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
     if let Some(effort) = args.distill {
         compress = compress.distil(beside(effort, &written.out));
