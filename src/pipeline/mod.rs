@@ -20,7 +20,9 @@ use crate::budget::{Budget, Limits};
 use crate::calibration::Calibration;
 #[cfg(feature = "runtime")]
 use crate::distil::Distill;
-use crate::error::{Error, Result};
+#[cfg(feature = "runtime")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::fitness::FitnessKind;
 use crate::grouping::{Grouping, UniformGqa};
 use crate::heads::HeadSource;
@@ -291,6 +293,7 @@ impl<'a> Compress<'a> {
             compress: self,
             source,
             limits,
+            #[cfg(feature = "runtime")]
             space,
             refit,
             search,
