@@ -72,6 +72,8 @@ pub struct Limits {
     pub same_k: bool,
     /// Layers whose number of groups is given: layer index → k.
     pub fixed: BTreeMap<usize, usize>,
+    /// A number that every layer's number of groups must divide: the query heads of a layer, where all have as many.
+    pub dividing: Option<usize>,
 }
 
 impl Limits {
@@ -100,6 +102,9 @@ impl Limits {
             }
             if let Some(&fixed) = self.fixed.get(&layer).filter(|&&fixed| fixed != k) {
                 return unfit(format!("has {k} groups"), format!("{fixed} were fixed"));
+            }
+            if let Some(all) = self.dividing.filter(|all| all % k != 0) {
+                return unfit(format!("has {k} groups"), format!("their number must divide {all}"));
             }
         }
         Ok(())

@@ -66,12 +66,26 @@ fn every_text_has_its_share_and_its_row() {
     assert_eq!((kept.len(), &kept[0]["pooling"]), (1, &value["plan"]["pooling"]));
     assert_eq!((&stages[0]["stage"], &stages[1]["stage"]), (&"weights only".into(), &"closed form".into()));
     assert!(stages.iter().all(|stage| stage["kl"].as_f64() >= kept[0]["kl"].as_f64()));
+    // Of so small a model what the target's limits cost is said unasked: like against like, before refits.
+    let (cost, closed) = (&value["limit_cost"], &stages[1]);
+    assert_eq!((&cost["target"], &cost["within"]["kl"]), (&"stock".into(), &closed["kl"]));
+    assert_eq!(cost["within"]["loss"], closed["loss"]);
+    assert_ne!(cost["plan_without"]["layers"], value["plan"]["layers"]);
+    let number = |of: &Value| of.as_f64().unwrap();
+    let apart = number(&cost["within"]["loss"]) - number(&cost["without"]["loss"]);
+    assert_eq!(number(&cost["loss"]), apart);
 
     let shown = done(&borrowed(&args(&[text(&one), text(&two)])));
     let tokens = "4 windows fit (1024 tokens, 8.0 for each input dimension), 4 validate";
     says(
         &shown,
-        &[tokens, "calibration.txt: 2 fit, 2 validate", "on text that fitted nothing", "KL to source"],
+        &[
+            tokens,
+            "calibration.txt: 2 fit, 2 validate",
+            "on text that fitted nothing",
+            "KL to source",
+            "what the limits of stock cost",
+        ],
     );
     says(&shown, &["weights only", "closed form", "(kept)", "windows would do (--calibration-windows"]);
 
@@ -155,6 +169,9 @@ fn text_that_is_too_little_is_named() {
     let value = json(&single);
     assert_eq!((&value["validation"], &value["stages"]), (&Value::Array(vec![]), &Value::Array(vec![])));
     says(&done(&single), &["calibration.txt has one window", "chooses nothing", "qcqa eval"]);
+    assert_eq!(value["limit_cost"], Value::Null);
+    let asked = fails(2, &[&single[..], &["--limit-cost"]].concat());
+    says(&asked, &["--limit-cost", "fitted nothing", "--calibration TEXT"]);
 }
 
 /// A figure on text that fitted is not passed off as one on other text.

@@ -3,6 +3,7 @@
 
 mod models;
 mod running;
+mod written;
 
 use std::fs;
 
@@ -14,75 +15,15 @@ use qcqa::families::with_heads;
 use qcqa::files::WriteOptions;
 use qcqa::heads::HeadSource;
 use qcqa::model::{Architecture, AttentionSpec};
-use qcqa::output::{Target, check_form, check_plan, read_back};
+use qcqa::output::{Target, check_form, check_plan};
 use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Preset};
-use qcqa::plan::{Plan, SharedHeads};
 use qcqa::runtime::Model;
-use qcqa::targets::{Deci, Expanded, Padded, RemoteCode, Runtime, Stock};
+use qcqa::targets::{Deci, Padded, RemoteCode, Runtime, Stock};
 use running::{near, tokens};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
-
-fn partitions(kv_heads: usize, layers: [&[&[usize]]; 2]) -> Vec<Partition> {
-    layers.iter().map(|groups| Partition::from_groups(kv_heads, groups).unwrap()).collect()
-}
-
-/// Six query heads on six KV heads, or on three.
-fn uneven(kv_heads: usize) -> Vec<Partition> {
-    match kv_heads {
-        6 => partitions(6, [&[&[0, 2, 3], &[1, 4], &[5]], &[&[0], &[1, 2], &[3, 4, 5]]]),
-        _ => partitions(3, [&[&[0, 2], &[1]], &[&[0], &[1, 2]]]),
-    }
-}
-
-/// What a runtime must be told where another type has another default.
-fn runnable(model_type: &str, dtype: Dtype, kv_heads: usize, bias: bool) -> models::Model {
-    running::runnable(model_type, dtype, kv_heads, bias).set("intermediate_size", json!(5))
-}
-
-struct Written {
-    root: tempfile::TempDir,
-    source: Checkpoint,
-    plan: Plan,
-}
-
-impl Written {
-    fn new(model: &models::Model, layers: &[Partition]) -> Self {
-        let (root, source) = running::opened(model);
-        let plan = plan(&source, layers);
-        Self { root, source, plan }
-    }
-
-    /// Writes the plan in this form, and opens it again.
-    fn convert(&self, target: &dyn Target) -> Checkpoint {
-        let out = self.root.path().join(target.name());
-        models::convert(&self.source, &self.plan, target, &out, WriteOptions::default(), Run::new(0))
-            .unwrap();
-        Checkpoint::open(&out).unwrap()
-    }
-
-    /// Checks that a form computes what the expanded one does, and holds the plan's shared heads.
-    fn holds(&self, target: &dyn Target) -> Checkpoint {
-        let (expanded, written) = (self.convert(&Expanded), self.convert(target));
-        let ids = tokens(2, 12, 16);
-        let logits = |checkpoint: &Checkpoint| Model::load(checkpoint).unwrap().logits(ids.view()).unwrap();
-        near(&logits(&written), &logits(&expanded), 1e-4);
-        assert_eq!(written.architecture().kv_heads(), self.plan.group_counts());
-        let shared = SharedHeads::new(&self.plan, &self.source).unwrap();
-        let back = read_back(&self.source, &written, &self.plan, target).unwrap();
-        for layer in 0..2 {
-            let [expected, found] = [&shared, &back].map(|shared| shared.layer(layer).unwrap().1);
-            assert_eq!(found.key, expected.key);
-            assert_eq!(found.value, expected.value);
-        }
-        written
-    }
-}
-
-fn config(checkpoint: &Checkpoint) -> Value {
-    serde_json::from_slice(&fs::read(checkpoint.path().join("config.json")).unwrap()).unwrap()
-}
+use written::{Written, config, fours_and_threes, partitions, runnable, uneven};
 
 #[test]
 fn a_padded_model_computes_what_the_expanded_one_does() {
@@ -117,48 +58,6 @@ fn a_padded_model_computes_what_the_expanded_one_does() {
 }
 
 #[test]
-fn blocks_have_their_own_numbers_of_kv_heads() {
-    let pairs: &[&[usize]] = &[&[0, 5], &[1, 4], &[2, 3]];
-    for (model_type, bias) in [("llama", false), ("llama", true), ("mistral", false), ("qwen2", true)] {
-        let mut model = runnable(model_type, Dtype::F32, 6, bias).set("sliding_window", Value::Null);
-        if model_type == "llama" && bias {
-            let output = models::Tensor { shape: vec![24], ..model.tensors["model.norm.weight"].clone() };
-            for i in 0..2 {
-                model.tensors.insert(format!("model.layers.{i}.self_attn.o_proj.bias"), output.clone());
-            }
-        }
-        let written = Written::new(&model, &partitions(6, [pairs, &[&[0, 1, 2, 3, 4, 5]]]));
-        let blocks = written.holds(&Deci);
-        let config = config(&blocks);
-        assert_eq!(config["model_type"], "nemotron-nas");
-        assert_eq!(config["block_configs"][0]["attention"]["n_heads_in_group"], 2);
-        assert_eq!(config["block_configs"][1]["attention"]["n_heads_in_group"], 6);
-        assert_eq!(config["block_configs"][1]["ffn"]["intermediate_size"], 5);
-        assert_eq!(config["attention_bias"], bias);
-        assert!(config.get("sliding_window").is_none() && config.get("num_key_value_heads").is_none());
-        assert!(blocks.path().join("configuration_decilm.py").is_file());
-        if bias {
-            let output = blocks.tensor("model.layers.1.self_attn.o_proj.bias").unwrap();
-            assert_eq!(output.iter().all(|&x| x == 0.0), model_type == "qwen2");
-        }
-        // Blocks of others may lack attention altogether.
-        models::configured(blocks.path(), |config| {
-            drop(config.as_object_mut().unwrap().remove("qcqa_heads"))
-        });
-        says(&Checkpoint::open(blocks.path()).unwrap_err().to_string(), &["block_configs", "qcqa_heads"]);
-    }
-    let written = Written::new(&runnable("llama", Dtype::F32, 6, false), &uneven(6));
-    let error = check_plan(&written.source, &written.plan, &Deci).unwrap_err();
-    says(&error.to_string(), &["deci", "one size"]);
-    let written = Written::new(
-        &runnable("mistral", Dtype::F32, 6, false).set("sliding_window", json!(8)),
-        &partitions(6, [pairs; 2]),
-    );
-    let error = check_plan(&written.source, &written.plan, &Deci).unwrap_err();
-    says(&error.to_string(), &["attention in windows"]);
-}
-
-#[test]
 fn a_runtime_gets_the_plainest_form_of_a_plan() {
     let pairs: &[&[usize]] = &[&[0, 5], &[1, 4], &[2, 3]];
     let one: &[&[usize]] = &[&[0, 1, 2, 3, 4, 5]];
@@ -168,6 +67,7 @@ fn a_runtime_gets_the_plainest_form_of_a_plan() {
         ("transformers", uneven(6), "padded"),
         ("transformers", partitions(6, [pairs, one]), "remote-code"),
         ("vllm", partitions(6, [pairs, one]), "deci"),
+        ("vllm", uneven(6), "deci"),
         ("llama.cpp", uneven(6), "gguf"),
     ] {
         let written = Written::new(&model, &layers);
@@ -177,7 +77,7 @@ fn a_runtime_gets_the_plainest_form_of_a_plan() {
         assert_eq!(runtime.plainest(&written.source, &written.plan).unwrap().name(), expected);
         check_form(&written.source, runtime.widest()).unwrap();
     }
-    let written = Written::new(&model, &uneven(6));
+    let written = Written::new(&model, &fours_and_threes());
     let error = Runtime::by_name("vllm").unwrap().plainest(&written.source, &written.plan).unwrap_err();
     says(&error.to_string(), &["deci"]);
     let (_root, other) =
@@ -227,7 +127,8 @@ fn what_padded_cannot_hold_is_refused() {
         let model = Architecture::new(model_type, 24, vec![AttentionSpec::new(6, 6, 4); 2]);
         with_heads(&model, &Map::new(), 9, 3).unwrap_err().to_string()
     };
-    says(&with("stablelm"), &["\"stablelm\"", "llama, mistral, qwen2"]);
+    says(&with("opt"), &["\"opt\"", "llama, mistral, qwen2"]);
+    says(&with("stablelm"), &["\"stablelm\"", "cannot become 9", "groups of one size"]);
     says(&with("gemma2"), &["\"gemma2\"", "must divide the width of 24, and 9 do not"]);
 }
 
@@ -258,6 +159,8 @@ fn remote_code_holds_any_plan_and_opens_again() {
         let padded = written.root.path().join("padded again");
         models::convert(&remote, &again, &Padded, &padded, WriteOptions::default(), Run::new(0)).unwrap();
         let padded = Checkpoint::open(&padded).unwrap();
+        // Whoever loads it wants no code beside it.
+        assert!(!padded.path().join("modeling_qcqa.py").exists() && out.join("modeling_qcqa.py").exists());
         assert!(config(&padded).get("qcqa_heads").is_none() && config(&padded).get("auto_map").is_none());
         let ids = tokens(2, 12, 16);
         let logits = |checkpoint: &Checkpoint| Model::load(checkpoint).unwrap().logits(ids.view()).unwrap();

@@ -63,7 +63,7 @@ impl LayerCosts {
             let mut costs = vec![None; front.n_heads()];
             for point in front.iter().filter(|p| limits.space.admits(&p.partition)) {
                 let k = point.partition.n_groups();
-                if fixed.is_none_or(|f| f == k) {
+                if fixed.is_none_or(|f| f == k) && limits.dividing.is_none_or(|all| all % k == 0) {
                     costs[k - 1] = price(layer, point)?;
                 }
             }

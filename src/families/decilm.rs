@@ -35,13 +35,15 @@ impl Family for DeciLm {
     }
 }
 
-/// config.json of a model whose layers have these numbers of KV heads and MLPs of these widths, described block by block.
+/// config.json of a model whose layers all have so many query heads, and these numbers of KV heads and MLPs of these widths, described
+/// block by block. Every number of KV heads divides that of query heads.
 ///
 /// # Errors
 /// [`Error::NoForm`] for another type than Llama, Mistral and Qwen2, and for biases in MLPs.
 pub fn by_block(
     model: &Architecture,
     config: &Map<String, Value>,
+    queries: usize,
     kv_heads: &[usize],
     widths: &[usize],
 ) -> Result<Map<String, Value>> {
@@ -58,7 +60,6 @@ pub fn by_block(
     {
         config.shift_remove(key);
     }
-    let queries = model.layers.first().map_or(1, |layer| layer.query_heads);
     let block = |(&k, &width): (&usize, &usize)| {
         let part =
             |key: &str, value: usize| json!({ "no_op": false, "replace_with_linear": false, key: value });
@@ -72,6 +73,7 @@ pub fn by_block(
         ("model_type", json!(TYPE)),
         ("architectures", json!(["DeciLMForCausalLM"])),
         ("auto_map", json!({ "AutoConfig": "configuration_decilm.DeciLMConfig" })),
+        ("num_attention_heads", json!(queries)),
         ("head_dim", json!(model.layers.first().map_or(0, |layer| layer.head_dim))),
         ("attention_bias", json!(biased)),
         ("block_configs", json!(blocks)),

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::files::FileError;
-use crate::model::Architecture;
+use crate::model::{Architecture, AttentionSpec, Stretch};
 use crate::partition::Partition;
 
 type Object = Map<String, Value>;
@@ -22,6 +22,10 @@ enum Takes {
     Divisors,
     /// Those that divide it; others as a Mistral, which computes the same where there are no biases.
     DivisorsElseMistral,
+    /// Any in a layer, that of the model alone in the whole: config.json is held to the latter.
+    Layers,
+    /// That of the model alone, as the width of a head is that of the model over it.
+    Own,
 }
 
 /// Types of models that take other numbers of query heads, with the class of transformers that runs them. Each was held against
@@ -47,7 +51,33 @@ const TYPES: &[(&str, &str, Takes)] = &[
     ("glm", "GlmForCausalLM", Takes::Any),
     ("glm4", "Glm4ForCausalLM", Takes::Any),
     ("exaone4", "Exaone4ForCausalLM", Takes::Any),
+    ("phi", "PhiForCausalLM", Takes::Any),
+    ("phi3", "Phi3ForCausalLM", Takes::Any),
+    ("stablelm", "StableLmForCausalLM", Takes::Own),
 ];
+
+/// Models of these types that take less: of which layers that is so.
+type Differs = fn(&AttentionSpec) -> bool;
+const LESS: &[(&str, Differs, Takes)] = &[
+    // The width of its norms of queries and keys is that of the model over the query heads.
+    ("phi", |layer| layer.norms[0].is_some(), Takes::Own),
+    // The factors of LongRoPE must be half as many as that, turned in part.
+    (
+        "phi3",
+        |layer| layer.rotary.as_ref().is_some_and(|rotary| rotary.stretch != Stretch::Fixed),
+        Takes::Layers,
+    ),
+];
+
+/// Whether a model may be written with other numbers of query heads than its own, all layers with one number.
+pub fn takes_queries(model: &Architecture) -> bool {
+    takes(model).is_some_and(|(_, takes)| !matches!(takes, Takes::Layers | Takes::Own))
+}
+
+/// Whether the layers of a model may be written with other numbers of query heads than its own, each with its number.
+pub fn takes_queries_by_layer(model: &Architecture) -> bool {
+    takes(model).is_some_and(|(_, takes)| takes != Takes::Own)
+}
 
 /// config.json of a model of which all layers have so many query heads and KV heads.
 ///
@@ -74,7 +104,11 @@ pub fn with_heads(
     if own {
         return Ok(config);
     }
-    let (class, takes) = takes(model, place)?;
+    let (class, takes) = known(model, place)?;
+    let as_made = config.get("num_attention_heads").is_some_and(|made| *made == query_heads);
+    if matches!(takes, Takes::Layers | Takes::Own) && !as_made {
+        return Err(not_taken(model, query_heads));
+    }
     set(&mut config, "num_attention_heads", query_heads.into());
     set(&mut config, "head_dim", width(model).into());
     if config.shift_remove(BY_LAYER).is_some() {
@@ -98,13 +132,17 @@ pub fn with_heads(
 /// type where all are alike.
 ///
 /// # Errors
-/// [`Error::NoGroupedForm`]; [`Error::NoForm`] for a type that does not take other numbers of query heads.
+/// [`Error::NoGroupedForm`]; [`Error::NoForm`] for a type that is not known, or other numbers of query heads where it does not take them.
 pub fn by_layer(
     model: &Architecture,
     config: &Object,
     heads: &[[usize; 2]],
 ) -> Result<(Object, &'static str)> {
-    let (class, _) = takes(model, grouped(model)?)?;
+    let (class, takes) = known(model, grouped(model)?)?;
+    let changed = heads.iter().zip(&model.layers).find(|([queries, _], layer)| *queries != layer.query_heads);
+    if let Some(([queries, _], _)) = changed.filter(|_| takes == Takes::Own) {
+        return Err(not_taken(model, *queries));
+    }
     let mut config = config.clone();
     set(&mut config, "head_dim", width(model).into());
     set(&mut config, BY_LAYER, json!(heads));
@@ -117,17 +155,34 @@ fn grouped(model: &Architecture) -> Result<&str> {
     model.kv_heads_at.as_deref().ok_or_else(none)
 }
 
-/// The class of a type, and what numbers of query heads it takes.
-fn takes(model: &Architecture, place: &str) -> Result<(&'static str, Takes)> {
-    let known = TYPES.iter().find(|(model_type, ..)| *model_type == model.model_type);
-    match known.filter(|_| place == "/num_key_value_heads") {
-        Some(&(_, class, takes)) => Ok((class, takes)),
+/// The class of a model, and what numbers of query heads it takes; `None` where that is not known.
+fn takes(model: &Architecture) -> Option<(&'static str, Takes)> {
+    let own = |model_type: &str| model_type == model.model_type;
+    let (_, class, takes) = *TYPES.iter().find(|(model_type, ..)| own(model_type))?;
+    let less =
+        LESS.iter().find(|(model_type, differs, _)| own(model_type) && model.layers.iter().any(differs));
+    Some((class, less.map_or(takes, |(.., less)| *less)))
+}
+
+/// As [`takes`], of models whose number of KV heads config.json has in this place.
+fn known(model: &Architecture, place: &str) -> Result<(&'static str, Takes)> {
+    match takes(model).filter(|_| place == "/num_key_value_heads") {
+        Some(known) => Ok(known),
         None => {
             let known: Vec<_> = TYPES.iter().map(|(model_type, ..)| *model_type).collect();
             let reason = format!("other numbers of query heads are known to fit {}", known.join(", "));
             Err(Error::NoForm { model: model.model_type.clone(), reason })
         }
     }
+}
+
+/// That a model keeps its own number of query heads.
+fn not_taken(model: &Architecture, query_heads: usize) -> Error {
+    let reason = format!(
+        "the width of their heads, or what must fit it, is read from their number of query heads, so that this cannot become \
+         {query_heads}; groups of one size ask for no other"
+    );
+    Error::NoForm { model: model.model_type.clone(), reason }
 }
 
 /// Dimensions of a head.

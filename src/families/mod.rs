@@ -55,7 +55,7 @@ pub use glm::{Glm, Glm4};
 pub use gpt_neox::GptNeoX;
 pub use gpt2::{Gpt2, GptJ};
 pub use granite::Granite;
-pub use heads::{by_layer, with_heads};
+pub use heads::{by_layer, takes_queries, takes_queries_by_layer, with_heads};
 pub use helium::Helium;
 pub use llama::Llama;
 pub use llama_cpp::{BYTE_LEVEL, BYTE_LEVEL_WORDS, DIGITS, SENTENCEPIECE, WORDS, architecture};

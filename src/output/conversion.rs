@@ -43,7 +43,8 @@ pub struct Report {
     pub heads: Vec<[usize; 2]>,
     /// The files, relative to the output, in the order of writing.
     pub files: Vec<PathBuf>,
-    /// Files of the source that are not copied: weights in other forms, what describes these, and weights of adapters.
+    /// Files of the source that are not copied: weights in other forms, what describes these, weights of adapters, and code that the
+    /// source's config.json names and the output's does not.
     pub left_out: Vec<PathBuf>,
     /// Hidden directories of runs with the same output that were killed: found and removed.
     pub removed: Vec<PathBuf>,
@@ -144,7 +145,10 @@ pub fn convert(
     let destination = Destination::check(out, source.path(), options.force)?;
     let (mut extras, mut left) = copied_files(source, out)?;
     extras.retain(|extra| output.files.iter().all(|(path, _)| *path != extra.to));
-    if output.container != Container::Directory {
+    if output.container == Container::Directory {
+        left.extend(copy::take_unnamed(&mut extras, source.config().raw(), &output.config));
+        left.sort();
+    } else {
         extras.retain(copy::is_licence);
         left.clear();
     }

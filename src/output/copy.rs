@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
 use walkdir::WalkDir;
 
 use crate::checkpoint::{CONFIG, Checkpoint, INDEX};
@@ -129,6 +130,28 @@ fn is_another(path: &Path) -> bool {
 pub(super) fn is_licence(extra: &Extra) -> bool {
     let name = extra.to.to_string_lossy().to_lowercase();
     ["license", "licence", "notice", "use_policy"].iter().any(|start| name.starts_with(start))
+}
+
+/// Takes out the code that the configuration of the source names and that of the output does not, and gives its names.
+pub(super) fn take_unnamed(
+    extras: &mut Vec<Extra>,
+    source: &Map<String, Value>,
+    output: &Map<String, Value>,
+) -> Vec<PathBuf> {
+    let (named, kept) = (code(source), code(output));
+    let unnamed = |extra: &Extra| named.contains(&extra.to) && !kept.contains(&extra.to);
+    let (left, others): (Vec<_>, _) = std::mem::take(extras).into_iter().partition(unnamed);
+    *extras = others;
+    left.into_iter().map(|extra| extra.to).collect()
+}
+
+/// The files of code beside a configuration that its `auto_map` names: of `module.Class` module.py.
+fn code(config: &Map<String, Value>) -> BTreeSet<PathBuf> {
+    let all = config.get("auto_map").and_then(Value::as_object).into_iter().flat_map(Map::values);
+    // A tokenizer may have two classes.
+    let names = all.flat_map(|named| named.as_array().map_or(std::slice::from_ref(named), Vec::as_slice));
+    let modules = names.filter_map(|name| Some(name.as_str()?.rsplit_once('.')?.0));
+    modules.map(|module| PathBuf::from(module.replace('.', "/") + ".py")).collect()
 }
 
 fn is_skipped(path: &Path, at_root: bool) -> bool {

@@ -71,8 +71,14 @@ pub trait Target: Debug + Send + Sync {
     /// Its name, for messages and provenance.
     fn name(&self) -> &'static str;
 
-    /// What a plan must keep to; reaches search and allocation. [`Limits::check`] checks a plan against it.
+    /// What a plan must keep to. [`Limits::check`] checks a plan against it.
     fn limits(&self, model: &Architecture) -> Limits;
+
+    /// What search and allocation keep to, so that whatever they find can be written: [`Target::limits`], unless further rules bind
+    /// layers together, which [`Target::output`] checks.
+    fn search_limits(&self, model: &Architecture) -> Limits {
+        self.limits(model)
+    }
 
     /// The output that a plan, one within the limits, makes of a model.
     ///

@@ -4,7 +4,7 @@ use std::path::Path;
 use super::stages::Made;
 use super::{Compress, Fronts};
 #[cfg(feature = "runtime")]
-use super::{Stage, TextEffect};
+use super::{LimitCost, Stage, TextEffect};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::files::{FileError, WriteOptions};
@@ -36,6 +36,10 @@ pub struct Compressed<'a> {
     /// Whether the distillation was broken off: what was best until then is here, and may be written.
     #[cfg(feature = "runtime")]
     pub interrupted: bool,
+    /// What the target's limits cost, where that was asked for ([`Compress::weighing_limits`]), windows validate, and nothing was
+    /// broken off; `None`, too, where the target holds whatever the model allows.
+    #[cfg(feature = "runtime")]
+    pub limit_cost: Option<LimitCost>,
     target: &'a dyn Target,
 }
 
@@ -66,14 +70,19 @@ impl<'a> Compress<'a> {
         let searched = self.search_for(source, Some(self.budget), run)?;
         #[cfg_attr(not(feature = "runtime"), expect(unused_variables))]
         let (plan, model_under_it) = searched.planned(self.budget, run)?;
-        let Fronts { fronts, .. } = searched;
         #[cfg(feature = "runtime")]
         let Made { shared, model: kept, stages, course, interrupted } =
             self.made(&plan, source, model_under_it, run)?;
         #[cfg(feature = "runtime")]
         let run = if self.distil.is_some() { run.to_the_end() } else { run };
+        #[cfg(feature = "runtime")]
+        let limit_cost = match self.weighs_limits && !interrupted {
+            true => self.limit_cost(&searched, &plan, &stages, source, run)?,
+            false => None,
+        };
         #[cfg(not(feature = "runtime"))]
         let shared = self.shared(&plan, source, run)?;
+        let Fronts { fronts, .. } = searched;
         Ok(Compressed {
             model,
             fronts,
@@ -86,6 +95,8 @@ impl<'a> Compress<'a> {
             course,
             #[cfg(feature = "runtime")]
             interrupted,
+            #[cfg(feature = "runtime")]
+            limit_cost,
             target: self.target.unwrap_or(&crate::targets::Expanded),
         })
     }

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 use crate::evaluation::{Sensitivity, Trial, choose_model};
 use crate::front::Front;
 use crate::heads::HeadSource;
+#[cfg(feature = "runtime")]
+use crate::partition::SearchSpace;
 use crate::plan::{LayerPlan, Method, Plan, Pooling, Refit};
 use crate::run::Run;
 #[cfg(feature = "runtime")]
@@ -34,6 +36,9 @@ pub struct Fronts<'s> {
     pub(super) compress: &'s Compress<'s>,
     pub(super) source: &'s dyn HeadSource,
     pub(super) limits: Limits,
+    /// What was searched.
+    #[cfg(feature = "runtime")]
+    pub(super) space: SearchSpace,
     pub(super) refit: Option<Refit>,
     pub(super) search: Vec<Spec>,
     /// And whether by measured costs.

@@ -4,27 +4,32 @@
 #[cfg(feature = "checkpoint")]
 mod compressed;
 mod fronts;
+#[cfg(feature = "runtime")]
+mod limits;
 mod preset;
+mod resolved;
 mod search;
 #[cfg(feature = "runtime")]
 mod stages;
 
 use std::sync::Arc;
 
-use crate::allocator::{Allocator, CostScale, ExactAllocation, UniformAllocation};
+use crate::allocator::{Allocator, CostScale};
 use crate::budget::{Budget, Limits};
 #[cfg(feature = "runtime")]
 use crate::calibration::Calibration;
 #[cfg(feature = "runtime")]
 use crate::distil::Distill;
-use crate::error::{Error, Result};
+#[cfg(feature = "runtime")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::fitness::FitnessKind;
 use crate::grouping::{Grouping, UniformGqa};
 use crate::heads::HeadSource;
 use crate::optimizer::Optimizer;
 #[cfg(feature = "checkpoint")]
 use crate::output::Target;
-use crate::partition::{Cardinality, SearchSpace};
+use crate::partition::SearchSpace;
 use crate::plan::{Plan, Refit};
 use crate::pooler::KvPooler;
 use crate::run::Run;
@@ -33,10 +38,15 @@ use crate::runtime::Model;
 #[cfg(feature = "runtime")]
 use crate::text::Windows;
 
+use self::search::BothFronts;
+
 #[cfg(feature = "checkpoint")]
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use compressed::Compressed;
 pub use fronts::Fronts;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub use limits::LimitCost;
 pub use preset::Preset;
 pub use search::Search;
 #[cfg(feature = "runtime")]
@@ -93,6 +103,8 @@ pub struct Compress<'a> {
     calibration: Option<&'a Calibration<'a>>,
     #[cfg(feature = "runtime")]
     distil: Option<Distill>,
+    #[cfg(feature = "runtime")]
+    weighs_limits: bool,
     lifetime: std::marker::PhantomData<&'a ()>,
 }
 
@@ -122,6 +134,8 @@ impl<'a> Compress<'a> {
             calibration: None,
             #[cfg(feature = "runtime")]
             distil: None,
+            #[cfg(feature = "runtime")]
+            weighs_limits: false,
             lifetime: std::marker::PhantomData,
         }
     }
@@ -208,6 +222,14 @@ impl<'a> Compress<'a> {
         Self { distil: Some(distil), ..self }
     }
 
+    /// Also finds the plan of the same budget without the target's limits, and measures both on the windows that validate:
+    /// [`Compressed::limit_cost`]. It costs a second search where the limits are more than one k in all layers.
+    #[cfg(feature = "runtime")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+    pub fn weighing_limits(self) -> Self {
+        Self { weighs_limits: true, ..self }
+    }
+
     /// The plan for a model: [`Compress::search`] and [`Fronts::plan`] in one.
     ///
     /// # Errors
@@ -238,12 +260,28 @@ impl<'a> Compress<'a> {
             Some(budget) => self.space_for(&limits, source, budget)?,
             None => limits.space,
         };
+        self.search_within(source, limits, space, None, run)
+    }
+
+    /// As [`Compress::search`] within these limits, of which `space` is what is searched; `known` are the fronts of that space,
+    /// where it was searched before.
+    fn search_within<'s>(
+        &'s self,
+        source: &'s dyn HeadSource,
+        limits: Limits,
+        space: SearchSpace,
+        known: Option<BothFronts>,
+        run: Run<'_>,
+    ) -> Result<Fronts<'s>> {
         let allocation = self.resolved_allocation(&limits)?;
         let refit = self.resolved_refit()?;
         self.check_distillation()?;
         let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
         let beside = neighbours.then_some(&UniformGqa as &dyn Grouping);
-        let mut found = search::fronts(&self.search, beside, self.fitness.as_ref(), source, &space, run)?;
+        let mut found = match known {
+            Some(known) => known,
+            None => search::fronts(&self.search, beside, self.fitness.as_ref(), source, &space, run)?,
+        };
         if !self.can_choose() {
             // The error chooses, layer by layer.
             for (front, others) in found.searched.iter_mut().zip(found.ruled.drain(..)) {
@@ -255,6 +293,8 @@ impl<'a> Compress<'a> {
             compress: self,
             source,
             limits,
+            #[cfg(feature = "runtime")]
+            space,
             refit,
             search,
             allocation,
@@ -300,99 +340,5 @@ impl<'a> Compress<'a> {
     fn validation(&self) -> Option<(&'a Model, &'a Windows)> {
         let (model, texts) = self.calibration?.text()?;
         Some((model, texts.validation()?))
-    }
-
-    /// The name of the target, and what it holds.
-    fn target_limits(&self, source: &dyn HeadSource) -> (Option<&'static str>, Limits) {
-        #[cfg(feature = "checkpoint")]
-        if let Some(target) = self.target {
-            return (Some(target.name()), target.limits(source.architecture()));
-        }
-        let _ = source;
-        (None, Limits::default())
-    }
-
-    /// What method, target and user allow together.
-    fn all_limits(&self, source: &dyn HeadSource) -> Result<Limits> {
-        let (target, held) = self.target_limits(source);
-        let own = self.preset.map_or(Some(self.limits.space), Preset::space).unwrap_or(held.space);
-        if held.space.cardinality == Cardinality::Equal && own.cardinality == Cardinality::Arbitrary {
-            let (target, method) = (target.unwrap_or_default().to_string(), self.name.clone());
-            return Err(Error::TargetMethod { target, method });
-        }
-        let least = |of: fn(&SearchSpace) -> Option<usize>| {
-            [own, held.space, self.limits.space].iter().filter_map(of).min()
-        };
-        let space = SearchSpace {
-            cardinality: own.cardinality,
-            max_groups: least(|s| s.max_groups),
-            max_group_size: least(|s| s.max_group_size),
-            max_filled: least(|s| s.max_filled),
-        };
-        let mut fixed = held.fixed;
-        for (&layer, &asked) in &self.limits.fixed {
-            let held = *fixed.entry(layer).or_insert(asked);
-            if held != asked {
-                let target = target.unwrap_or_default();
-                return Err(Error::Limits {
-                    layer,
-                    found: format!("is fixed to {asked} groups"),
-                    expected: format!("the target {target} fixes {held}"),
-                });
-            }
-        }
-        Ok(Limits { space, same_k: held.same_k || self.limits.same_k, fixed })
-    }
-
-    /// Where equal groups of costly error have one k in all layers: that of the budget alone, which is then searched with all
-    /// that others would have asked.
-    fn space_for(&self, limits: &Limits, source: &dyn HeadSource, budget: Budget) -> Result<SearchSpace> {
-        let (space, heads) = (limits.space, source.architecture().kv_heads());
-        let own = matches!(self.allocation, Allocation::Own | Allocation::Measured);
-        let costly = self.preset.is_some_and(|preset| preset.tries_neighbours(space.cardinality));
-        let Some(&n) = heads.first().filter(|&&n| costly && own && heads.iter().all(|&other| other == n))
-        else {
-            return Ok(space);
-        };
-        if !limits.same_k || !limits.fixed.is_empty() {
-            return Ok(space);
-        }
-        let most = budget.kv_heads(&heads)?;
-        let fits = |&k: &usize| k < n && k * heads.len() <= most;
-        Ok(match space.group_counts(n)?.into_iter().rev().find(fits) {
-            Some(k) if most < n * heads.len() => {
-                SearchSpace { max_groups: Some(k), max_group_size: Some(n / k), ..space }
-            }
-            _ => space,
-        })
-    }
-
-    /// How the layers share the budget, and whether by measured costs. One k in all layers leaves nothing to measure.
-    fn resolved_allocation(&self, limits: &Limits) -> Result<(Arc<dyn Allocator>, bool)> {
-        let low_rank = self.preset.is_some_and(|preset| preset.space().is_none());
-        match &self.allocation {
-            Allocation::By(allocator) => Ok((Arc::clone(allocator), false)),
-            _ if limits.same_k => Ok((Arc::new(UniformAllocation), false)),
-            Allocation::Measured if !self.can_choose() => Err(Error::NeedsText {
-                what: "measuring how much each layer pays, on windows that fit nothing,",
-            }),
-            Allocation::Measured => Ok((Arc::new(ExactAllocation), true)),
-            // Without a text one k in all layers does better than shares of energy (docs/quality.md).
-            Allocation::Own if low_rank && self.can_choose() => Ok((Arc::new(ExactAllocation), true)),
-            Allocation::Own => Ok((Arc::new(UniformAllocation), false)),
-        }
-    }
-
-    /// The refit asked for, or a full one where the pooler is calibrated and a text is there.
-    fn resolved_refit(&self) -> Result<Option<Refit>> {
-        let calibrated = self.pooler.needs().moment;
-        match self.refit {
-            None => Ok((calibrated && self.has_text()).then_some(Refit::Full)),
-            Some(Some(_)) if !calibrated => {
-                Err(Error::RefitPooler { pooler: self.pooler.spec().name().to_string() })
-            }
-            Some(Some(_)) if !self.has_text() => Err(Error::NeedsText { what: "a refit" }),
-            Some(asked) => Ok(asked),
-        }
     }
 }

@@ -114,16 +114,16 @@ impl<'a> Made<'a> {
 }
 
 /// The stages so far, and the shared heads of the one that is nearest to the source, with the model that has them.
-struct Stages<'j, 'a> {
+pub(super) struct Stages<'j, 'a> {
     model: &'j Model,
     references: Vec<Reference<'j>>,
-    stages: Vec<Stage>,
+    pub(super) stages: Vec<Stage>,
     kept: Option<(SharedHeads<'a>, Model)>,
 }
 
 impl<'j, 'a> Stages<'j, 'a> {
     /// None so far. The source reads the windows that validate, once for all stages.
-    fn new(model: &'j Model, texts: &'j Texts, run: Run<'_>) -> Result<Self> {
+    pub(super) fn new(model: &'j Model, texts: &'j Texts, run: Run<'_>) -> Result<Self> {
         let windows = texts.each().iter().filter_map(Text::validation);
         let references =
             windows.map(|windows| Reference::new(model, windows, run)).collect::<Result<_, _>>()?;
@@ -137,7 +137,12 @@ impl<'j, 'a> Stages<'j, 'a> {
     }
 
     /// As [`Stages::offer`], of shared heads that a model has already.
-    fn offer_model(&mut self, shared: SharedHeads<'a>, model: Model, run: Run<'_>) -> Result<bool> {
+    pub(super) fn offer_model(
+        &mut self,
+        shared: SharedHeads<'a>,
+        model: Model,
+        run: Run<'_>,
+    ) -> Result<bool> {
         let effect = |reference: &Reference<'_>| -> Result<Effect> {
             let (before, after) = (reference.source().clone(), reference.compare(&model, run)?);
             Ok(Effect { before, after })

@@ -36,6 +36,9 @@ pub struct Method {
     /// Layers whose number of groups was given beforehand: index → k.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub fixed: BTreeMap<usize, usize>,
+    /// A number that every layer's number of groups had to divide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dividing: Option<usize>,
     /// The allocator.
     pub allocation: Spec,
     /// How layers were made comparable.
@@ -61,6 +64,7 @@ impl Method {
             space: SearchSpace::default(),
             same_k: false,
             fixed: BTreeMap::new(),
+            dividing: None,
             allocation,
             cost: CostScale::default(),
             target: None,
@@ -69,7 +73,8 @@ impl Method {
 
     /// The limits that the search obeyed.
     pub(super) fn limits(&self) -> Limits {
-        Limits { space: self.space, same_k: self.same_k, fixed: self.fixed.clone() }
+        let Self { space, same_k, dividing, .. } = *self;
+        Limits { space, same_k, fixed: self.fixed.clone(), dividing }
     }
 
     /// Checks that everything has a name, and that what has the name of a part of this crate has its settings, too. Parts of others
@@ -105,6 +110,7 @@ impl Method {
 
     /// Records the limits that the search obeyed.
     pub fn with_limits(self, limits: &Limits) -> Self {
-        Self { space: limits.space, same_k: limits.same_k, fixed: limits.fixed.clone(), ..self }
+        let Limits { space, same_k, dividing, .. } = *limits;
+        Self { space, same_k, fixed: limits.fixed.clone(), dividing, ..self }
     }
 }

@@ -81,6 +81,7 @@ impl PlanV1 {
             calibration,
             space: SearchSpace { cardinality, max_groups, max_group_size, ..SearchSpace::default() },
             same_k: false,
+            dividing: None,
             fixed: method.fixed,
             allocation: Spec::new(method.allocation),
             cost: method.cost,

@@ -1,7 +1,8 @@
 use super::expanded::Expanded;
+use super::stock::Stock;
 use crate::budget::Limits;
 use crate::checkpoint::Checkpoint;
-use crate::families::with_heads;
+use crate::families::{takes_queries, with_heads};
 use crate::files::FileError;
 use crate::heads::HeadSource;
 use crate::model::Architecture;
@@ -29,15 +30,10 @@ impl Target for Padded {
         "padded"
     }
 
-    /// One k in all layers, and no more than [`Padded::MOST`]; of models with a norm over all heads of a token equal groups, as zeros
-    /// would change the norm.
+    /// One k in all layers, and no more than [`Padded::MOST`]; equal groups of models with a norm over all heads of a token, as zeros
+    /// would change the norm, and of those that do not take other numbers of query heads.
     fn limits(&self, model: &Architecture) -> Limits {
-        let held = Expanded.limits(model).space;
-        Limits {
-            space: SearchSpace { max_filled: Some(Self::MOST), ..held },
-            same_k: true,
-            ..Limits::default()
-        }
+        if takes_queries(model) { one_k(model) } else { Stock.limits(model) }
     }
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {
@@ -47,6 +43,12 @@ impl Target for Padded {
         let changed = with_heads(model, source.config().raw(), k * places, k)?;
         Ok(OutputModel::from_slots(model, changed, |layer| filled(model, plan, layer, places))?)
     }
+}
+
+/// What a model holds of which all layers have one k and one number of query heads, whatever its type.
+pub(super) fn one_k(model: &Architecture) -> Limits {
+    let space = SearchSpace { max_filled: Some(Padded::MOST), ..Expanded.limits(model).space };
+    Limits { space, same_k: true, ..Limits::default() }
 }
 
 /// Query heads of the largest group of a layer.

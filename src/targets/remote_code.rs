@@ -4,11 +4,12 @@ use super::expanded::Expanded;
 use super::padded::{filled, places};
 use crate::budget::Limits;
 use crate::checkpoint::Checkpoint;
-use crate::families::by_layer;
+use crate::families::{by_layer, takes_queries_by_layer};
 use crate::files::FileError;
 use crate::heads::HeadSource;
 use crate::model::Architecture;
 use crate::output::{OutputModel, Target};
+use crate::partition::SearchSpace;
 use crate::plan::Plan;
 
 /// A directory for transformers with a short model file beside the weights (`trust_remote_code=True`), for any plan: every layer has
@@ -26,9 +27,11 @@ impl Target for RemoteCode {
         "remote-code"
     }
 
-    /// Any plan; of models with a norm over all heads of a token those with equal groups, as zeros would change the norm.
+    /// Any plan; those with equal groups of models with a norm over all heads of a token, as zeros would change the norm, and of those
+    /// whose layers do not take other numbers of query heads.
     fn limits(&self, model: &Architecture) -> Limits {
-        Expanded.limits(model)
+        let any = Expanded.limits(model);
+        if takes_queries_by_layer(model) { any } else { Limits { space: SearchSpace::equal(), ..any } }
     }
 
     fn output(&self, source: &Checkpoint, plan: &Plan) -> Result<OutputModel, FileError> {

@@ -14,15 +14,17 @@ pub struct Runtime {
     pub name: &'static str,
     /// The targets that it loads, from the plainest to the one that holds the most plans.
     pub targets: &'static [&'static dyn Target],
+    /// Those that it is to load besides, as models of an ordinary type: not tried, and not chosen by [`Runtime::plainest`].
+    pub besides: &'static [&'static dyn Target],
 }
 
 /// The runtimes that are known.
 pub static RUNTIMES: &[Runtime] = &[
-    Runtime { name: "transformers", targets: &[&Stock, &Padded, &RemoteCode] },
-    Runtime { name: "vllm", targets: &[&Stock, &Deci] },
-    Runtime { name: "llama.cpp", targets: &[&Gguf { dtype: None }] },
-    Runtime { name: "candle", targets: &[&Stock, &Padded] },
-    Runtime { name: "mlx", targets: &[&Stock, &Padded] },
+    Runtime { name: "transformers", targets: &[&Stock, &Padded, &RemoteCode], besides: &[] },
+    Runtime { name: "vllm", targets: &[&Stock, &Deci], besides: &[&Padded] },
+    Runtime { name: "llama.cpp", targets: &[&Gguf { dtype: None }], besides: &[] },
+    Runtime { name: "candle", targets: &[&Stock, &Padded], besides: &[] },
+    Runtime { name: "mlx", targets: &[&Stock, &Padded], besides: &[] },
 ];
 
 impl Runtime {
@@ -36,6 +38,11 @@ impl Runtime {
     /// ```
     pub fn by_name(name: &str) -> Option<&'static Self> {
         RUNTIMES.iter().find(|runtime| runtime.name == name)
+    }
+
+    /// Whether it loads a target.
+    pub fn loads(&self, target: &dyn Target) -> bool {
+        self.targets.iter().chain(self.besides).any(|loaded| loaded.name() == target.name())
     }
 
     /// The target that holds the most plans: what a search for this runtime keeps to.

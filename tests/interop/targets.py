@@ -27,9 +27,13 @@ MODELS = {
 }
 
 # Other types that take other numbers of heads, as models.py has them, with 6 KV heads.
-OTHERS = ["qwen2, windows", "qwen3_moe", "mixtral", "smollm3", "gemma", "gemma2", "gemma3", "granite", "starcoder2", "nemotron", "cohere", "cohere2", "glm", "glm4", "exaone4"]
+OTHERS = ["qwen2, windows", "qwen3_moe", "mixtral", "smollm3", "gemma", "gemma2", "gemma3", "granite", "starcoder2", "nemotron", "cohere", "cohere2", "glm", "glm4", "exaone4", "phi", "phi3"]
+# Of these any number of heads of a layer, but not of the whole.
+BY_LAYER = ["phi3, longrope, partial, window"]
 # Of these a norm over all heads of a token allows equal groups only.
 WIDE = ["olmo2, grouped", "olmo3, yarn by kind"]
+# The width of heads, or of their norms, follows from the number of query heads: equal groups, too.
+OWN = ["phi, normed", "stablelm", "stablelm, parallel"]
 
 # KV heads -> plan -> groups of every layer
 PLANS = {
@@ -40,27 +44,30 @@ PLANS = {
         "unequal": [[[0, 1, 4], [2, 3], [5]], [[0], [1, 2], [3, 4, 5]], [[0, 3], [1, 5], [2, 4]]],
         "by layer": [[[0, 1, 2, 3], [4, 5]], [[0, 4, 5], [1], [2], [3]], [[0, 1, 2, 3, 4, 5]]],
         "equal by layer": [[[0, 3], [1, 4], [2, 5]], [[0, 1, 2], [3, 4, 5]], [[0], [1], [2], [3], [4], [5]]],
+        "nearly equal by layer": [[[0, 1, 2, 3], [4, 5]], [[0, 4], [1, 5], [2], [3]], [[0, 1, 2, 3, 4, 5]]],
     },
     8: {
         "equal": [[[0, 7], [1, 6], [2, 5], [3, 4]]] * LAYERS,
         "unequal": [[[0, 2, 5], [1, 6], [3, 7], [4]], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0], [1], [2, 3, 4], [5, 6, 7]]],
         "by layer": [[[0, 2, 5, 6, 7], [1], [3, 4]], [[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1], [2, 3], [4], [5], [6], [7]]],
+        "nearly equal by layer": [[[0, 2, 5], [1, 6], [3, 7], [4]], [[0, 1, 2, 3], [4, 5], [6, 7]], [[0, 7], [1, 2], [3], [4], [5], [6]]],
     },
 }
 ANY = ("remote-code", "gguf")
 ONE_SIZE, ONE_K = ("stock", "padded", *ANY), ("padded", *ANY)
-HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ANY, "equal by layer": ANY}
+HOLD = {"equal": ONE_SIZE, "one group": ONE_SIZE, "all kept": ONE_SIZE, "unequal": ONE_K, "by layer": ANY, "equal by layer": ANY, "nearly equal by layer": ANY}
 
 
 def all_models():
     """Name, type, KV heads, what differs, and the plans."""
     for name, (model_type, heads, differs) in MODELS.items():
         yield name, model_type, heads, differs, list(plans(heads))
-    for name in OTHERS + WIDE:
+    for name in OTHERS + BY_LAYER + WIDE + OWN:
         model_type, differs = models.MODELS[name]
         # What must divide the width divides this one.
         wider = {"hidden_size": 72} if model_type in ("gemma2", "gemma3_text") else {}
-        yield name, model_type, 6, {**differs, **wider}, ["equal by layer"] if name in WIDE else ["unequal", "by layer"]
+        kinds = ["equal by layer"] if name in WIDE + OWN else ["by layer"] if name in BY_LAYER else ["unequal", "by layer"]
+        yield name, model_type, 6, {**differs, **wider}, kinds
 
 
 def plans(heads):
@@ -119,7 +126,10 @@ def in_llama_cpp(out, ids):
 def in_blocks(out, ids):
     """A Llama whose attentions are made as vLLM's DeciLM makes them: by the attributes of its configuration. Not vLLM itself."""
     config = AutoConfig.from_pretrained(out, trust_remote_code=True)
-    plain = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key not in ("block_configs", "model_type", "auto_map", "architectures", "qcqa_heads")})
+    own = ("block_configs", "model_type", "auto_map", "architectures", "qcqa_heads", "num_attention_heads", "sliding_window")
+    plain = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key not in own}, num_attention_heads=1)
+    # Afterwards: a Llama of transformers wants a number that divides its width, its attention does not.
+    plain.num_attention_heads = config.num_attention_heads
     model = LlamaForCausalLM(plain)
     for i, block in enumerate(config.block_configs):
         if block.attention.no_op or block.ffn.no_op or hasattr(block.ffn, "ffn_mult"):
@@ -143,10 +153,16 @@ def in_blocks(out, ids):
 RUNTIMES = {"gguf": in_llama_cpp, "deci": in_blocks}
 
 
-def holds(name, model_type, kind):
+def one_number(queries, heads, groups):
+    """Whether a number of query heads, up to half more than there are, holds all layers."""
+    layers = [(len(layer), max(map(len, layer)) * queries // heads) for layer in groups]
+    return any(all(n % k == 0 and n // k >= places for k, places in layers) for n in range(queries, queries * 3 // 2 + 1))
+
+
+def holds(name, model_type, kind, queries, heads):
     """The targets of a plan of such a model."""
     llama = name in MODELS and (model_type != "qwen3" or kind in ("equal", "one group", "all kept", "unequal"))
-    blocks = name in MODELS and model_type != "qwen3" and (kind in ("equal", "one group", "all kept", "equal by layer") or name == "llama, 6 on 2")
+    blocks = name in MODELS and model_type != "qwen3" and one_number(queries, heads, plans(heads)[kind])
     return [target for target in HOLD[kind] if target != "gguf" or llama] + ["deci"] * blocks
 
 
@@ -170,7 +186,7 @@ def check(run, binary, root):
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             says = sum(len(layer) for layer in groups) * 2 * width * 4
             expected = texts = None
-            for target in ("expanded", *holds(name, model_type, kind)):
+            for target in ("expanded", *holds(name, model_type, kind, config.num_attention_heads, heads)):
                 out = place / f"{kind}_{target}".replace(" ", "_").replace("-", "_")
                 told = run(binary, "convert", place / "source", "--plan", plan, "--target", target, "--out", out)["kv_bytes_per_token"]
                 loaded, cached, logits, text = RUNTIMES.get(target, in_transformers)(out, ids)

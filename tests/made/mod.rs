@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own share of this")]
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use qcqa::checkpoint::{Checkpoint, Config, Family, TensorIndex};
 use qcqa::families::FAMILIES;
@@ -170,6 +172,23 @@ fn shapes(model: &Architecture) -> BTreeMap<String, Vec<usize>> {
 
 /// A model of a family, whose every tensor matters, with so many KV heads where the family shares them.
 pub fn made(kind: &str, differs: &Value, kv_heads: usize) -> Checkpoint {
+    let (text, weights) = files(kind, differs, kv_heads);
+    let checkpoint = Checkpoint::from_bytes(text.as_bytes(), weights, FAMILIES).unwrap();
+    assert!(checkpoint.architecture().forward.is_ok(), "{kind}: {:?}", checkpoint.architecture().forward);
+    checkpoint
+}
+
+/// The same in a directory.
+pub fn made_in(directory: &Path, kind: &str, differs: &Value, kv_heads: usize) -> Checkpoint {
+    let (text, weights) = files(kind, differs, kv_heads);
+    fs::create_dir_all(directory).unwrap();
+    fs::write(directory.join("config.json"), text).unwrap();
+    fs::write(directory.join("model.safetensors"), weights).unwrap();
+    Checkpoint::open(directory).unwrap()
+}
+
+/// config.json and the weights.
+fn files(kind: &str, differs: &Value, kv_heads: usize) -> (String, Vec<u8>) {
     let mut config = json!({
         "model_type": kind, "vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_embd": WIDTH, "num_hidden_layers": 2,
         "n_layer": 2, "num_attention_heads": QUERIES, "n_head": QUERIES, "num_key_value_heads": kv_heads,
@@ -198,8 +217,5 @@ pub fn made(kind: &str, differs: &Value, kv_heads: usize) -> Checkpoint {
         shapes(&described).into_iter().map(|(name, shape)| (name.clone(), tensor(&name, &shape))).collect();
     let views =
         tensors.iter().map(|(n, t)| (n, TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
-    let weights = safetensors::serialize(views, None).unwrap();
-    let checkpoint = Checkpoint::from_bytes(text.as_bytes(), weights, FAMILIES).unwrap();
-    assert!(checkpoint.architecture().forward.is_ok(), "{kind}: {:?}", checkpoint.architecture().forward);
-    checkpoint
+    (text, safetensors::serialize(views, None).unwrap())
 }

@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::{Distill, Effort};
 use qcqa::files::check_apart;
 use qcqa::output::{Report, Target, check_form, check_place, check_plan, convert as write};
 use qcqa::pipeline::Preset;
 use qcqa::targets::{Runtime, serving_notes};
+use qcqa::{HeadSource, Run};
 use serde_json::{Value, json};
 
 use crate::Done;
@@ -16,7 +16,7 @@ use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::distill::{beside, effort, state, told};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, file_bytes, percent, shown};
-use crate::roles::{outcome, outcome_json, rests_on, rests_on_json};
+use crate::roles::{limit_cost, limit_cost_json, outcome, outcome_json, rests_on, rests_on_json};
 use crate::search::Planned;
 
 #[derive(Debug, Args)]
@@ -43,6 +43,12 @@ pub(super) struct CompressArgs {
     /// writes what is best so far, or a crash the same command goes on from there.
     #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
     distill: Option<Effort>,
+    /// Say what the limits of --target cost, of a large model, too
+    ///
+    /// The plan of the same budget without them is searched as well, and both are measured before refits. Done unasked for models of at most 8 KV heads a
+    /// layer and less than a GiB of weights in f32, where it takes little.
+    #[arg(long, hide_short_help = true, help_heading = "Output")]
+    limit_cost: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -55,7 +61,7 @@ struct OutputArgs {
     ///
     /// Unless said stock, which loads in every runtime; padded, too, with groups of any size, filled up with query heads of zeros; remote-code holds any plan,
     /// for transformers with a model file of its own; gguf (gguf-f16, gguf-f32) any plan of models like Llama, as one file for
-    /// llama.cpp; deci equal groups, k by layer, for vLLM; expanded holds any plan but saves no memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
+    /// llama.cpp; deci groups of any size, k by layer, for vLLM, as far as one number of query heads for all layers holds them; expanded holds any plan but saves no memory: it is for evaluation. With auto, the plainest that holds the best plan in the runtime that --runtime names.
     #[arg(long, default_value = "stock", hide_default_value = true, hide_possible_values = true)]
     #[arg(value_parser = targets_parser(&[AUTO]))]
     target: String,
@@ -109,9 +115,18 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     check_form(&checkpoint, target)?;
     let calibration = args.asked.calibration.open(&checkpoint, run)?;
     let calibration = calibration.as_ref();
+    let validates = calibration.and_then(|c| c.text()).is_some_and(|(_, texts)| texts.validation().is_some());
+    if args.limit_cost && !validates {
+        return Err(CliError::usage(
+            "--limit-cost is measured on windows that fitted nothing: it needs --calibration TEXT, of two windows or more",
+        ));
+    }
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
     if let Some(effort) = args.distill {
         compress = compress.distil(beside(effort, &written.out));
+    }
+    if args.limit_cost || is_small(&checkpoint) {
+        compress = compress.weighing_limits();
     }
     let compressed = compress.run(&checkpoint, run)?;
     let target = runtime.map_or(Ok(target), |runtime| runtime.plainest(&checkpoint, compressed.plan()))?;
@@ -123,13 +138,22 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let (mut text, mut json) = (planned.describe() + "\n", planned.report());
     if calibration.is_some_and(|calibration| calibration.text().is_some()) {
         text += &format!("{}\n", outcome(&compressed));
+        text += &limit_cost(&compressed);
         text += &told(&compressed.course, compressed.interrupted, &written.out);
         (json["validation"], json["stages"]) = outcome_json(&compressed);
+        json["limit_cost"] = limit_cost_json(&compressed);
         json["distillation"] = json!({ "course": compressed.course, "interrupted": compressed.interrupted });
     }
     let (told, output) = tell(written, target, &report);
     json["output"] = output;
     Ok(Output { text: text + &told, json }.noting(&checkpoint))
+}
+
+/// Whether a second search is over soon: exact, of layers that are held.
+fn is_small(checkpoint: &Checkpoint) -> bool {
+    let heads = checkpoint.architecture().kv_heads().into_iter().max().unwrap_or(0);
+    let f32_bytes = checkpoint.weight_bytes() / checkpoint.dtype().bytes() as u64 * 4;
+    heads <= 8 && f32_bytes < 1 << 30
 }
 
 impl OutputArgs {
@@ -185,7 +209,7 @@ pub(super) fn tell(written: &Written, target: &dyn Target, report: &Report) -> (
             file_bytes(report.dead_bytes),
         ),
     };
-    let served = serving_notes(&report.heads);
+    let served = serving_notes(target, &report.heads);
     let notes: String = served.iter().map(|note| format!("to be known: {note}\n")).collect();
     let removed = report
         .removed
@@ -215,7 +239,7 @@ fn left_out(files: &[PathBuf]) -> String {
         [] => String::new(),
         files => {
             let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
-            format!("not copied, as it is of the source's weights: {}\n", names.join(", "))
+            format!("not copied, as it is of the source alone: {}\n", names.join(", "))
         }
     }
 }

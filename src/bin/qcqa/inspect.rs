@@ -5,7 +5,8 @@ use qcqa::HeadSource;
 use qcqa::budget::Budget;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::model::{Architecture, AttentionSpec};
-use qcqa::targets::serving_notes;
+use qcqa::output::Provenance;
+use qcqa::targets::{Stock, by_name, serving_notes};
 use serde_json::json;
 
 use crate::Done;
@@ -76,7 +77,10 @@ pub(super) fn inspect(args: &InspectArgs) -> Done {
         bytes(before as u64),
         table(header, rows),
     );
+    // What is served as an ordinary model, unless it was written here in another form.
+    let written = Provenance::read(&args.model).ok().and_then(|written| by_name(&written.target));
     let served = serving_notes(
+        written.unwrap_or(&Stock),
         &model.layers.iter().map(|layer| [layer.query_heads, layer.kv_heads]).collect::<Vec<_>>(),
     );
     let text = served.iter().fold(text, |text, note| text + &format!("to be known: {note}\n"));

@@ -6,7 +6,7 @@ use qcqa::text::{Text, Windows};
 use serde_json::{Value, json};
 
 use crate::calibrated::OWN;
-use crate::report::{evaluation_json, percent, table};
+use crate::report::{counts, evaluation_json, percent, table};
 
 /// Windows of a text that validate.
 fn validation(text: &Text) -> usize {
@@ -146,4 +146,31 @@ pub(super) fn outcome_json(compressed: &Compressed<'_>) -> (Value, Value) {
         json!({ "stage": name, "pooling": stage.made, "kl": stage.kl(), "loss": stage.loss(), "kept": kept })
     };
     (compressed.effects.iter().map(text).collect(), compressed.stages.iter().map(stage).collect())
+}
+
+/// What the limits of the target cost, in a line; nothing where that was not measured.
+pub(super) fn limit_cost(compressed: &Compressed<'_>) -> String {
+    let Some(cost) = &compressed.limit_cost else { return String::new() };
+    let target = compressed.plan().method.target.as_deref().unwrap_or_default();
+    if cost.plan.groups().eq(compressed.plan().groups()) {
+        return format!("what the limits of {target} cost: nothing, the plan without them is the same\n");
+    }
+    let figures = |of: fn(&Stage) -> f64| format!("{:.4} → {:.4}", of(&cost.without), of(&cost.within));
+    format!(
+        "what the limits of {target} cost, before any refit: loss {}, KL to source {} (without them {} groups)\n",
+        figures(Stage::loss),
+        figures(Stage::kl),
+        counts(&cost.plan.group_counts()),
+    )
+}
+
+/// The numbers of [`limit_cost`].
+pub(super) fn limit_cost_json(compressed: &Compressed<'_>) -> Value {
+    let fields = |stage: &Stage| json!({ "loss": stage.loss(), "kl": stage.kl() });
+    compressed.limit_cost.as_ref().map_or(Value::Null, |cost| {
+        json!({
+            "target": compressed.plan().method.target, "loss": cost.loss(), "kl": cost.kl(),
+            "without": fields(&cost.without), "within": fields(&cost.within), "plan_without": cost.plan,
+        })
+    })
 }

@@ -13,7 +13,7 @@ use crate::output::{Container, Content, OutputModel, OutputTensor, Slot, Target}
 use crate::plan::Plan;
 
 use super::form::Form;
-use super::padded::{Padded, filled, places};
+use super::padded::{filled, one_k, places};
 
 /// A [GGUF](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) file for llama.cpp, with the tokenizer in it, for any plan of a model
 /// that computes as a Llama does: every layer caches its own number of heads (architecture `deci`; `llama` where layers are alike). With norms of
@@ -45,7 +45,7 @@ impl Target for Gguf {
 
     fn limits(&self, model: &Architecture) -> Limits {
         match Form::of(model) {
-            Ok(form) if form.one_k => Padded.limits(model),
+            Ok(form) if form.one_k => one_k(model),
             _ => Limits::default(),
         }
     }
