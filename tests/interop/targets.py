@@ -27,7 +27,10 @@ MODELS = {
 }
 
 # Other types that take other numbers of heads, as models.py has them, with 6 KV heads.
-OTHERS = ["qwen2, windows", "qwen3_moe", "mixtral", "smollm3", "gemma", "gemma2", "gemma3", "granite", "starcoder2", "nemotron", "cohere", "cohere2", "glm", "glm4", "exaone4", "phi", "phi3"]
+OTHERS = ["qwen2, windows", "qwen3_moe", "mixtral", "smollm3", "gemma", "gemma2", "gemma3", "granite", "starcoder2", "nemotron", "cohere", "cohere2", "glm", "glm4", "exaone4", "phi", "phi3",
+          "cohere, norms of heads", "arcee", "seed_oss", "ernie4_5"]
+# Of these llama.cpp runs those that compute as a Llama.
+AS_LLAMA = ["seed_oss", "ernie4_5"]
 # Of these any number of heads of a layer, but not of the whole.
 BY_LAYER = ["phi3, longrope, partial, window"]
 # Of these a norm over all heads of a token allows equal groups only.
@@ -65,7 +68,7 @@ def all_models():
     for name in OTHERS + BY_LAYER + WIDE + OWN:
         model_type, differs = models.MODELS[name]
         # What must divide the width divides this one.
-        wider = {"hidden_size": 72} if model_type in ("gemma2", "gemma3_text") else {}
+        wider = {"hidden_size": 72} if model_type in ("arcee", "gemma2", "gemma3_text") else {}
         kinds = ["equal by layer"] if name in WIDE + OWN else ["by layer"] if name in BY_LAYER else ["unequal", "by layer"]
         yield name, model_type, 6, {**differs, **wider}, kinds
 
@@ -161,7 +164,7 @@ def one_number(queries, heads, groups):
 
 def holds(name, model_type, kind, queries, heads):
     """The targets of a plan of such a model."""
-    llama = name in MODELS and (model_type != "qwen3" or kind in ("equal", "one group", "all kept", "unequal"))
+    llama = name in AS_LLAMA or name in MODELS and (model_type != "qwen3" or kind in ("equal", "one group", "all kept", "unequal"))
     blocks = name in MODELS and model_type != "qwen3" and one_number(queries, heads, plans(heads)[kind])
     return [target for target in HOLD[kind] if target != "gguf" or llama] + ["deci"] * blocks
 
