@@ -363,7 +363,8 @@ impl<'a> Decoder<'a> {
         let left = tensors.names().find(|name| {
             let known = read.contains(name) || self.harmless(name, model.n_layers()) || *name == names.head;
             // What an encoder's states go to is another's.
-            !known && self.owns(name) && !(self.encoder && !name.starts_with(&*names.layers))
+            let own = self.owns(name) && (!self.encoder || name.starts_with(&*names.layers));
+            own && !known
         });
         if let Some(name) = left {
             let what = if name.contains("norm") { "the norm" } else { "the tensor" };

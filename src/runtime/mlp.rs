@@ -64,7 +64,7 @@ impl Hidden {
         of.mlps().iter().try_for_each(|mlp| Dense::check(weights, mlp))
     }
 
-    /// The same, with products in BF16 where the weights are.
+    /// As this, with products in BF16 where the weights are.
     pub(super) fn rounding(self) -> Self {
         let one = |dense: Dense| Dense { rounding: true, ..dense };
         match self {

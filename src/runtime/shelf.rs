@@ -67,7 +67,7 @@ impl Shelf {
         Ok(Self::Stored { checkpoint, place: place.clone(), recent: Mutex::new(None) })
     }
 
-    /// The same weights, where those in 16 bits round what they are multiplied with.
+    /// These weights, where those in 16 bits round what they are multiplied with.
     pub(super) fn rounding(&self) -> Self {
         match self {
             Self::Held { layers, embedding, head } => {
