@@ -1,5 +1,6 @@
 //! Texts: tokenised, or read as token ids, cut into windows, and given [roles](Texts).
 
+mod around;
 mod beside;
 mod error;
 mod roles;
@@ -43,7 +44,7 @@ impl Vocabulary {
     ///
     /// # Errors
     /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::ConfigValue`] where tokenizer_config.json has
-    /// another text in mind; [`FileError::Unsupported`] for a model that cannot be run.
+    /// another text in mind, or what is put around texts is not there; [`FileError::Unsupported`] for a model that cannot be run.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
         let size = forward_of(checkpoint)?.vocabulary;
         let path = checkpoint.path().join("tokenizer.json");
@@ -57,6 +58,7 @@ impl Vocabulary {
             Some(what) => FileError::Mistaken { path: path.clone(), what }.into(),
             None => failed(source),
         })?;
+        around::check(&path, without_mark(&text))?;
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
         let elsewhere = Elsewhere::read(&tokenizer, &path, &text)?;
