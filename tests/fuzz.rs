@@ -51,21 +51,33 @@ fn holds(name: &str, changed: u64) {
     }
 }
 
-/// What is put around a text must be there: the library that reads it panics where it is not.
+/// What the library that reads a tokenizer takes for granted, and panics where it is not so.
 #[test]
-fn what_a_template_does_not_list_is_named() {
-    let messages = found("tokenizer").into_iter().map(|text| {
-        targets::with(|ground| {
-            let path = ground.at("model/tokenizer.json");
-            fs::write(&path, text).unwrap();
-            let message = Vocabulary::open(&ground.model).unwrap_err().to_string();
-            fs::write(path, targets::WORDS).unwrap();
-            message
+fn tokenizers_that_are_none_are_told_as_what_they_are() {
+    let told: Vec<String> = found("tokenizer")
+        .into_iter()
+        .map(|text| {
+            targets::with(|ground| {
+                let path = ground.at("model/tokenizer.json");
+                fs::write(&path, text).unwrap();
+                let message = Vocabulary::open(&ground.model).unwrap_err().to_string();
+                fs::write(path, targets::WORDS).unwrap();
+                message
+            })
         })
-    });
-    let messages: Vec<String> = messages.collect();
-    says(&messages[0], &["tokenizer.json", "`post_processor.single`", "found B"]);
-    says(&messages[1], &["tokenizer.json", "special_tokens"]);
+        .collect();
+    let parts: [&[&str]; 5] = [
+        &["expected value at line 1 column 309"],
+        &["`model.merges`", "pairs of tokens that make a token", "found Ġt and Ġt"],
+        &["`model.merges`", "found a and b"],
+        &["`post_processor.single`", "special_tokens", "found B"],
+        &["`post_processor.single`", "special_tokens", "found "],
+    ];
+    assert_eq!(told.len(), parts.len());
+    for (message, parts) in told.iter().zip(parts) {
+        says(message, &["tokenizer.json"]);
+        says(message, parts);
+    }
 }
 
 macro_rules! targets {

@@ -19,7 +19,7 @@ pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
-pub(crate) use temporary::{HIDDEN, check_writable, temporary};
+pub(crate) use temporary::{HIDDEN, check_writable, clear, temporary};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

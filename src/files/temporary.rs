@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fs4::fs_std::FileExt;
 use tempfile::{Builder, NamedTempFile};
@@ -45,8 +45,9 @@ fn named(directory: &Path) -> io::Result<NamedTempFile> {
     builder.tempfile_in(directory)
 }
 
-/// Removes the files of runs that are no more. What cannot be removed stays.
-fn clear(directory: &Path) {
+/// Removes the files of runs that are no more, and says which. What cannot be removed stays.
+pub(crate) fn clear(directory: &Path) -> Vec<PathBuf> {
+    let mut left = Vec::new();
     for entry in directory.read_dir().into_iter().flatten().flatten() {
         let name = entry.file_name();
         let letters = name.to_str().and_then(|name| name.strip_prefix(HIDDEN)?.strip_suffix(END));
@@ -55,12 +56,13 @@ fn clear(directory: &Path) {
         if !own || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
             continue;
         }
-        let left = File::open(entry.path()).and_then(|file| Ok(file.try_lock_exclusive()?.then_some(file)));
+        let held = File::open(entry.path()).and_then(|file| Ok(file.try_lock_exclusive()?.then_some(file)));
         // The lock is held until the file is gone.
-        if let Ok(Some(_lock)) = left {
-            let _ = fs::remove_file(entry.path());
+        if let Ok(Some(_lock)) = held {
+            left.extend(fs::remove_file(entry.path()).is_ok().then(|| entry.path()));
         }
     }
+    left
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ pub struct Report {
     pub files: Vec<PathBuf>,
     /// Files of the source that are not copied: weights in other forms, what describes these, and weights of adapters.
     pub left_out: Vec<PathBuf>,
-    /// Hidden directories of runs with the same output that were killed: found and removed.
+    /// What runs that were killed had left hidden beside the output: found and removed.
     pub removed: Vec<PathBuf>,
 }
 

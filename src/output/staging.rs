@@ -11,7 +11,7 @@ use walkdir::WalkDir;
 
 use super::copy::PROVENANCE;
 use crate::files::{
-    FileError, HIDDEN, check_apart, check_writable, is_empty, parent_of, read_bounded, resolve,
+    FileError, HIDDEN, check_apart, check_writable, clear, is_empty, parent_of, read_bounded, resolve,
     sync_directory,
 };
 use crate::plan::PLAN_LIMIT;
@@ -193,7 +193,7 @@ impl Role {
 /// Removes what runs that were killed have left beside an output, and says what that was. A model that was on its way out when
 /// nothing had taken its place yet is put back.
 fn clear_left(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut left = Vec::new();
+    let mut left = clear(parent_of(path));
     for entry in fs::read_dir(parent_of(path))? {
         let directory = entry?.path();
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
