@@ -32,7 +32,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
             [0, 1, 2, 5, 9].map(|which| [&[which][..], &[1, 0, 2, 0, 3, 0, 0, 0].repeat(5)].concat()).to_vec()
         }
         "texts" => [[8, 0, 1, 1, 1], [200, 1, 3, 1, 1], [255, 2, 255, 255, 1]]
-            .map(|head| [&head[..], &"ab at a bat, tea. ".repeat(16).as_bytes()[..]].concat())
+            .map(|head| [&head[..], "ab at a bat, tea. ".repeat(16).as_bytes()].concat())
             .to_vec(),
         "choices" => vec![
             b"{\"query\": \"It was\", \"choices\": [\" late\", \" early\"], \"gold\": 0}\n\n".repeat(2),
