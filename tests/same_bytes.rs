@@ -14,7 +14,7 @@ use serde_json::Value;
 /// What `compress` writes: by weights alone, and calibrated with all that reads a text.
 fn written(binary: &Path, threads: usize) -> [BTreeMap<PathBuf, Vec<u8>>; 2] {
     let (model, text) = (novels(), novels().join("calibration.txt"));
-    let calibrated = ["--refit", "full", "--calibration-windows", "16", "--calibration"].map(Path::new);
+    let calibrated = ["--refit", "full", "--calibration-windows", "8", "--calibration"].map(Path::new);
     let calibrated = [&calibrated[..], &[&text]].concat();
     [
         vec![Path::new("--method"), Path::new("qcqa-ec"), Path::new("--generations"), Path::new("5")],
