@@ -121,7 +121,7 @@ fn two_on_one_output() {
         let job = &bench.jobs[n % 6];
         let first = bench.begin(job, None);
         sleep(job.takes.mul_f64(rng.random_range(0.0..0.2)));
-        let second = bench.begin_again(job, None);
+        let second = bench.begin_over(job, None, job.older);
         let ended = [first, second].map(|child| child.wait_with_output().unwrap());
         let of = format!("two of {}", job.name);
         for output in &ended {

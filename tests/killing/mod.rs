@@ -154,11 +154,11 @@ impl Bench {
         if let Some(older) = self.older(job) {
             put(&out, older);
         }
-        self.begin_again(job, shell)
+        self.begin_over(job, shell, job.older)
     }
 
     /// The command, begun over whatever is there.
-    pub fn begin_again(&self, job: &Job, shell: Option<&str>) -> Child {
+    pub fn begin_over(&self, job: &Job, shell: Option<&str>, force: bool) -> Child {
         let mut command = match shell {
             Some(before) => {
                 let mut command = Command::new("bash");
@@ -167,7 +167,7 @@ impl Bench {
             }
             None => Command::new(binary()),
         };
-        let force = (job.older || self.out(job).exists()).then_some("--force");
+        let force = force.then_some("--force");
         command.args(&job.args).args(force).arg("--json");
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
@@ -211,7 +211,8 @@ impl Bench {
 
     /// Runs it again: that ends well, as if nothing had been, and nothing is left.
     pub fn again(&self, job: &Job, of: &str) {
-        let output = self.begin_again(job, None).wait_with_output().unwrap();
+        let force = job.older || self.out(job).exists();
+        let output = self.begin_over(job, None, force).wait_with_output().unwrap();
         assert!(output.status.success(), "{of}, again: {}", String::from_utf8_lossy(&output.stderr));
         assert_eq!(self.check(job, true, of), "the new output", "{of}, again");
         remove(&self.out(job));
