@@ -197,12 +197,13 @@ fn clear_left(path: &Path) -> io::Result<Vec<PathBuf>> {
     for entry in fs::read_dir(parent_of(path))? {
         let directory = entry?.path();
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let letters = name.strip_prefix(HIDDEN).filter(|rest| rest.len() == LETTERS);
-        let Some(file) = letters.map(|_| directory.join(LOCK)) else { continue };
+        let Some(letters) = name.strip_prefix(HIDDEN) else { continue };
+        let file = directory.join(LOCK);
         let label = || fs::read_to_string(&file).unwrap_or_default();
         let role_of = |label: &str| [Role::New, Role::Old].into_iter().find(|role| role.label(path) == label);
         // A run that was killed before it said what this is for has put nothing into it.
-        if !label().is_empty() && role_of(&label()).is_none() {
+        let unsaid = label().is_empty() && letters.len() == LETTERS;
+        if !unsaid && role_of(&label()).is_none() {
             continue;
         }
         let Ok(lock) = File::open(&file) else {
@@ -354,7 +355,7 @@ mod tests {
         made(".qcqa.emptyy", Some(""))?;
         made(".qcqa.nolock", None)?;
         made(".qcqa.others", Some("New other"))?;
-        made(".qcqa.longer-name", Some("New out"))?;
+        made(".qcqa.longer-name", None)?;
         // Killed while it deleted the old model.
         made(".qcqa.halfhf", Some("Old out"))?;
         fs::rename(root.path().join(".qcqa.halfhf/model"), root.path().join(".qcqa.halfhf/gone"))?;
