@@ -87,7 +87,11 @@ fn windows_are_spaced_over_the_whole_of_each_text_by_share() {
 
     let refused = |texts: &[WholeText]| Texts::new(texts, 8).unwrap_err().to_string();
     says(&refused(&[]), &["number of texts is 0"]);
-    says(&refused(&[a.clone().with_share(0), b]), &["share", "at least 1"]);
+    for share in [0, (1 << 31) + 1, usize::MAX] {
+        let texts = [a.clone().with_share(share), b.clone()];
+        says(&refused(&texts), &["share", "from 1 to 2147483648", &share.to_string()]);
+    }
+    Texts::new(&[a.clone().with_share(1 << 31), b], usize::MAX).unwrap();
     let other = WholeText::new("b", Windows::new((0..90).collect(), 9).unwrap());
     says(&refused(&[a, other]), &["window is 9", "as long in every text"]);
 }

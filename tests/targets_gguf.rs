@@ -309,6 +309,7 @@ fn what_llama_cpp_would_compute_otherwise_is_refused() {
     };
     with(small(split("[a-z]+"), &[]), &["tokenizer.json", "Split by \"[a-z]+\", ByteLevel"]);
     with(small(json!({"type": "ByteLevel", "add_prefix_space": true}), &[]), &["cuts texts by ByteLevel"]);
+    with(small(json!({"type": "Sequence", "pretokenizers": []}), &[]), &["tokenizer.json", "cuts texts by"]);
     with(json!({"model": {"type": "Unigram"}}), &["`model.type` must be \"BPE\", found \"Unigram\""]);
     with(json!({"model": {"type": "BPE", "vocab": {"a": 16}}}), &["numbers below 16", "16 of \"a\""]);
     with(json!({}), &["`model.vocab` must be tokens with their numbers"]);

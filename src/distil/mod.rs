@@ -103,8 +103,9 @@ impl Distill {
         Self { batch: Some(windows), ..self }
     }
 
-    /// A file that holds the state every few minutes. Where there is one, of the same distillation, it goes on from there, to
-    /// the same result as if it had not ended; it is removed when all is done.
+    /// A file that holds the state every few minutes, and at the end. Where there is one, of the same distillation, it goes on from
+    /// there, to the same result as if it had not ended. It stays until [`Distill::forget`]: whoever dies while the result is
+    /// written has lost nothing.
     pub fn state(self, path: PathBuf) -> Self {
         Self { state: Some(path), ..self }
     }
@@ -168,7 +169,9 @@ impl Distill {
         let mut pace = Pace::default();
         let interrupted = self.steps(&work, &mut trainer, &mut state, file.as_ref(), &mut pace, run)?;
         if let (false, Some(file)) = (interrupted, &file) {
-            file.remove()?;
+            // Whether all steps were needed or not: there are no more.
+            state.total = Some(state.step);
+            file.write(&trainer, &state)?;
         }
         let model = work.best(trainer, &state)?;
         let layers = (0..model.n_layers()).map(|i| model.pooled(i)).collect::<Result<_, _>>()?;

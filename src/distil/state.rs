@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Distill;
 use super::trainer::Trainer;
-use crate::files::{FileError, Mapped, check_writable, is_there, parent_of, sync_directory};
+use crate::files::{FileError, Mapped, check_writable, is_there, parent_of, sync_directory, temporary};
 use crate::runtime::AttentionWeights;
 use crate::text::RuntimeError;
 
@@ -116,23 +116,13 @@ impl StateFile {
         let header = serde_json::to_string(&header).map_err(crate::error::Error::plugin)?;
         let failed = |source| FileError::io("write", &self.path, source);
         let parent = parent_of(&self.path);
-        let file = tempfile::Builder::new().prefix(".qcqa.").tempfile_in(parent).map_err(failed)?;
+        let file = temporary(parent).map_err(failed)?;
         let metadata = Some(HashMap::from([(STATE.to_string(), header)]));
         safetensors::serialize_to_file(tensors, metadata, file.path())
             .map_err(|e| failed(io::Error::other(e)))?;
         file.as_file().sync_all().map_err(failed)?;
         file.persist(&self.path).map_err(|e| failed(e.error))?;
         Ok(sync_directory(parent)?)
-    }
-
-    /// Removes the file, where there is one.
-    pub(super) fn remove(&self) -> Result<(), FileError> {
-        match fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(FileError::io("remove", &self.path, error))
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -150,6 +140,19 @@ impl Distill {
     /// [`FileError::DistillState`], [`FileError::Io`], [`FileError::Dangling`].
     pub fn check(&self) -> Result<(), FileError> {
         self.state.as_deref().map_or(Ok(()), check)
+    }
+
+    /// Removes the state, where there is one: the result is where it belongs.
+    ///
+    /// # Errors
+    /// [`FileError::Io`].
+    pub fn forget(&self) -> Result<(), FileError> {
+        match self.state.as_ref().map(|path| (path, fs::remove_file(path))) {
+            Some((path, Err(error))) if error.kind() != io::ErrorKind::NotFound => {
+                Err(FileError::io("remove", path, error))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

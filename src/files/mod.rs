@@ -5,8 +5,9 @@ mod error;
 mod known;
 mod mapped;
 mod place;
+mod temporary;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
@@ -18,6 +19,7 @@ pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
+pub(crate) use temporary::{HIDDEN, check_writable, clear, temporary};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -106,11 +108,6 @@ pub(crate) fn sync_directory(path: &Path) -> Result<(), FileError> {
     Ok(())
 }
 
-/// Whether files can be made in a directory: one is, and is gone at once.
-pub(crate) fn check_writable(directory: &Path) -> io::Result<()> {
-    tempfile::Builder::new().prefix(".qcqa.").tempfile_in(directory).map(drop)
-}
-
 /// Writes a file, whole or not at all: to a temporary file beside it, then renamed. A dry run only checks.
 ///
 /// # Errors
@@ -140,15 +137,7 @@ pub(crate) fn replace_whole(path: &Path, bytes: &[u8], options: WriteOptions) ->
         }
         return check_writable(parent).map_err(failed);
     }
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".qcqa.");
-    #[cfg(unix)]
-    {
-        // As any new file: the process's umask applies.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder.tempfile_in(parent).map_err(failed)?;
+    let mut file = temporary(parent).map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     if options.force {

@@ -46,7 +46,7 @@ pub struct Report {
     /// Files of the source that are not copied: weights in other forms, what describes these, weights of adapters, and code that the
     /// source's config.json names and the output's does not.
     pub left_out: Vec<PathBuf>,
-    /// Hidden directories of runs with the same output that were killed: found and removed.
+    /// What runs that were killed had left hidden beside the output: found and removed.
     pub removed: Vec<PathBuf>,
 }
 

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use fs4::fs_std::FileExt;
 use serde::Deserialize;
-use tempfile::TempDir;
 use walkdir::WalkDir;
 
 use super::copy::PROVENANCE;
 use crate::files::{
-    FileError, check_apart, check_writable, is_empty, parent_of, read_bounded, resolve, sync_directory,
+    FileError, HIDDEN, check_apart, check_writable, clear, is_empty, parent_of, read_bounded, resolve,
+    sync_directory,
 };
 use crate::plan::PLAN_LIMIT;
 
@@ -104,31 +104,77 @@ fn enough(path: &Path, needed: u64, available: u64) -> Result<(), FileError> {
 
 /// What holds a hidden directory for as long as its process lives, and says whose it is.
 const LOCK: &str = "lock";
-/// What hidden directories begin with; short, because the name of an output may be as long as names can be.
-const HIDDEN: &str = ".qcqa.";
+/// Where in it the model is.
+const MODEL: &str = "model";
+/// Letters that tell one hidden directory from others.
+const LETTERS: usize = 6;
 
-/// A hidden directory beside an output, for a model under `model`.
+/// A hidden directory beside an output, for a model under `model`. It goes when it is dropped, unless it is kept.
 #[derive(Debug)]
 struct Hidden {
-    // Dropped in this order.
-    directory: TempDir,
+    directory: PathBuf,
     _lock: File,
+    kept: bool,
 }
 
 impl Hidden {
     fn beside(path: &Path, role: Role) -> io::Result<Self> {
-        let directory = tempfile::Builder::new().prefix(HIDDEN).tempdir_in(parent_of(path))?;
-        let file = directory.path().join(LOCK);
-        let mut lock = File::create_new(&file)?;
-        lock.lock_exclusive()?;
-        // Who reads this finds it locked.
-        lock.write_all(role.label(path).as_bytes())?;
-        Ok(Self { directory, _lock: lock })
+        loop {
+            let mut builder = tempfile::Builder::new();
+            let directory = builder.prefix(HIDDEN).rand_bytes(LETTERS).tempdir_in(parent_of(path))?;
+            let file = directory.path().join(LOCK);
+            let mut lock = match File::create_new(&file) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                lock => lock?,
+            };
+            lock.lock_exclusive()?;
+            // Between the two another run may have taken it for left.
+            if !file.exists() {
+                continue;
+            }
+            // Who reads this finds it locked.
+            lock.write_all(role.label(path).as_bytes())?;
+            return Ok(Self { directory: directory.keep(), _lock: lock, kept: false });
+        }
     }
 
     fn model(&self) -> PathBuf {
-        self.directory.path().join("model")
+        self.directory.join(MODEL)
     }
+
+    /// Leaves it where it is.
+    fn keep(mut self) -> PathBuf {
+        self.kept = true;
+        self.model()
+    }
+
+    fn close(mut self) -> io::Result<()> {
+        self.kept = true;
+        remove(&self.directory)
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        if !self.kept {
+            // What stays is found by the next run.
+            let _ = remove(&self.directory);
+        }
+    }
+}
+
+/// Removes a hidden directory. What is half removed is no model, and what says what it was goes last: a run may be killed here, too.
+fn remove(directory: &Path) -> io::Result<()> {
+    let (model, gone) = (directory.join(MODEL), directory.join("gone"));
+    if gone.exists() {
+        fs::remove_dir_all(&gone)?;
+    }
+    match fs::rename(model, &gone) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(_) => {}
+        Ok(()) => fs::remove_dir_all(&gone)?,
+    }
+    fs::remove_dir_all(directory)
 }
 
 /// What lies in a hidden directory: a model to come, or one that is to go.
@@ -147,25 +193,41 @@ impl Role {
 /// Removes what runs that were killed have left beside an output, and says what that was. A model that was on its way out when
 /// nothing had taken its place yet is put back.
 fn clear_left(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut left = Vec::new();
+    let mut left = clear(parent_of(path));
     for entry in fs::read_dir(parent_of(path))? {
         let directory = entry?.path();
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Some(file) = name.starts_with(HIDDEN).then(|| directory.join(LOCK)) else { continue };
-        let Ok(label) = fs::read_to_string(&file) else { continue };
-        let Some(role) = [Role::New, Role::Old].into_iter().find(|role| role.label(path) == label) else {
+        let Some(letters) = name.strip_prefix(HIDDEN) else { continue };
+        let file = directory.join(LOCK);
+        let label = || fs::read_to_string(&file).unwrap_or_default();
+        let role_of = |label: &str| [Role::New, Role::Old].into_iter().find(|role| role.label(path) == label);
+        // A run that was killed before it said what this is for has put nothing into it.
+        let unsaid = label().is_empty() && letters.len() == LETTERS;
+        if !unsaid && role_of(&label()).is_none() {
+            continue;
+        }
+        let Ok(lock) = File::open(&file) else {
+            // Only where there is nothing in it.
+            left.extend(fs::remove_dir(&directory).is_ok().then_some(directory));
             continue;
         };
         // Whoever is still at work holds it.
-        let lock = File::open(&file)?;
         if !lock.try_lock_exclusive()? {
             continue;
         }
-        let model = directory.join("model");
-        if role == Role::Old && path.symlink_metadata().is_err() && model.is_dir() {
-            fs::rename(&model, path)?;
+        match role_of(&label()) {
+            Some(role) => {
+                let model = directory.join(MODEL);
+                if role == Role::Old && path.symlink_metadata().is_err() && model.is_dir() {
+                    fs::rename(&model, path)?;
+                }
+                remove(&directory)?;
+            }
+            None if label().is_empty() && fs::remove_file(&file).is_ok() => {
+                let _ = fs::remove_dir(&directory);
+            }
+            None => continue,
         }
-        fs::remove_dir_all(&directory)?;
         left.push(directory);
     }
     Ok(left)
@@ -207,9 +269,16 @@ impl<'a> Staging<'a> {
         let path = &self.destination.path;
         let failed = |source| FileError::io("write", path, source);
         sync_directory(&self.path())?;
-        if path.symlink_metadata().is_err() {
-            fs::rename(self.path(), path).map_err(failed)?;
-            return sync_directory(parent_of(path));
+        let there = || path.symlink_metadata().is_ok();
+        if !there() {
+            match fs::rename(self.path(), path) {
+                // Another run was first.
+                Err(_) if there() => {}
+                moved => {
+                    moved.map_err(failed)?;
+                    return sync_directory(parent_of(path));
+                }
+            }
         }
         if !self.destination.force {
             return Err(FileError::OutputExists { path: path.clone() });
@@ -227,15 +296,12 @@ fn replace(new: &Path, path: &Path) -> Result<(), FileError> {
     if let Err(error) = fs::rename(new, path) {
         return Err(match fs::rename(&old, path) {
             Ok(()) => failed(error),
-            Err(source) => {
-                let kept = aside.directory.keep().join("model");
-                FileError::OldKept { path: path.to_path_buf(), kept, source }
-            }
+            Err(source) => FileError::OldKept { path: path.to_path_buf(), kept: aside.keep(), source },
         });
     }
     sync_directory(parent_of(path))?;
-    let kept = aside.directory.path().to_path_buf();
-    aside.directory.close().map_err(|e| FileError::io("delete the old model in", &kept, e))
+    let kept = aside.directory.clone();
+    aside.close().map_err(|e| FileError::io("delete the old model in", &kept, e))
 }
 
 /// Directories that did not exist before, innermost first; removed on drop where they are still empty.
@@ -263,6 +329,46 @@ mod tests {
             message,
             Err("out: 11 bytes are needed, 10 are free; make room or choose another disk".into())
         );
+    }
+
+    /// Whatever a killed run was at, the next one removes what is left, and nothing that others hold or have written.
+    #[test]
+    fn what_killed_runs_leave_goes() -> io::Result<()> {
+        let root = tempfile::tempdir()?;
+        let out = root.path().join("out");
+        let made = |name: &str, label: Option<&str>| {
+            let directory = root.path().join(name);
+            fs::create_dir_all(directory.join("model"))?;
+            fs::write(directory.join("model/config.json"), name)?;
+            match label {
+                Some("") => {
+                    fs::remove_dir_all(directory.join("model"))?;
+                    fs::write(directory.join(LOCK), "")
+                }
+                Some(label) => fs::write(directory.join(LOCK), label),
+                None => fs::remove_dir_all(directory.join("model")),
+            }
+        };
+        made(".qcqa.newnew", Some("New out"))?;
+        made(".qcqa.oldold", Some("Old out"))?;
+        // Killed before it said what it is for, and before there was a lock.
+        made(".qcqa.emptyy", Some(""))?;
+        made(".qcqa.nolock", None)?;
+        made(".qcqa.others", Some("New other"))?;
+        made(".qcqa.longer-name", None)?;
+        // Killed while it deleted the old model.
+        made(".qcqa.halfhf", Some("Old out"))?;
+        fs::rename(root.path().join(".qcqa.halfhf/model"), root.path().join(".qcqa.halfhf/gone"))?;
+        let held = Hidden::beside(&out, Role::New)?;
+        assert_eq!(clear_left(&out)?.len(), 5);
+        assert_eq!(fs::read_to_string(out.join("config.json"))?, ".qcqa.oldold");
+        assert!(held.directory.join(LOCK).exists());
+        drop(held);
+        let mut names: Vec<_> =
+            fs::read_dir(root.path())?.map(|e| e.map(|e| e.file_name())).collect::<Result<_, _>>()?;
+        names.sort();
+        assert_eq!(names, [".qcqa.longer-name", ".qcqa.others", "out"]);
+        Ok(())
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod beside;
 mod error;
 mod roles;
+mod sound;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,7 +44,7 @@ impl Vocabulary {
     ///
     /// # Errors
     /// [`RuntimeError::NoTokenizer`], [`RuntimeError::Tokenizer`]; [`FileError::ConfigValue`] where tokenizer_config.json has
-    /// another text in mind; [`FileError::Unsupported`] for a model that cannot be run.
+    /// another text in mind, or merges and templates are of other tokens; [`FileError::Json`]; [`FileError::Unsupported`] for a model that cannot be run.
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, RuntimeError> {
         let size = forward_of(checkpoint)?.vocabulary;
         let path = checkpoint.path().join("tokenizer.json");
@@ -52,11 +53,8 @@ impl Vocabulary {
         }
         let failed = |source| RuntimeError::Tokenizer { path: path.clone(), source };
         let text = read_file(&path)?;
-        let read = Tokenizer::from_bytes(without_mark(&text));
-        let mut tokenizer = read.map_err(|source| match mistaken(&text) {
-            Some(what) => FileError::Mistaken { path: path.clone(), what }.into(),
-            None => failed(source),
-        })?;
+        sound::check(&path, without_mark(&text))?;
+        let mut tokenizer = Tokenizer::from_bytes(without_mark(&text)).map_err(failed)?;
         // A whole text is wanted, not what fits a model.
         tokenizer.with_truncation(None).map_err(failed)?.with_padding(None);
         let elsewhere = Elsewhere::read(&tokenizer, &path, &text)?;

@@ -194,10 +194,13 @@ impl Texts {
     }
 }
 
+/// The largest share: products of it and any number of windows have room in 128 bits.
+const LARGEST_SHARE: usize = 1 << 31;
+
 /// `total` in whole numbers by shares, at least 1 each.
 pub(crate) fn shared_out(total: usize, shares: &[usize]) -> Result<Vec<usize>, Error> {
-    if shares.contains(&0) {
-        return Err(Error::setting("a share of the windows", 0, "at least 1"));
+    if let Some(&share) = shares.iter().find(|share| !(1..=LARGEST_SHARE).contains(share)) {
+        return Err(Error::setting("a share of the windows", share, "from 1 to 2147483648"));
     }
     let sum: u128 = shares.iter().map(|&share| share as u128).sum();
     let mut before = 0;

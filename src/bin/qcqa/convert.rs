@@ -133,6 +133,9 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let compressed = compressed.for_target(target);
     let run = if args.distill.is_some() { run.to_the_end() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
+    if let (false, Some(effort)) = (compressed.interrupted, args.distill) {
+        beside(effort, &written.out).forget()?;
+    }
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;
     let (mut text, mut json) = (planned.describe() + "\n", planned.report());

@@ -131,11 +131,15 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         let (text, json) = tell(&args.written, target, &report);
         return Ok(Output { text, json }.noting(&source));
     }
-    let found = beside(args.effort, out).run(&model, shared, texts.fit(), texts.validation(), run)?;
+    let work = beside(args.effort, out);
+    let found = work.run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever breaks off from here on wants what there is.
     let run = run.to_the_end();
     let after = compared(&model, &references, &found.shared, run)?;
     let report = convert(&source, &found.shared, target, out, options, run)?;
+    if !found.interrupted {
+        work.forget()?;
+    }
 
     let kl = |evaluation: &Evaluation| evaluation.divergence.map_or(f64::NAN, |d| d.kl);
     let header = ["validation text", "tokens", "source", "before", "after", "KL before", "KL after"];

@@ -183,7 +183,7 @@ impl<'a> Tokenizer<'a> {
         let kinds: Vec<_> = steps.iter().map(kind).collect();
         let is =
             |step: &Value, key: &str| step.get(key).and_then(Value::as_bool).unwrap_or(key == "use_regex");
-        let last = steps[steps.len() - 1];
+        let last = *steps.last().unwrap_or(&&Value::Null);
         let (spaced, cuts) = (is(last, "add_prefix_space"), is(last, "use_regex"));
         let name = match kinds.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             _ if spaced => None,

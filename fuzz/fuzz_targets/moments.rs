@@ -1,0 +1,3 @@
+#![no_main]
+
+qcqa_fuzz::target!(moments);

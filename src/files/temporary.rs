@@ -1,0 +1,93 @@
+//! Files that are not whole yet: under a lock, by which the next run knows those that a killed one has left.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use fs4::fs_std::FileExt;
+use tempfile::{Builder, NamedTempFile};
+
+/// What hidden names begin with; short, because the name of an output may be as long as names can be.
+pub(crate) const HIDDEN: &str = ".qcqa.";
+/// Letters that tell one name from others.
+const LETTERS: usize = 12;
+/// What names of files end with.
+const END: &str = ".part";
+
+/// A file in a directory that is to be renamed. Those that killed runs have left there go.
+pub(crate) fn temporary(directory: &Path) -> io::Result<NamedTempFile> {
+    clear(directory);
+    loop {
+        let file = named(directory)?;
+        // Where there are no locks nothing is cleared either.
+        let _ = file.as_file().lock_exclusive();
+        // Between the two another run may have taken it for left.
+        if file.path().exists() {
+            return Ok(file);
+        }
+    }
+}
+
+/// Whether files can be made in a directory: one is, and is gone at once.
+pub(crate) fn check_writable(directory: &Path) -> io::Result<()> {
+    named(directory).map(drop)
+}
+
+fn named(directory: &Path) -> io::Result<NamedTempFile> {
+    let mut builder = Builder::new();
+    builder.prefix(HIDDEN).suffix(END).rand_bytes(LETTERS);
+    #[cfg(unix)]
+    {
+        // As any new file: the process's umask applies.
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(directory)
+}
+
+/// Removes the files of runs that are no more, and says which. What cannot be removed stays.
+pub(crate) fn clear(directory: &Path) -> Vec<PathBuf> {
+    let mut left = Vec::new();
+    for entry in directory.read_dir().into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let letters = name.to_str().and_then(|name| name.strip_prefix(HIDDEN)?.strip_suffix(END));
+        let own =
+            letters.is_some_and(|own| own.len() == LETTERS && own.bytes().all(|b| b.is_ascii_alphanumeric()));
+        if !own || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            continue;
+        }
+        let held = File::open(entry.path()).and_then(|file| Ok(file.try_lock_exclusive()?.then_some(file)));
+        // The lock is held until the file is gone.
+        if let Ok(Some(_lock)) = held {
+            left.extend(fs::remove_file(entry.path()).is_ok().then(|| entry.path()));
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_holds_goes_and_nothing_else() -> io::Result<()> {
+        let root = tempfile::tempdir()?;
+        let held = temporary(root.path())?;
+        let left = named(root.path())?.into_temp_path().keep().map_err(io::Error::other)?;
+        let others = [
+            ".qcqa.toml",
+            ".qcqa.part",
+            ".qcqa.abcdefghijkl",
+            "abcdefghijkl.part",
+            ".qcqa.abcdefghij-l.part",
+        ];
+        for name in others {
+            fs::write(root.path().join(name), "mine")?;
+        }
+        fs::create_dir(root.path().join(".qcqa.abcdefghijkl.part"))?;
+        let next = temporary(root.path())?;
+        assert!(held.path().exists() && next.path().exists() && !left.exists());
+        assert_eq!(fs::read_dir(root.path())?.count(), 2 + others.len() + 1);
+        Ok(())
+    }
+}
