@@ -171,7 +171,8 @@ impl Distill {
         if let (false, Some(file)) = (interrupted, &file) {
             // Whether all steps were needed or not: there are no more.
             state.total = Some(state.step);
-            file.write(&trainer, &state)?;
+            // Where that cannot be written, the result, which is to be had without it, is not lost for it.
+            let _ = file.write(&trainer, &state);
         }
         let model = work.best(trainer, &state)?;
         let layers = (0..model.n_layers()).map(|i| model.pooled(i)).collect::<Result<_, _>>()?;
