@@ -17,10 +17,7 @@ impl Family for Olmo {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        if let Some(clip) = config.get("clip_qkv") {
-            return Err(config
-                .unsupported(format!("clipped projections (`clip_qkv` {clip})"), "models without it are"));
-        }
+        unclipped(config)?;
         let decoder = Decoder {
             names: Names::llama("model."),
             head_norms: None,
@@ -77,4 +74,15 @@ fn olmo<'a>(config: &'a Config, tensors: &'a dyn TensorIndex) -> Result<Decoder<
         ..Decoder::llama(config, tensors)
     };
     Ok(decoder.acting(&["hidden_act"], Activation::Silu))
+}
+
+/// Refuses queries, keys and values that are clipped.
+pub(super) fn unclipped(config: &Config) -> Result<(), FileError> {
+    match config.get("clip_qkv") {
+        None => Ok(()),
+        Some(clip) => {
+            let what = format!("clipped projections (`clip_qkv` {clip})");
+            Err(config.unsupported(what, "models without it are"))
+        }
+    }
 }

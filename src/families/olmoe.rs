@@ -2,6 +2,7 @@ use super::decoder::Decoder;
 use super::experts::{Mixture, Within};
 use super::names::Biases;
 use super::norms::NormRule;
+use super::olmo::unclipped;
 use crate::checkpoint::{Config, Family, TensorIndex};
 use crate::files::FileError;
 use crate::model::{Activation, Architecture, NormKind, NormOver};
@@ -17,10 +18,7 @@ impl Family for Olmoe {
     }
 
     fn describe(&self, config: &Config, tensors: &dyn TensorIndex) -> Result<Architecture, FileError> {
-        if let Some(clip) = config.get("clip_qkv") {
-            let what = format!("clipped projections (`clip_qkv` {clip})");
-            return Err(config.unsupported(what, "models without it are"));
-        }
+        unclipped(config)?;
         let biased = config.flag("attention_bias")?;
         let decoder = Decoder {
             biases: Biases { queries_keys_values: biased, outputs: biased, ..Biases::default() },

@@ -134,36 +134,38 @@ impl Dense {
         weights.check(&mlp.down, d, m)
     }
 
-    /// What the activation reads, (N, d) → (N, m or 2m).
-    fn widened(&self, x: &Tensor, up: &Tensor) -> Candle<Tensor> {
-        biased(self.product(x, &up.t()?)?, &self.up_bias)
+    /// A weight as its products take it: in BF16 where these round, else as wide as x.
+    fn ready(&self, weight: &Tensor, x: &Tensor) -> Candle<Tensor> {
+        if self.rounding && weight.dtype() == DType::BF16 { Ok(weight.clone()) } else { wide(weight, x) }
     }
 
-    /// x (N, a) times a weight, (a, b).
-    fn product(&self, x: &Tensor, weight: &Tensor) -> Candle<Tensor> {
-        if self.rounding && weight.dtype() == DType::BF16 {
-            return x.to_dtype(DType::BF16)?.matmul(weight)?.to_dtype(x.dtype());
-        }
-        x.matmul(&wide(weight, x)?)
+    /// What the activation reads, (N, d) → (N, m or 2m); `up` is ready.
+    fn widened(&self, x: &Tensor, up: &Tensor) -> Candle<Tensor> {
+        biased(product(x, &up.t()?)?, &self.up_bias)
     }
 
     /// (N, d) → (N, d).
     pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let wide = self.widened(x, &self.up)?;
+        let wide = self.widened(x, &self.ready(&self.up, x)?)?;
         let hidden = match self.has_gate {
             true => gated(self.activation, &wide)?,
             false => activated(self.activation, &wide)?,
         };
-        biased(self.product(&hidden, &self.down.t()?)?, &self.down_bias)
+        biased(product(&hidden, &self.ready(&self.down, x)?.t()?)?, &self.down_bias)
     }
 
     fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        // Used twice, and widened once.
-        let up = if self.rounding { self.up.clone() } else { wide(&self.up, x)? };
-        let (above, of_hidden) = (self.widened(x, &up)?, self.product(gradient, &self.down)?);
+        let up = self.ready(&self.up, x)?;
+        let (above, of_hidden) =
+            (self.widened(x, &up)?, product(gradient, &self.ready(&self.down, gradient)?)?);
         let back = if self.has_gate { gated_backward } else { activated_backward };
-        self.product(&back(self.activation, &above, &of_hidden)?, &up)
+        product(&back(self.activation, &above, &of_hidden)?, &up)
     }
+}
+
+/// x (N, a) times a weight that is ready, (a, b), in the type of the weight.
+fn product(x: &Tensor, weight: &Tensor) -> Candle<Tensor> {
+    x.to_dtype(weight.dtype())?.matmul(weight)?.to_dtype(x.dtype())
 }
 
 /// The tokens that go through one expert, and their shares.

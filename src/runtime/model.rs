@@ -243,7 +243,7 @@ impl Model {
     /// What the last layer gives for further tokens (B·T): (B·T, d).
     fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
         let len = tokens.len().checked_div(batch).unwrap_or(0);
-        if self.specs.iter().any(|spec| spec.mask == Mask::Whole) {
+        if !self.predicts {
             return Err(RuntimeError::NoPredictions);
         }
         let pass = self.pass(len, cache.tokens)?;
