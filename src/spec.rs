@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,7 @@ use crate::error::{Error, Result, shown};
 /// let spec = Spec::new("low-rank").with("ridge", 0.01);
 /// assert_eq!(spec.to_string(), "low-rank (ridge 0.01)");
 /// assert_eq!(spec.number("ridge").unwrap(), Some(0.01));
+/// assert_eq!("low-rank:ridge=0.01".parse::<Spec>().unwrap(), spec);
 /// ```
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Spec {
@@ -94,6 +96,35 @@ impl Spec {
         match self.settings.keys().find(|key| !known.contains(&key.as_str())) {
             None => Ok(()),
             Some(key) => Err(Error::UnknownSetting { plugin: shown(&self.name), setting: shown(key), known }),
+        }
+    }
+}
+
+impl FromStr for Spec {
+    type Err = Error;
+
+    /// As command lines write it: `name`, or `name:setting=value:setting=value`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for what is no setting.
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = text.split(':');
+        let name = parts.next().unwrap_or_default();
+        parts.try_fold(Self::new(name), |spec, part| match part.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok(spec.with(key, Setting::read(value))),
+            _ => Err(Error::setting("a setting", part, "NAME=VALUE, as in window:sinks=4:recent=252")),
+        })
+    }
+}
+
+impl Setting {
+    /// The value that a text stands for.
+    fn read(text: &str) -> Self {
+        match (text.parse(), text.parse(), text.parse()) {
+            (Ok(flag), ..) => Self::Flag(flag),
+            (_, Ok(n), _) => Self::Count(n),
+            (.., Ok(n)) => Self::Number(n),
+            _ => Self::Text(text.to_string()),
         }
     }
 }

@@ -3,9 +3,12 @@
 //!
 //! Sums over tokens are taken in f64 and in the order of the text: results do not depend on the number of threads.
 
+mod cached;
 mod choices;
 mod fisher;
 mod hidden;
+mod items;
+mod recall;
 mod reference;
 mod scores;
 mod sensitivity;
@@ -18,13 +21,16 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use self::scores::scores;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::run::Run;
-use crate::runtime::Model;
+use crate::runtime::{KvCache, Model, Steps};
 use crate::text::{RuntimeError, Windows};
 
+pub use cached::{Cached, Stretch};
 pub use choices::{Accuracy, Choice, Choices};
 pub use hidden::{HiddenDistance, hidden_distance};
+pub use items::{Item, Items};
+pub use recall::{Recall, head_importance, prepared, recall};
 pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};
@@ -100,10 +106,11 @@ pub fn evaluate_through_cache(
     chunk: usize,
     run: Run<'_>,
 ) -> Result<Evaluation, RuntimeError> {
-    if chunk == 0 {
-        return Err(Error::setting("chunk", chunk, "at least 1 token").into());
-    }
-    let read = |model: &Model, tokens: &[u32], rows| model.rows_by_cache(tokens, rows, chunk);
+    let steps = Steps::new(chunk, 0)?;
+    let read = |model: &Model, tokens: &[u32], rows| {
+        let row = |tokens: &[u32]| model.row_by_cache(tokens, steps, KvCache::default(), |_| ());
+        tokens.par_chunks_exact(tokens.len() / rows).map(row).collect()
+    };
     Ok(read_all(model, &[], windows, &read, run)?.0)
 }
 
@@ -188,6 +195,8 @@ struct Tally {
     read: u64,
     compared: bool,
     time: Duration,
+    /// Loss and divergence of tokens 2… of the windows, summed over these, one for each place.
+    by_place: Vec<[f64; 2]>,
 }
 
 /// Some windows whose logits are there at once, among those that were read together.
@@ -249,8 +258,11 @@ impl Tally {
         let scored = part.tokens.par_chunks(size).zip(logits).enumerate().map(|(i, (tokens, logits))| {
             scores(logits, source.map(|source| &source[i]), tokens, part.window)
         });
-        for score in scored.collect::<Result<Vec<_>, _>>()?.into_iter().flatten() {
+        self.by_place.resize(part.window - 1, [0.0; 2]);
+        for (i, score) in scored.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().enumerate() {
             self.loss += score.loss;
+            let place = &mut self.by_place[i % (part.window - 1)];
+            *place = [place[0] + score.loss, place[1] + score.against.map_or(0.0, |(kl, _)| kl)];
             if let Some((kl, same)) = score.against {
                 self.kl += kl;
                 self.same += u64::from(same);

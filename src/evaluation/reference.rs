@@ -26,9 +26,9 @@ use crate::text::{RuntimeError, Windows};
 /// ```
 #[derive(Debug)]
 pub struct Reference<'a> {
-    model: &'a Model,
+    pub(super) model: &'a Model,
     /// Behind the last layer.
-    read: Reading<'a>,
+    pub(super) read: Reading<'a>,
     evaluation: Evaluation,
 }
 

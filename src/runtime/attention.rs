@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use half::bf16;
 use ndarray::Array3;
 
-use super::cache::LayerCache;
+use super::cache::Past;
 use super::layer::{linear, times};
 use super::norms::{HeadNormed, HeadNorms};
 use super::ops::{CausalSoftmax, KeptMask, capped, visible};
@@ -174,12 +174,16 @@ impl Attention {
         x: &Tensor,
         pass: &Pass,
         rope: &Rope,
-        past: Option<&mut LayerCache>,
+        past: Option<&mut Past>,
     ) -> candle_core::Result<Tensor> {
         let [query, mut keys, mut values] = self.project(x, pass, rope)?;
         let mut seen = pass.positions();
-        if let Some(past) = past {
-            (keys, values, seen) = past.extend(keys, values, seen)?;
+        match past {
+            None => {}
+            Some(Past::Whole(past)) => (keys, values, seen) = past.extend(keys, values, seen)?,
+            Some(Past::Chosen(rows)) => {
+                return self.write(&self.through(rows, [&query, &keys, &values], pass)?);
+            }
         }
         let softmax = self.softmax(pass, seen);
         let outputs = self.places().map(|place| {
@@ -328,6 +332,16 @@ pub(super) struct Place {
 }
 
 impl Place {
+    /// The groups of the block, each as a block of its own.
+    pub(super) fn each(self) -> impl Iterator<Item = Self> {
+        let Block { groups, queries } = self.block;
+        (0..groups).map(move |group| Self {
+            first_group: self.first_group + group,
+            first_query: self.first_query + group * queries,
+            block: Block { groups: 1, queries },
+        })
+    }
+
     /// The block's part of queries (B, n_q, T, h), keys and values (B, k, S, h): (B, groups, r·T, h), (B, groups, S, h). The
     /// queries of a group are rows of one product with its keys, where row i belongs to token i mod T.
     pub(super) fn of(

@@ -3,7 +3,7 @@ use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::RuntimeError;
 use super::attention::{Attention, Pass};
-use super::cache::LayerCache;
+use super::cache::Past;
 use super::mlp::Hidden;
 use super::norms::HeadNorms;
 use crate::checkpoint::Checkpoint;
@@ -136,7 +136,7 @@ impl Layer {
         i: usize,
         x: &Tensor,
         pass: &Pass,
-        past: Option<&mut LayerCache>,
+        past: Option<&mut Past>,
     ) -> Candle<Tensor> {
         let attended = self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?;
         self.finish(x, &attended)

@@ -30,6 +30,7 @@
 mod attention;
 mod backward;
 mod cache;
+mod cached;
 mod device;
 mod ends;
 mod head;
@@ -45,7 +46,10 @@ mod sizes;
 mod weights;
 
 pub use crate::text::RuntimeError;
-pub use cache::KvCache;
+pub use cache::{
+    CachePolicy, Corm, FullCache, HeadKv, Kept, KvCache, LayerCache, POLICIES, Probe, Qaq, SlidingWindow,
+    Steps,
+};
 pub use device::best_device;
 pub use model::Model;
 

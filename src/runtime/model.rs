@@ -5,7 +5,7 @@ use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
 use super::attention::{Attention, Pass};
-use super::cache::{KvCache, LayerCache};
+use super::cache::{KvCache, Steps};
 use super::device;
 use super::ends::Ends;
 use super::layer::{Layer, Weights};
@@ -190,20 +190,23 @@ impl Model {
         tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens, pass)).collect()
     }
 
-    /// What the last layer gives for each of some rows of equal length, (T, d), by way of a cache that takes `chunk` tokens at a
-    /// time.
-    pub(crate) fn rows_by_cache(
+    /// What the last layer gives for a text, (T, d), by way of an empty cache, which takes it in these steps. `held` is asked after each
+    /// for what the cache holds.
+    pub(crate) fn row_by_cache(
         &self,
         tokens: &[u32],
-        rows: usize,
-        chunk: usize,
-    ) -> Result<Vec<Tensor>, RuntimeError> {
-        let last = |tokens: &[u32]| {
-            let mut cache = KvCache::default();
-            let parts = tokens.chunks(chunk).map(|part| self.read(&mut cache, part, 1));
-            Ok(Tensor::cat(&parts.collect::<Result<Vec<_>, RuntimeError>>()?, 0)?)
-        };
-        tokens.par_chunks_exact(tokens.len() / rows).map(last).collect()
+        steps: Steps,
+        mut cache: KvCache,
+        mut held: impl FnMut(usize),
+    ) -> Result<Tensor, RuntimeError> {
+        let (mut rest, mut parts) = (tokens, Vec::new());
+        for len in steps.lengths(tokens.len()) {
+            let (step, others) = rest.split_at(len);
+            parts.push(self.read(&mut cache, step, 1)?);
+            held(cache.bytes());
+            rest = others;
+        }
+        Ok(Tensor::cat(&parts, 0)?)
     }
 
     /// Some texts, (N, d) each, from before layer `from` through all that follow: layer by layer, so that each is read once.
@@ -247,10 +250,11 @@ impl Model {
             return Err(RuntimeError::NoPredictions);
         }
         let pass = self.pass(len, cache.tokens)?;
-        cache.layers.resize(self.n_layers(), LayerCache::default());
         let mut x = self.embed(tokens, &pass)?;
-        for (i, past) in cache.layers.iter_mut().enumerate() {
-            x = self.whole(i)?.forward(i, &x, &pass, Some(past))?;
+        for i in 0..self.n_layers() {
+            let layer = self.whole(i)?;
+            let past = cache.of(i, batch, [layer.attention.kv_heads(), layer.attention.head_dim])?;
+            x = layer.forward(i, &x, &pass, Some(past))?;
         }
         cache.tokens += len;
         Ok(x)

@@ -5,6 +5,7 @@ mod error;
 mod roles;
 mod sound;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -68,6 +69,33 @@ impl Vocabulary {
         let special = |id: &u32| added.get(id).is_some_and(|token| token.special);
         let known = |id: &u32| self.tokenizer.id_to_token(*id).is_some();
         (0..self.size as u32).filter(|id| known(id) && !special(id)).collect()
+    }
+
+    /// Tokens that are a word, or begin one, of two letters or more with a large first one.
+    pub(crate) fn capitalised(&self) -> Result<BTreeSet<u32>, RuntimeError> {
+        self.those(|text| {
+            let mut letters = text.strip_prefix(' ').unwrap_or(text).chars();
+            letters.next().is_some_and(char::is_uppercase)
+                && letters.clone().count() > 0
+                && letters.all(char::is_alphabetic)
+        })
+    }
+
+    /// Tokens that end with a small letter.
+    pub(crate) fn ending_small(&self) -> Result<BTreeSet<u32>, RuntimeError> {
+        self.those(|text| text.chars().next_back().is_some_and(char::is_lowercase))
+    }
+
+    /// Ordinary tokens whose text is such.
+    fn those(&self, is_such: impl Fn(&str) -> bool) -> Result<BTreeSet<u32>, RuntimeError> {
+        let mut such = BTreeSet::new();
+        for id in self.ordinary() {
+            let text = self.tokenizer.decode(&[id], false);
+            if is_such(&text.map_err(|source| RuntimeError::Tokenizer { path: self.path.clone(), source })?) {
+                such.insert(id);
+            }
+        }
+        Ok(such)
     }
 
     /// The tokens of a text, with the special ones that the tokenizer puts around it.

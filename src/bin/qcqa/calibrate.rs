@@ -55,7 +55,10 @@ impl CalibrateArgs {
         }
         let model = Model::open_for(checkpoint, run)?;
         let whole = self.ids.iter().map(|ids| {
-            Ok::<_, CliError>(WholeText::new(ids.display().to_string(), windows_of_ids(ids, &model)?))
+            Ok::<_, CliError>(WholeText::new(
+                ids.display().to_string(),
+                windows_of_ids(ids, &model, model.window())?,
+            ))
         });
         let texts = Texts::new(&whole.collect::<Result<Vec<_>, _>>()?, self.windows)?;
         Ok((model, texts))

@@ -17,12 +17,13 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{MethodArgs, RefitArgs, Writing, fraction, methods, path, preset};
+use crate::caches::{CacheArgs, Reads, Through, as_curves};
 use crate::calibrated::CalibrationArgs;
 use crate::comparison::{Line, curves, layer_table, line_json, model_table};
 use crate::eval::TextArgs;
 use crate::hints::CliError;
 use crate::plot;
-use crate::report::{Output, shown};
+use crate::report::{Output, percent, shown};
 use crate::roles::{known, rests_on, rests_on_json};
 
 #[derive(Debug, Args)]
@@ -50,6 +51,8 @@ pub(super) struct CompareArgs {
     pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
+    #[command(flatten)]
+    caches: CacheArgs,
     /// Draw perplexity over KV cache into this file (SVG)
     #[arg(long, value_name = "FILE", value_parser = path())]
     plot: Option<PathBuf>,
@@ -87,6 +90,10 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     if args.plot.is_some() && !args.text.is_given() {
         return Err(CliError::usage("--plot draws perplexity: it needs --text FILE"));
     }
+    if args.caches.is_given() && !args.text.is_given() {
+        return Err(CliError::usage("--cache reads a text: it needs --text FILE"));
+    }
+    args.caches.policies()?;
     let writing = Writing { force: args.force, dry_run: false };
     if let Some(plot) = &args.plot {
         let read = [&args.model].into_iter().chain(&args.text.text).chain(&args.text.ids).cloned();
@@ -97,7 +104,8 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     // What is given is read before what takes long.
     let text = args.text.is_given().then(|| {
         let source = Model::open_for(&checkpoint, run)?;
-        Ok::<Reader, CliError>((args.text.required(&checkpoint, &source)?, source))
+        let windows = args.text.required(&checkpoint, &source, args.caches.length(&source)?)?;
+        Ok::<Reader, CliError>((args.caches.some_of(windows), source))
     });
     let text = text.transpose()?;
     let calibration = args.calibration.open(&checkpoint, run)?;
@@ -109,14 +117,22 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     for (candidate, compress) in candidates.iter().zip(&compressions) {
         lines.extend(plans(args, candidate, compress, source, run)?);
     }
-    let before = match &text {
-        Some(reader) => Some(evaluate(reader, source, &mut lines, run)?),
-        None => None,
-    };
+    let (mut before, mut through) = (None, Through::default());
+    if let Some(reader) = &text {
+        let (evaluation, models) = evaluate(reader, source, &mut lines, run)?;
+        before = Some(evaluation);
+        if args.caches.is_given() {
+            let reads = [Reads { name: "all".to_string(), family: "all".to_string(), model: &reader.1 }];
+            let reads: Vec<Reads<'_>> = reads.into_iter().chain(models.iter().map(Reading::reads)).collect();
+            let (windows, model) = reader;
+            through = args.caches.through(&checkpoint, model, windows, &reads, calibration, run)?;
+        }
+    }
     let mut not_drawn = "";
     if let (Some(path), Some(before)) = (&args.plot, &before) {
         let title = format!("{}, before fine-tuning", args.model.display());
-        match plot::draw(&title, &curves(&lines, before))? {
+        let curves = if args.caches.is_given() { as_curves(&through.curves) } else { curves(&lines, before) };
+        match plot::draw(&title, &curves)? {
             Some(svg) => write_whole(path, svg.as_bytes(), writing.options())?,
             None => not_drawn = "note: there is no finite perplexity, so no picture was drawn\n",
         }
@@ -129,11 +145,15 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
     let note = text.as_ref().and_then(|(windows, _)| known(calibration, windows));
     rests += not_drawn;
     rests += &note.iter().map(|note| format!("note: {note}\n")).collect::<String>();
-    let json = json!({
+    let mut json = json!({
         "model": shown(&args.model), "calibration": calibration.map(rests_on_json), "note": note, "source": checkpoint.id()?,
         "source_perplexity": before.as_ref().map(Evaluation::perplexity),
         "lines": lines.iter().map(|line| line_json(&checkpoint, line)).collect::<Vec<_>>(),
     });
+    if args.caches.is_given() {
+        json["caches"] = through.json;
+        rests += &format!("\n{}", through.text);
+    }
     Ok(Output { text: told + &rests, json }.noting(&checkpoint))
 }
 
@@ -209,35 +229,57 @@ fn plans<'a>(
     Ok(lines)
 }
 
-/// Runs the source and every plan on the text; plans that come to the same heads run once. Returns the source's evaluation.
+/// A plan as it was made and as it is, what is called so, and the model under it.
+struct Reading {
+    plan: Plan,
+    made: Plan,
+    name: String,
+    family: String,
+    model: Model,
+}
+
+impl Reading {
+    fn reads(&self) -> Reads<'_> {
+        Reads { name: self.name.clone(), family: self.family.clone(), model: &self.model }
+    }
+}
+
+/// Runs the source and every plan on the text; plans that come to the same heads run once. Returns the source's evaluation, and the
+/// models under the plans.
 fn evaluate<'a>(
     (windows, model): &Reader,
     source: &'a dyn HeadSource,
     lines: &mut [Line<'a>],
     run: Run<'_>,
-) -> Result<Evaluation, CliError> {
+) -> Result<(Evaluation, Vec<Reading>), CliError> {
     let same = |a: &Plan, b: &Plan| {
         let groups = |plan: &'_ Plan| plan.groups().cloned().collect::<Vec<Partition>>();
         a.pooling == b.pooling && groups(a) == groups(b)
     };
-    let mut models: Vec<(Plan, Plan, Model)> = Vec::new();
+    let mut readings: Vec<Reading> = Vec::new();
     let mut of_line = Vec::new();
     for line in lines.iter() {
-        let known = models.iter().position(|(plan, ..)| same(plan, &line.plan));
-        of_line.push(known.unwrap_or(models.len()));
+        let known = readings.iter().position(|reading| same(&reading.plan, &line.plan));
+        of_line.push(known.unwrap_or(readings.len()));
         if known.is_none() {
             let shared = line.compress.shared(&line.plan, source, run)?;
-            models.push((line.plan.clone(), shared.record(), model.with_shared(&shared)?));
+            readings.push(Reading {
+                plan: line.plan.clone(),
+                made: shared.record(),
+                name: format!("{} {}", line.name(), percent(line.plan.budget.reached)),
+                family: line.name(),
+                model: model.with_shared(&shared)?,
+            });
         }
     }
-    let all: Vec<&Model> = models.iter().map(|(.., model)| model).collect();
+    let all: Vec<&Model> = readings.iter().map(|reading| &reading.model).collect();
     let (before, after) = evaluate_against(model, &all, windows, run)?;
-    for (line, model) in lines.iter_mut().zip(of_line) {
-        line.evaluation = after.get(model).cloned();
+    for (line, at) in lines.iter_mut().zip(of_line) {
+        line.evaluation = after.get(at).cloned();
         // What was kept, where it is not all that was planned.
-        if let Some((_, made, _)) = models.get(model) {
-            line.plan.pooling = made.pooling.clone();
+        if let Some(reading) = readings.get(at) {
+            line.plan.pooling = reading.made.pooling.clone();
         }
     }
-    Ok(before)
+    Ok((before, readings))
 }

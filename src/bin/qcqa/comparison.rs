@@ -62,7 +62,7 @@ impl<'a> Line<'a> {
     }
 
     /// The method, and what distinguishes it from others of that name.
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         let optimizer = self.optimizer.as_ref().filter(|o| *o != "auto").map(|o| format!(" {o}"));
         let allocation = match self.allocation.as_str() {
             "uniform" => String::new(),

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::path;
+use crate::caches::{CacheArgs, Reads};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, merge, percent, shown, table};
@@ -30,18 +31,19 @@ pub(super) struct TextArgs {
 }
 
 impl TextArgs {
-    /// The windows that the model reads; `None` where there is no text.
-    pub(super) fn windows(
+    /// Windows of `length` tokens; `None` where there is no text.
+    fn windows(
         &self,
         checkpoint: &Checkpoint,
         model: &Model,
+        length: usize,
     ) -> Result<Option<Windows>, CliError> {
         let windows = match (&self.text, &self.ids) {
             (Some(text), _) => {
                 let tokens = Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?;
-                Windows::new(tokens, model.window()).map_err(|e| about(text, e))?
+                Windows::new(tokens, length).map_err(|e| about(text, e))?
             }
-            (None, Some(ids)) => windows_of_ids(ids, model)?,
+            (None, Some(ids)) => windows_of_ids(ids, model, length)?,
             (None, None) => return Ok(None),
         };
         Ok(Some(windows))
@@ -52,17 +54,22 @@ impl TextArgs {
         self.text.is_some() || self.ids.is_some()
     }
 
-    pub(super) fn required(&self, checkpoint: &Checkpoint, model: &Model) -> Result<Windows, CliError> {
+    pub(super) fn required(
+        &self,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        length: usize,
+    ) -> Result<Windows, CliError> {
         let missing = || CliError::usage("a text is missing: --text FILE, or --ids FILE for token ids");
-        self.windows(checkpoint, model)?.ok_or_else(missing)
+        self.windows(checkpoint, model, length)?.ok_or_else(missing)
     }
 }
 
-/// The windows of a file of token ids.
-pub(super) fn windows_of_ids(file: &Path, model: &Model) -> Result<Windows, CliError> {
+/// The windows of `length` tokens of a file of token ids.
+pub(super) fn windows_of_ids(file: &Path, model: &Model, length: usize) -> Result<Windows, CliError> {
     let (width, vocabulary) = (IdWidth::for_vocabulary(model.vocabulary()), model.vocabulary());
     let tokens = read_ids(file, width, vocabulary).map_err(|e| about(file, e))?;
-    Windows::new(tokens, model.window()).map_err(|e| about(file, e))
+    Windows::new(tokens, length).map_err(|e| about(file, e))
 }
 
 #[derive(Debug, Args)]
@@ -80,6 +87,8 @@ pub(super) struct EvalArgs {
     pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     text: TextArgs,
+    #[command(flatten)]
+    caches: CacheArgs,
     /// Multiple choice items, a JSON object a line
     ///
     /// {"query": …, "choices": […], "gold": 0}
@@ -88,9 +97,10 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
-    if args.calibration.is_given() && args.plan.is_none() {
-        return Err(CliError::usage("--calibration belongs to a plan: give --plan FILE, too"));
+    if args.calibration.is_given() && args.plan.is_none() && !args.caches.is_given() {
+        return Err(CliError::usage("--calibration belongs to a plan or a cache: give --plan FILE, too"));
     }
+    args.caches.policies()?;
     let checkpoint = Checkpoint::open(&args.model)?;
     // What is given is read before what takes long.
     let plan = args.plan.as_ref().map(|path| Ok::<_, CliError>((path, plan_for(&checkpoint, path)?)));
@@ -98,7 +108,10 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
     let choices = args.choices.as_deref().map(Choices::read).transpose()?;
     let loaded = Model::open_for(&checkpoint, run)?;
     let text = args.choices.is_none() || args.text.is_given();
-    let windows = text.then(|| args.text.required(&checkpoint, &loaded)).transpose()?;
+    let length = args.caches.length(&loaded)?;
+    let windows = text.then(|| args.text.required(&checkpoint, &loaded, length)).transpose()?;
+    let windows = windows.map(|windows| args.caches.some_of(windows));
+    let mut measured = None;
     // The model in question, and the one it came from where there is one.
     let mut note = None;
     let (model, source) = match (plan, &args.source) {
@@ -106,7 +119,10 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             let calibration = args.calibration.of_plan(&plan, path, &checkpoint, run)?;
             let shared = shared(&plan, path, &checkpoint, calibration.as_ref(), run)?;
             note = windows.as_ref().and_then(|windows| known(calibration.as_ref(), windows));
-            (loaded.with_shared(&shared)?, Some(loaded))
+            let models = (loaded.with_shared(&shared)?, Some(loaded));
+            drop(shared);
+            measured = calibration;
+            models
         }
         (None, Some(path)) => {
             let source = Model::open_for(&Checkpoint::open(path)?, run)?;
@@ -151,6 +167,16 @@ pub(super) fn eval(args: &EvalArgs, run: Run<'_>) -> Done {
             merge(&mut json, evaluation_json(after));
         }
         json["source_perplexity"] = json!(before.as_ref().or(after.as_ref()).map(Evaluation::perplexity));
+        if args.caches.is_given() {
+            if measured.is_none() {
+                measured = args.calibration.open(&checkpoint, run)?;
+            }
+            let reads = Reads { name: "model".to_string(), family: "model".to_string(), model: &model };
+            let source = source.as_ref().unwrap_or(&model);
+            let told = args.caches.through(&checkpoint, source, windows, &[reads], measured.as_ref(), run)?;
+            text += &format!("\n{}", told.text);
+            json["caches"] = told.json;
+        }
     }
     text += &note.iter().map(|note| format!("\nnote: {note}\n")).collect::<String>();
     if let Some(choices) = choices {

@@ -4,6 +4,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod args;
+mod caches;
 mod calibrate;
 mod calibrated;
 mod compare;

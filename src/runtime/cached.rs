@@ -1,0 +1,73 @@
+//! Attention over what a cache policy keeps: head by head, since each may keep other tokens.
+
+use candle_core::{Result, Tensor};
+use ndarray::{ArrayView3, ArrayView4};
+
+use super::attention::{Attention, Pass};
+use super::cache::{Kept, LayerCache};
+use super::ops::numbers_on_cpu;
+
+impl Attention {
+    /// Queries (B, n_q, T, h), keys and values (B, k, T, h) of new tokens → what the query heads read, (B·T, n_q·h), where row b of
+    /// the batch keeps what `rows[b]` does.
+    pub(super) fn through(
+        &self,
+        rows: &mut [Box<dyn LayerCache>],
+        [query, keys, values]: [&Tensor; 3],
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let read = rows.iter_mut().enumerate().map(|(b, row)| {
+            let own = |t: &Tensor| t.narrow(0, b, 1)?.contiguous();
+            self.row_through(&mut **row, [&own(query)?, &own(keys)?, &own(values)?], pass)
+        });
+        Tensor::cat(&read.collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    /// One row of the batch: (1, n_q, T, h), (1, k, T, h), (1, k, T, h) → (T, n_q·h).
+    fn row_through(
+        &self,
+        row: &mut dyn LayerCache,
+        [query, keys, values]: [&Tensor; 3],
+        pass: &Pass,
+    ) -> Result<Tensor> {
+        let len = pass.positions().len();
+        on_host(keys, |keys| on_host(values, |values| Ok(row.append(keys, values, pass.positions()))))?;
+        let wants_weights = row.wants_weights();
+        let mut outputs = Vec::with_capacity(self.kv_heads);
+        for place in self.places().flat_map(|place| place.each()) {
+            let head = outputs.len();
+            let Kept { keys, values, positions } = row.read(head);
+            let (s, h) = (positions.len(), self.head_dim);
+            if (keys.dim(), values.dim()) != ((s, h), (s, h)) || !positions.ends_with(pass.positions()) {
+                candle_core::bail!(
+                    "a cache gives head {head} {:?} keys and {:?} values of {s} positions: it has to give as many of each, of \
+                     {h} numbers, and the tokens of the step among them",
+                    keys.dim(),
+                    values.dim()
+                );
+            }
+            let tensor = |numbers: ndarray::Array2<f32>| {
+                Tensor::from_vec(numbers.into_iter().collect(), (1, 1, s, h), query.device())
+            };
+            let (query, keys, values) = (place.queries(query)?, tensor(keys)?, tensor(values)?);
+            let scores = self.scores(place, [&query, &keys], &positions)?;
+            let weights = self.softmax(pass, &positions).of(scores, self.sinks(place))?;
+            if wants_weights {
+                on_host(&weights.reshape((1, (), len, s))?, |weights| Ok(row.attended(head, weights)))?;
+            }
+            outputs.push(weights.matmul(&values));
+        }
+        row.settle();
+        self.side_by_side(outputs.into_iter(), pass)
+    }
+}
+
+/// Looks at the numbers of a tensor (1, a, b, c), wherever it is.
+fn on_host<T>(tensor: &Tensor, look: impl FnOnce(ArrayView3<'_, f32>) -> Result<T>) -> Result<T> {
+    let shape = tensor.dims4()?;
+    let tensor = tensor.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let numbers = numbers_on_cpu(&storage, layout)?;
+    let view = ArrayView4::from_shape(shape, numbers).map_err(candle_core::Error::wrap)?;
+    look(view.index_axis_move(ndarray::Axis(0), 0))
+}
