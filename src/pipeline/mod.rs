@@ -6,6 +6,8 @@ mod compressed;
 mod fronts;
 #[cfg(feature = "runtime")]
 mod limits;
+#[cfg(feature = "runtime")]
+mod mixtures;
 mod preset;
 mod resolved;
 mod search;
@@ -47,6 +49,9 @@ pub use fronts::Fronts;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
 pub use limits::LimitCost;
+#[cfg(feature = "runtime")]
+#[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+pub use mixtures::{Mixer, Mixture, Mixtures};
 pub use preset::Preset;
 pub use search::Search;
 #[cfg(feature = "runtime")]

@@ -12,6 +12,9 @@ const VALIDATION_SHARE: usize = 8;
 /// Windows of a text that are for validation at the least, as far as half of it goes.
 const LEAST_VALIDATION: usize = 8;
 
+/// Tokens by which a passage is known again.
+const PASSAGE: usize = 32;
+
 /// A whole text in windows, and its share of those that a calibration reads.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -173,6 +176,15 @@ impl Texts {
         let roles = [Some(&self.fit), self.validation()].into_iter().flatten();
         let own: BTreeSet<&[u32]> = roles.flat_map(|windows| windows.batches(1)).collect();
         windows.batches(1).filter(|window| own.contains(window)).count()
+    }
+
+    /// Of windows of any length those that share no passage with windows that fit; `None` where there are none.
+    pub fn apart(&self, windows: &Windows) -> Option<Windows> {
+        let length = PASSAGE.min(windows.length()).min(self.fit.length());
+        let fitted: BTreeSet<&[u32]> =
+            self.fit.batches(1).flat_map(|window| window.windows(length)).collect();
+        let is_apart = |window: &&[u32]| !window.chunks_exact(length).any(|passage| fitted.contains(passage));
+        Windows::gathered(windows.batches(1).filter(is_apart), windows.length())
     }
 
     /// What plans call a calibration of `model` on these texts: SHA-256 over the fingerprint of the model, the length of a

@@ -68,7 +68,7 @@ impl CalibrationArgs {
         })
     }
 
-    fn sources(&self) -> Vec<TextSource> {
+    pub(super) fn sources(&self) -> Vec<TextSource> {
         self.calibration.iter().map(|given| text_source(given)).collect()
     }
 

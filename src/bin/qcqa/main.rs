@@ -4,6 +4,7 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 mod args;
+mod budget;
 mod caches;
 mod calibrate;
 mod calibrated;
@@ -100,6 +101,8 @@ enum Command {
     Distill(distill::DistillArgs),
     /// Perplexity of a model, or of a model under a plan, and how far it is from its source
     Eval(eval::EvalArgs),
+    /// Search the best way to spend a budget of bytes: on heads, layers, tokens or bits
+    Budget(budget::BudgetArgs),
     /// Measure the second moments of every layer's inputs on a text
     Calibrate(calibrate::CalibrateArgs),
 }
@@ -124,6 +127,7 @@ fn main() -> ExitCode {
         Command::Compress(args) => args.asked.calibration.named(convert::compress(args, run)),
         Command::Distill(args) => args.calibration.named(distill::distill(args, run)),
         Command::Eval(args) => args.calibration.named(eval::eval(args, run)),
+        Command::Budget(args) => args.calibration.named(budget::budget(args, run)),
         Command::Calibrate(args) => calibrate::calibrate(args, run),
     };
     watch.finish();
