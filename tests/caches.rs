@@ -1,4 +1,4 @@
-//! Cache policies against slow forms of themselves, and what is measured through them.
+//! Cache policies against slow forms of themselves.
 #![cfg(feature = "runtime")]
 
 mod models;
@@ -7,9 +7,8 @@ mod running;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use approx::assert_relative_eq;
 use ndarray::{Array2, Array3, ArrayView3, Axis, concatenate, s};
-use qcqa::evaluation::{Items, Reference, evaluate, head_importance, prepared, recall};
+use qcqa::Result;
 use qcqa::partition::Partition;
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::{
@@ -17,9 +16,7 @@ use qcqa::runtime::{
     SlidingWindow, Steps,
 };
 use qcqa::spec::Spec;
-use qcqa::text::{Vocabulary, Windows};
-use qcqa::{Result, Run};
-use running::{calibration_text, evaluation_text, novels, opened, planned, runnable, windows};
+use running::{novels, opened, planned, runnable};
 use safetensors::Dtype;
 
 /// A model of 6 KV heads, one of whose layers has groups of 4, 1 and 1.
@@ -340,92 +337,4 @@ fn hostile_settings_are_named() {
         Arc::new(Qaq::default()),
     ];
     assert!(policies.iter().all(|policy| policy.with_importance(&[vec![1.0]]).is_err()));
-}
-
-/// Loss and divergence through `full` are those of the plain pass, in all and by stretches; less bytes are further away.
-#[test]
-fn what_is_read_through_a_cache_is_scored_as_all_else() {
-    let checkpoint = novels();
-    let source = Model::load(&checkpoint).unwrap();
-    let text = windows(&checkpoint, &source, &evaluation_text()).first(3);
-    let reference = Reference::new(&source, &text, Run::new(0)).unwrap();
-    let whole = evaluate(&source, &text, Run::new(0)).unwrap();
-    let read =
-        |spec: &str| reference.compare_through(&source, &made(spec), Steps::default(), Run::new(0)).unwrap();
-    let full = read("full");
-    assert_relative_eq!(full.evaluation.loss, whole.loss, epsilon = 1e-5);
-    assert!(full.evaluation.divergence.unwrap().kl < 1e-6);
-    assert_eq!(
-        (full.bytes, full.most_bytes),
-        ((256 * source.kv_bytes_per_token()) as f64, 256 * source.kv_bytes_per_token())
-    );
-    let (mut sum, mut n) = (0.0, 0);
-    for stretch in &full.stretches {
-        let predicted = stretch.places.len() - usize::from(stretch.places.start == 0);
-        sum += stretch.loss * predicted as f64;
-        n += predicted;
-    }
-    assert_eq!((n, full.stretches.len()), (255, 2));
-    assert_relative_eq!(sum / 255.0, full.evaluation.loss, max_relative = 1e-9);
-    let [more, less] = ["window:recent=60", "window:recent=12"].map(read);
-    assert!(less.bytes < more.bytes && more.bytes < full.bytes / 2.0);
-    assert!(less.evaluation.divergence.unwrap().kl > more.evaluation.divergence.unwrap().kl);
-    // On one thread as on several.
-    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-    let [one, three] = [1, 3].map(|n| pool(n).install(|| read("corm:window=20:threshold=2")));
-    assert_eq!((one.evaluation.loss, one.bytes), (three.evaluation.loss, three.bytes));
-}
-
-#[test]
-fn items_ask_for_what_was_said() {
-    let checkpoint = novels();
-    let source = Model::load(&checkpoint).unwrap();
-    let text = windows(&checkpoint, &source, &evaluation_text()).first(12);
-    for twins in [false, true] {
-        let items = Items::needles(&text, 9, twins, Run::new(3)).unwrap();
-        assert_eq!(items.all().len(), 9);
-        for item in items.all() {
-            assert_eq!(item.tokens.len(), 256);
-            assert_eq!(item.answers, (248..256).collect::<Vec<_>>());
-            // The needle, cue and all, is there twice, and the second time at the end.
-            let (cue, before) = (item.answers[0] - 8, item.before[0] - 8);
-            assert_eq!(item.tokens[cue..], item.tokens[before..before + 16]);
-            assert!(before + 16 <= cue);
-            let last_of_cue = &item.tokens[cue + 4..cue + 8];
-            let places = item.tokens.windows(4).filter(|passage| *passage == last_of_cue).count();
-            assert!(places >= if twins { 3 } else { 2 });
-        }
-        assert_eq!(items, Items::needles(&text, 9, twins, Run::new(3)).unwrap());
-        assert_ne!(items, Items::needles(&text, 9, twins, Run::new(4)).unwrap());
-    }
-    let names = Items::names(&text, &Vocabulary::open(&checkpoint).unwrap()).unwrap();
-    for item in names.all() {
-        for (&answer, &before) in item.answers.iter().zip(&item.before) {
-            assert_eq!(item.tokens[answer], item.tokens[before]);
-            assert!(answer >= before + 64 && !item.tokens[before + 1..answer].contains(&item.tokens[answer]));
-        }
-    }
-    let found = recall(&source, None, &names, Steps::default(), Run::new(0)).unwrap();
-    let again = recall(&source, Some(&made("full")), &names, Steps::default(), Run::new(0)).unwrap();
-    assert_eq!((found.share, found.asked), (again.share, again.asked));
-    let short = Windows::new((0..200).collect(), 100).unwrap().first(1);
-    models::says(&Items::needles(&short, 2, false, Run::new(0)).unwrap_err().to_string(), &["at least 2"]);
-}
-
-/// Importance is a mean of shares, the same on any text with the same seed, and makes a policy ready.
-#[test]
-fn heads_are_probed() {
-    let checkpoint = novels();
-    let source = Model::load(&checkpoint).unwrap();
-    let text = windows(&checkpoint, &source, &calibration_text()).first(20);
-    for (probe, name) in [(Probe::Retrieval, "headkv"), (Probe::Reasoning, "headkv-r2")] {
-        let importance = head_importance(&source, probe, &text, Run::new(1)).unwrap();
-        assert_eq!(importance.iter().map(Vec::len).collect::<Vec<_>>(), [8; 4]);
-        assert!(importance.iter().flatten().all(|s| (0.0..=1.0).contains(s)));
-        assert!(importance.iter().flatten().any(|&s| s > 0.0), "{importance:?}");
-        let ready = prepared(&made(name), &source, &text, Run::new(1)).unwrap();
-        let expected = made(name).with_importance(&importance).unwrap();
-        assert_eq!((ready.spec(), ready.probe()), (expected.spec(), None));
-        KvCache::shared(ready);
-    }
 }

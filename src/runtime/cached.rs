@@ -1,11 +1,67 @@
-//! Attention over what a cache policy keeps: head by head, since each may keep other tokens.
+//! Models that read through a cache; and attention over what a policy keeps, head by head, since each may keep other tokens.
 
-use candle_core::{Result, Tensor};
-use ndarray::{ArrayView3, ArrayView4};
+use candle_core::{Result as Candle, Tensor};
+use ndarray::{Array3, ArrayView2, ArrayView3, ArrayView4};
 
 use super::attention::{Attention, Pass};
-use super::cache::{Kept, LayerCache};
+use super::cache::{Kept, KvCache, LayerCache, Steps};
+use super::model::{Model, numbers};
 use super::ops::numbers_on_cpu;
+use crate::text::RuntimeError;
+
+impl Model {
+    /// Logits (B, T, vocabulary) of T more tokens of each of B rows, after those that `cache` holds; theirs are
+    /// added to it. Start from `KvCache::default()`.
+    ///
+    /// # Errors
+    /// As [`Model::logits`].
+    pub fn extend(
+        &self,
+        cache: &mut KvCache,
+        tokens: ArrayView2<'_, u32>,
+    ) -> Result<Array3<f32>, RuntimeError> {
+        let (batch, len) = tokens.dim();
+        let flat: Vec<u32> = tokens.iter().copied().collect();
+        let last = self.read(cache, &flat, batch)?;
+        self.shaped(numbers(&self.head(&last)?)?, batch, len)
+    }
+
+    /// What the last layer gives for further tokens (B·T): (B·T, d).
+    fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
+        let len = tokens.len().checked_div(batch).unwrap_or(0);
+        if !self.predicts() {
+            return Err(RuntimeError::NoPredictions);
+        }
+        let pass = self.pass(len, cache.tokens)?;
+        let mut x = self.embed(tokens, &pass)?;
+        for i in 0..self.n_layers() {
+            let layer = self.whole(i)?;
+            let past = cache.of(i, batch, [layer.attention.kv_heads(), layer.attention.head_dim])?;
+            x = layer.forward(i, &x, &pass, Some(past))?;
+        }
+        cache.tokens += len;
+        Ok(x)
+    }
+
+    /// What the last layer gives for a text, (T, d), by way of an empty cache, which takes it in these steps. `held` is asked after each
+    /// for what the cache holds.
+    pub(crate) fn row_by_cache(
+        &self,
+        tokens: &[u32],
+        steps: Steps,
+        mut cache: KvCache,
+        mut held: impl FnMut(usize),
+    ) -> Result<Tensor, RuntimeError> {
+        let (mut rest, mut parts) = (tokens, Vec::new());
+        for len in steps.lengths(tokens.len()) {
+            let (step, others) = rest.split_at(len);
+            parts.push(self.read(&mut cache, step, 1)?);
+            held(cache.bytes());
+            rest = others;
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+}
 
 impl Attention {
     /// Queries (B, n_q, T, h), keys and values (B, k, T, h) of new tokens → what the query heads read, (B·T, n_q·h), where row b of
@@ -15,12 +71,12 @@ impl Attention {
         rows: &mut [Box<dyn LayerCache>],
         [query, keys, values]: [&Tensor; 3],
         pass: &Pass,
-    ) -> Result<Tensor> {
+    ) -> Candle<Tensor> {
         let read = rows.iter_mut().enumerate().map(|(b, row)| {
             let own = |t: &Tensor| t.narrow(0, b, 1)?.contiguous();
             self.row_through(&mut **row, [&own(query)?, &own(keys)?, &own(values)?], pass)
         });
-        Tensor::cat(&read.collect::<Result<Vec<_>>>()?, 0)
+        Tensor::cat(&read.collect::<Candle<Vec<_>>>()?, 0)
     }
 
     /// One row of the batch: (1, n_q, T, h), (1, k, T, h), (1, k, T, h) → (T, n_q·h).
@@ -29,7 +85,7 @@ impl Attention {
         row: &mut dyn LayerCache,
         [query, keys, values]: [&Tensor; 3],
         pass: &Pass,
-    ) -> Result<Tensor> {
+    ) -> Candle<Tensor> {
         let len = pass.positions().len();
         on_host(keys, |keys| on_host(values, |values| Ok(row.append(keys, values, pass.positions()))))?;
         let wants_weights = row.wants_weights();
@@ -63,7 +119,7 @@ impl Attention {
 }
 
 /// Looks at the numbers of a tensor (1, a, b, c), wherever it is.
-fn on_host<T>(tensor: &Tensor, look: impl FnOnce(ArrayView3<'_, f32>) -> Result<T>) -> Result<T> {
+fn on_host<T>(tensor: &Tensor, look: impl FnOnce(ArrayView3<'_, f32>) -> Candle<T>) -> Candle<T> {
     let shape = tensor.dims4()?;
     let tensor = tensor.to_device(&candle_core::Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();

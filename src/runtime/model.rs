@@ -5,7 +5,6 @@ use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
 use super::attention::{Attention, Pass};
-use super::cache::{KvCache, Steps};
 use super::device;
 use super::ends::Ends;
 use super::layer::{Layer, Weights};
@@ -190,25 +189,6 @@ impl Model {
         tokens.par_chunks(self.abreast(len) * len).map(|tokens| self.embed(tokens, pass)).collect()
     }
 
-    /// What the last layer gives for a text, (T, d), by way of an empty cache, which takes it in these steps. `held` is asked after each
-    /// for what the cache holds.
-    pub(crate) fn row_by_cache(
-        &self,
-        tokens: &[u32],
-        steps: Steps,
-        mut cache: KvCache,
-        mut held: impl FnMut(usize),
-    ) -> Result<Tensor, RuntimeError> {
-        let (mut rest, mut parts) = (tokens, Vec::new());
-        for len in steps.lengths(tokens.len()) {
-            let (step, others) = rest.split_at(len);
-            parts.push(self.read(&mut cache, step, 1)?);
-            held(cache.bytes());
-            rest = others;
-        }
-        Ok(Tensor::cat(&parts, 0)?)
-    }
-
     /// Some texts, (N, d) each, from before layer `from` through all that follow: layer by layer, so that each is read once.
     pub(crate) fn through(
         &self,
@@ -222,42 +202,14 @@ impl Model {
         Ok(texts)
     }
 
-    fn shaped(&self, logits: Vec<f32>, batch: usize, len: usize) -> Result<Array3<f32>, RuntimeError> {
+    pub(super) fn shaped(
+        &self,
+        logits: Vec<f32>,
+        batch: usize,
+        len: usize,
+    ) -> Result<Array3<f32>, RuntimeError> {
         let shape = (batch, len, self.vocabulary());
         Ok(Array3::from_shape_vec(shape, logits).map_err(Error::plugin)?)
-    }
-
-    /// Logits (B, T, vocabulary) of T more tokens of each of B rows, after those that `cache` holds; theirs are
-    /// added to it. Start from `KvCache::default()`.
-    ///
-    /// # Errors
-    /// As [`Model::logits`].
-    pub fn extend(
-        &self,
-        cache: &mut KvCache,
-        tokens: ArrayView2<'_, u32>,
-    ) -> Result<Array3<f32>, RuntimeError> {
-        let (batch, len) = tokens.dim();
-        let flat: Vec<u32> = tokens.iter().copied().collect();
-        let last = self.read(cache, &flat, batch)?;
-        self.shaped(numbers(&self.head(&last)?)?, batch, len)
-    }
-
-    /// What the last layer gives for further tokens (B·T): (B·T, d).
-    fn read(&self, cache: &mut KvCache, tokens: &[u32], batch: usize) -> Result<Tensor, RuntimeError> {
-        let len = tokens.len().checked_div(batch).unwrap_or(0);
-        if !self.predicts {
-            return Err(RuntimeError::NoPredictions);
-        }
-        let pass = self.pass(len, cache.tokens)?;
-        let mut x = self.embed(tokens, &pass)?;
-        for i in 0..self.n_layers() {
-            let layer = self.whole(i)?;
-            let past = cache.of(i, batch, [layer.attention.kv_heads(), layer.attention.head_dim])?;
-            x = layer.forward(i, &x, &pass, Some(past))?;
-        }
-        cache.tokens += len;
-        Ok(x)
     }
 
     /// Of each of some texts what enters every layer, and what the last one gives, (N, d) each.

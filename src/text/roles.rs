@@ -178,12 +178,12 @@ impl Texts {
         windows.batches(1).filter(|window| own.contains(window)).count()
     }
 
-    /// Of windows of any length those that share no passage with windows that fit; `None` where there are none.
+    /// Of windows of any length those that share no 32 tokens in a row with windows that fit; `None` where there are none.
     pub fn apart(&self, windows: &Windows) -> Option<Windows> {
         let length = PASSAGE.min(windows.length()).min(self.fit.length());
         let fitted: BTreeSet<&[u32]> =
             self.fit.batches(1).flat_map(|window| window.windows(length)).collect();
-        let is_apart = |window: &&[u32]| !window.chunks_exact(length).any(|passage| fitted.contains(passage));
+        let is_apart = |window: &&[u32]| !window.windows(length).any(|passage| fitted.contains(passage));
         Windows::gathered(windows.batches(1).filter(is_apart), windows.length())
     }
 

@@ -20,7 +20,7 @@ use crate::plot::Curve;
 use crate::report::{bytes, evaluation_json, merge, percent, table};
 
 /// Needles that are asked for.
-const NEEDLES: usize = 32;
+const NEEDLES: usize = 16;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Cache")]
@@ -185,9 +185,10 @@ fn policy(given: &str) -> Result<Arc<dyn CachePolicy>, CliError> {
             });
             read.map_err(|e| about(file, CliError::failed(format!("no cache policy: {e}"))))?
         }
-        false => given.parse::<Spec>()?,
+        false => given.parse::<Spec>().map_err(|e| CliError::usage(format!("--cache {given}: {e}")))?,
     };
-    Ok(POLICIES.make(&spec)?.into())
+    let made = POLICIES.make(&spec);
+    Ok(made.map_err(|e| CliError::usage(format!("--cache {given}: {e}")))?.into())
 }
 
 /// The policy, with what it has to know measured on the calibration text.
@@ -217,7 +218,7 @@ fn items(checkpoint: &Checkpoint, windows: &Windows, run: Run<'_>) -> Result<Vec
 
 fn row(read: &Reads<'_>, policy: &str, cached: &Cached, whole: f64, recalled: &[Recall]) -> [String; 9] {
     let evaluation = &cached.evaluation;
-    let share = |i: usize| recalled.get(i).map_or("-".into(), |r| percent(r.share));
+    let share = |i: usize| recalled.get(i).filter(|r| r.asked > 0).map_or("-".into(), |r| percent(r.share));
     [
         read.name.clone(),
         policy.to_string(),

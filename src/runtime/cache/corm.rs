@@ -94,9 +94,9 @@ impl LayerCache for Wanted {
         for of_query_head in weights.outer_iter() {
             for (t, weights) in (first..).zip(of_query_head.outer_iter()) {
                 let even = (self.policy.threshold / f64::from(t + 1)) as f32;
-                for ((wanted, &weight), &position) in head.notes.iter_mut().zip(weights).zip(&head.positions)
-                {
-                    if weight >= even && position <= t {
+                // What comes after the query has no weight, and was wanted later.
+                for (wanted, &weight) in head.notes.iter_mut().zip(weights) {
+                    if weight >= even {
                         *wanted = t.max(*wanted);
                     }
                 }

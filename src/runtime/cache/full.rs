@@ -24,7 +24,7 @@ impl FullCache {
     /// The policy that a spec describes: `bits`, 32 unless said.
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting), [`Error::UnknownSetting`](crate::Error::UnknownSetting).
+    /// [`Error::Setting`](crate::error::Error::Setting), [`Error::UnknownSetting`](crate::error::Error::UnknownSetting).
     pub fn from_spec(spec: &Spec) -> Result<Self> {
         spec.only(&["bits"])?;
         Ok(Self { bits: bits_of(spec, 32)? })

@@ -96,9 +96,13 @@ impl HeadKv {
 
 /// Importances as a plan or a command line holds them: heads apart by spaces, layers by semicolons.
 fn read_importance(setting: &Setting) -> Result<Vec<Vec<f64>>> {
-    let text = setting.to_string();
     let wrong =
-        || Error::setting("importance", &text, "numbers, heads apart by spaces and layers by semicolons");
+        || Error::setting("importance", setting, "numbers, heads apart by spaces and layers by semicolons");
+    // A single number is no text.
+    let text = match setting {
+        Setting::Text(text) => text.clone(),
+        other => other.to_string(),
+    };
     let number = |number: &str| number.parse::<f64>().map_err(|_| wrong());
     text.split(';').map(|layer| layer.split_whitespace().map(number).collect()).collect()
 }

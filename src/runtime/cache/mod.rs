@@ -15,7 +15,7 @@ use std::sync::Arc;
 use candle_core::{Result as Candle, Tensor};
 use ndarray::{Array2, ArrayView3};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::spec::{Registry, Spec};
 
 pub use corm::Corm;
@@ -59,10 +59,10 @@ pub trait CachePolicy: Debug + Send + Sync {
     /// The policy for heads of this importance, one number for each KV head of each layer, where it has a [probe](CachePolicy::probe).
     ///
     /// # Errors
-    /// [`Error::Setting`](crate::Error::Setting) where it has no use for it, or for numbers that are not finite or below 0.
+    /// [`Error::Setting`] where it has no use for it, or for numbers that are not finite or below 0.
     fn with_importance(&self, importance: &[Vec<f64>]) -> Result<Box<dyn CachePolicy>> {
         let _ = importance;
-        Err(crate::Error::setting("importance", "given", "left out: this policy makes no use of it"))
+        Err(Error::setting("importance", "given", "left out: this policy makes no use of it"))
     }
 }
 

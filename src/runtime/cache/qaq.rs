@@ -122,8 +122,11 @@ impl LayerCache for Weighed {
     }
 
     fn attended(&mut self, head: usize, weights: ArrayView3<'_, f32>) {
-        for (note, weights) in self.heads[head].notes.iter_mut().zip(weights.axis_iter(ndarray::Axis(2))) {
-            let largest = weights.iter().copied().fold(0.0, f32::max);
+        let mut largest = vec![0.0f32; weights.dim().2];
+        for weights in weights.rows() {
+            largest.iter_mut().zip(weights).for_each(|(most, &weight)| *most = weight.max(*most));
+        }
+        for (note, largest) in self.heads[head].notes.iter_mut().zip(largest) {
             note[1] = f16::from_f32(largest).max(note[1]);
         }
     }
