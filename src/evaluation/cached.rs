@@ -50,7 +50,7 @@ fn stretches(sums: &[[f64; 2]], windows: u64) -> Vec<Stretch> {
         let mean = |part: usize| {
             own.iter().map(|sums| sums[part]).sum::<f64>() / (own.len() as f64 * windows as f64)
         };
-        (!own.is_empty()).then(|| Stretch { places, loss: mean(0), kl: mean(1) })
+        (!own.is_empty()).then(|| Stretch { places, loss: mean(0), kl: mean(1).max(0.0) })
     });
     of.collect()
 }
