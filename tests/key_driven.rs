@@ -20,6 +20,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
+const PRINT: &str = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
 fn energies(rows: Array2<f64>) -> KeyEnergies {
     KeyEnergies::new(rows).unwrap()
 }
@@ -251,14 +253,14 @@ fn every_optimizer_searches_under_noise() {
 #[test]
 fn presets_compose_them() {
     let heads = with_norms(&array![[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 20.0, 20.0]]);
-    let source = qcqa::heads::InMemory::new(vec![heads]).unwrap().with_calibration("sha256:some");
+    let source = qcqa::heads::InMemory::new(vec![heads]).unwrap().with_calibration(PRINT);
     let plan = |preset: Preset| Compress::new(preset).plan(&source, Run::new(0)).unwrap();
     let dgqa = plan(Preset::Dgqa);
     assert_eq!(
         (dgqa.method.name.as_str(), dgqa.method.search[0].to_string()),
         ("dgqa", "key-norm-ema (smoothing 0.1)".into())
     );
-    assert_eq!(dgqa.method.calibration.as_deref(), Some("sha256:some"), "its norms decided");
+    assert_eq!(dgqa.method.calibration.as_deref(), Some(PRINT), "its norms decided");
     assert_eq!(dgqa.layers[0].groups.groups(), [vec![0], vec![1, 2, 3]]);
     let pgqa = plan(Preset::Pgqa);
     assert_eq!(pgqa.method.fitness.to_string(), "pgqa (scale 0.1, seed 0)");
@@ -274,10 +276,13 @@ fn presets_compose_them() {
 #[test]
 fn seeded_groups_stay_as_they_are() {
     let source = model([integer_layer(1, 8, 2, 6), integer_layer(2, 8, 2, 6)]);
-    let groups = |scale: f64| {
-        let compress = Compress::new(Preset::Pgqa).fitness(PerturbedSharing { scale, seed: 0 });
+    let groups = |compress: Compress<'_>| {
         let plan = compress.plan(&source, Run::new(0)).unwrap();
         plan.groups().map(Partition::groups).collect::<Vec<_>>()
     };
-    println!("{:?} {:?}", groups(0.0), groups(0.5));
+    let noisy = |scale| Compress::new(Preset::Pgqa).fitness(PerturbedSharing { scale, seed: 0 });
+    let [first, second] = [[[0, 7], [1, 2], [3, 6], [4, 5]], [[0, 2], [1, 6], [3, 5], [4, 7]]];
+    assert_eq!(groups(noisy(0.5)), [first, second]);
+    assert_ne!(groups(noisy(0.0)), [first, second]);
+    assert_eq!(groups(noisy(0.0)), groups(Compress::new(Preset::QcqaEc)));
 }
