@@ -79,12 +79,11 @@ fn energies_of_shared_heads_are_in_the_order_of_groups() {
     }
 }
 
+/// Shape and bytes of a tensor; `None` to leave it out.
+type Stored = Option<(Vec<usize>, Vec<u8>)>;
+
 /// Writes a file again, with its tensors changed.
-fn rewritten(
-    from: &Path,
-    to: &Path,
-    change: impl Fn(&str, &TensorView<'_>) -> Option<(Vec<usize>, Vec<u8>)>,
-) {
+fn rewritten(from: &Path, to: &Path, change: impl Fn(&str, &TensorView<'_>) -> Stored) {
     let bytes = std::fs::read(from).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let changed: Vec<_> = tensors
@@ -100,7 +99,7 @@ fn rewritten(
     std::fs::write(to, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
-fn same(tensor: &TensorView<'_>) -> Option<(Vec<usize>, Vec<u8>)> {
+fn same(tensor: &TensorView<'_>) -> Stored {
     Some((tensor.shape().to_vec(), tensor.data().to_vec()))
 }
 
@@ -127,7 +126,7 @@ fn files_hold_the_energies_of_all_layers_or_none() {
     says(&missing.to_string(), &["energies of keys", "not among these moments", "measure them again"]);
 
     // Without a name of their own, moments are named by all that they hold.
-    let named = |change: &dyn Fn(&str, &TensorView<'_>) -> Option<(Vec<usize>, Vec<u8>)>| {
+    let named = |change: &dyn Fn(&str, &TensorView<'_>) -> Stored| {
         rewritten(&path, &other, |name, tensor| change(name, tensor).filter(|_| name != "calibration"));
         Moments::read(&other, model.id()).map(|moments| moments.fingerprint())
     };
@@ -137,7 +136,7 @@ fn files_hold_the_energies_of_all_layers_or_none() {
     );
     assert_ne!(with, without);
 
-    let refused = |change: &dyn Fn(&TensorView<'_>) -> Option<(Vec<usize>, Vec<u8>)>| {
+    let refused = |change: &dyn Fn(&TensorView<'_>) -> Stored| {
         let change = |name: &str, tensor: &TensorView<'_>| match name {
             "keys.1" => change(tensor),
             _ => same(tensor),
