@@ -34,6 +34,9 @@ pub enum Error {
     /// A matrix that holds no squared distances.
     #[error("squared distances {0}")]
     Distances(&'static str),
+    /// Energies of keys that are missing, or are none.
+    #[error("the energies of keys on windows of text {0}")]
+    KeyEnergies(&'static str),
     /// The query heads cannot be shared out evenly over the KV heads.
     #[error("{query_heads} query heads cannot be shared evenly by {kv_heads} KV heads")]
     QueryHeads {

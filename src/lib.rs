@@ -19,8 +19,8 @@
 //! | trait | decides | here |
 //! |---|---|---|
 //! | [`HeadSource`] | where heads come from | [`heads::InMemory`], `checkpoint::Checkpoint`, `calibration::Calibration` |
-//! | [`Grouping`] | groups by a rule | [`grouping::UniformGqa`] (k = 1 is MQA), [`grouping::KeyNorm`] |
-//! | [`FitnessFn`] | what a partition costs | [`fitness::WeightSharingError`], `fitness::LowRankError` |
+//! | [`Grouping`] | groups by a rule | [`grouping::UniformGqa`] (k = 1 is MQA), [`grouping::KeyNorm`], [`grouping::DynamicKeyNorm`] |
+//! | [`FitnessFn`] | what a partition costs | [`fitness::WeightSharingError`], [`fitness::PerturbedSharing`], `fitness::LowRankError` |
 //! | [`Optimizer`] | groups by a search | [`optimizer::Nsga2`] (the paper), [`optimizer::LocalSearch`], [`optimizer::Exact`] |
 //! | [`Allocator`] | k of every layer | [`allocator::UniformAllocation`], [`allocator::LayerSelection`] (the paper), [`allocator::ExactAllocation`] |
 //! | [`KvPooler`] | how a group is merged | [`pooler::MeanPooler`], [`pooler::FirstHead`], `pooler::LowRankPooler`, `pooler::ProcrustesPooler` |

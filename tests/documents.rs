@@ -16,6 +16,10 @@ const ELSEWHERE: [(&str, &str); 6] = [
     ("cd benches", "a crate of its own"),
 ];
 
+/// Characters of each text that commands are given: that they work does not rest on how much they read, and these are windows enough
+/// that some fit and some validate.
+const READ: usize = 14_000;
+
 /// How a command of ours begins.
 const OURS: [&str; 2] = ["cargo run --release --features cli -- ", "qcqa "];
 
@@ -69,7 +73,13 @@ fn every_command_of_the_documents_works() {
     fs::create_dir_all(&data).unwrap();
     for entry in fs::read_dir(root.join("tests/data/novels-1m")).unwrap() {
         let path = entry.unwrap().path();
-        fs::copy(&path, data.join(path.file_name().unwrap())).unwrap();
+        let here = data.join(path.file_name().unwrap());
+        if path.extension().is_some_and(|e| e == "txt") {
+            let start: String = fs::read_to_string(&path).unwrap().chars().take(READ).collect();
+            fs::write(here, start).unwrap();
+        } else {
+            fs::copy(&path, here).unwrap();
+        }
     }
     let mut done = BTreeSet::new();
     for document in documents() {

@@ -1,9 +1,10 @@
+use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::Moments;
 use super::sums::Sum;
 use crate::error::{Error, Result};
-use crate::heads::Moment;
+use crate::heads::{KeyEnergies, Moment};
 use crate::run::Run;
 use crate::runtime::Model;
 use crate::text::{RuntimeError, Texts, Windows};
@@ -21,7 +22,7 @@ impl Moments {
         Ok(Self { digest: texts.digest(model.id()), ..Self::measure(model, texts.fit(), run)? })
     }
 
-    /// Measures them on a text; products and sums in f64, on the device that reads it. Progress is stage `"calibrate"`.
+    /// Measures them on a text, and the energies of keys on each of its windows; products and sums in f64, on the device that reads it. Progress is stage `"calibrate"`.
     ///
     /// # Errors
     /// [`Error::Moment`](crate::Error::Moment) for a layer that nothing enters; as [`evaluate`](crate::evaluation::evaluate()).
@@ -30,12 +31,17 @@ impl Moments {
         let (pass, together) = (model.pass(length, 0)?, model.together(length));
         let (mut done, total) = (0, (windows.count().div_ceil(together) * layers) as u64);
         let mut sums: Vec<Option<Sum>> = (0..layers).map(|_| None).collect();
+        let mut keys: Vec<Vec<Vec<f64>>> = vec![Vec::with_capacity(windows.count()); layers];
         for tokens in windows.batches(together) {
             let mut texts = model.embed_rows(tokens, &pass)?;
             for (i, sum) in sums.iter_mut().enumerate() {
                 run.step("calibrate", done, total)?;
-                let inputs = texts.par_iter().map(|x| model.attention_input(i, x));
-                for x in inputs.collect::<Result<Vec<_>, _>>()? {
+                let inputs = texts.par_iter().map(|x| {
+                    let x = model.attention_input(i, x)?;
+                    Ok::<_, RuntimeError>((model.key_energies(i, &x, length)?, x))
+                });
+                for (energies, x) in inputs.collect::<Result<Vec<_>, _>>()? {
+                    keys[i].extend(energies);
                     match &mut *sum {
                         Some(sum) => sum.add(&x)?,
                         none => *none = Some(Sum::new(&x)?),
@@ -66,7 +72,19 @@ impl Moments {
             let made = some.into_par_iter().map(|(i, sum)| moment(i, sum));
             moments.extend(made.collect::<Result<Vec<_>, _>>()?);
         }
+        let keys = keys.into_iter().enumerate().map(|(i, rows)| energies(i, &rows));
+        let keys = Some(keys.collect::<Result<_, _>>()?);
         let (id, digest) = (model.id(), windows.digest(model.id()));
-        Ok(Self { layers: moments, tokens: tokens as u64, model: id.fingerprint.clone(), digest })
+        Ok(Self { layers: moments, keys, tokens: tokens as u64, model: id.fingerprint.clone(), digest })
     }
+}
+
+/// The energies of the keys of layer `i`, a row for each window.
+fn energies(i: usize, rows: &[Vec<f64>]) -> Result<KeyEnergies, RuntimeError> {
+    let shape = (rows.len(), rows.first().map_or(0, Vec::len));
+    let matrix = Array2::from_shape_vec(shape, rows.concat()).map_err(Error::plugin)?;
+    KeyEnergies::new(matrix).map_err(|error| match error {
+        Error::KeyEnergies(_) => RuntimeError::NotFinite { what: format!("the keys of layer {i}") },
+        error => error.into(),
+    })
 }

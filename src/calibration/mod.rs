@@ -28,7 +28,7 @@ pub use opened::{Origin, TextSource, read_texts};
 /// text").
 pub const ENOUGH_TOKENS_PER_DIMENSION: f64 = 64.0;
 
-/// A model whose heads carry the moments of their inputs and, where the moments were measured on texts, these texts in their
+/// A model whose heads carry the moments of their inputs, with the energies of their keys, and, where the moments were measured on texts, these texts in their
 /// [roles](Texts) and the model that read them.
 ///
 /// ```no_run

@@ -3,13 +3,13 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 use safetensors::tensor::{TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result, shown};
 use crate::files::{FileError, WriteOptions, fingerprint, sha256, write_whole};
-use crate::heads::{Heads, Moment};
+use crate::heads::{Heads, KeyEnergies, Moment};
 use crate::model::ModelId;
 
 /// Tensor that holds the number of tokens.
@@ -18,14 +18,19 @@ const TOKENS: &str = "tokens";
 const FINGERPRINT: &str = "fingerprint";
 /// Tensor that holds the moments' own fingerprint.
 const CALIBRATION: &str = "calibration";
-/// The [moment](Moment) of every layer's attention input (after the input norm).
+/// How the names of tensors that hold the energies of keys begin.
+const KEYS: &str = "keys.";
+
+/// The [moment](Moment) of every layer's attention input (after the input norm) and, where they were measured, too, the
+/// [energies of its keys](KeyEnergies) window by window.
 ///
 /// As a file: safetensors with an F64 tensor `layers.N` for each layer N and an I64 tensor `tokens` with the number of
-/// tokens; a U8 tensor `calibration` may name what was read and the metadata key `fingerprint` the model
+/// tokens; F64 tensors `keys.N`, for all layers or none, hold the energies; a U8 tensor `calibration` may name what was read and the metadata key `fingerprint` the model
 /// (docs/calibration.md). Equal moments are equal bytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     pub(super) layers: Vec<Moment>,
+    pub(super) keys: Option<Vec<KeyEnergies>>,
     pub(super) tokens: u64,
     pub(super) model: Option<String>,
     pub(super) digest: [u8; 32],
@@ -36,7 +41,7 @@ impl Moments {
     ///
     /// # Errors
     /// [`FileError::Io`]; [`FileError::Header`]; [`FileError::NoMoments`] for a model's weights; [`FileError::TensorDtype`] for a tensor that is missing or of another type
-    /// or shape; [`FileError::Moment`] for a layer that is no [`Moment`]; [`FileError::MomentsModel`] for another number of
+    /// or shape; [`FileError::Moment`] for a layer that is no [`Moment`] or [`KeyEnergies`]; [`FileError::MomentsModel`] for another number of
     /// layers, width or fingerprint than the model's.
     pub fn read(path: &Path, model: &ModelId) -> Result<Self, FileError> {
         let bytes = fs::read(path).map_err(|e| FileError::io("read", path, e))?;
@@ -63,13 +68,15 @@ impl Moments {
         let (tokens, own) = (file.tokens(&tensors)?, file.digest(&tensors)?);
         let layers =
             (0..n_layers).map(|i| file.layer(&tensors, i, id.hidden)).collect::<Result<Vec<_>, _>>()?;
+        let has_keys = tensors.names().iter().any(|name| name.starts_with(KEYS));
+        let heads = id.layers.iter().map(|layer| layer.kv_heads).enumerate().filter(|_| has_keys);
+        let keys = heads.map(|(i, heads)| file.keys(&tensors, i, heads)).collect::<Result<Vec<_>, _>>()?;
         let contents = || {
-            sha256(
-                [tokens.to_le_bytes().to_vec()].into_iter().chain(layers.iter().map(|m| Stored(m).bytes())),
-            )
+            let parts = layers.iter().map(Stored::from).chain(keys.iter().map(Stored::from));
+            sha256([tokens.to_le_bytes().to_vec()].into_iter().chain(parts.map(|part| part.bytes())))
         };
         let digest = own.unwrap_or_else(contents);
-        Ok(Self { layers, tokens, model, digest })
+        Ok(Self { layers, keys: has_keys.then_some(keys), tokens, model, digest })
     }
 
     /// Writes the file, whole or not at all.
@@ -81,8 +88,10 @@ impl Moments {
         let tokens = self.tokens.to_le_bytes();
         let tokens = TensorView::new(Dtype::I64, vec![], &tokens).map_err(header)?;
         let own = TensorView::new(Dtype::U8, vec![32], &self.digest).map_err(header)?;
-        let layers =
-            self.layers.iter().enumerate().map(|(i, moment)| (name(i), Tensor::Layer(Stored(moment))));
+        let layers = self.layers.iter().map(Stored::from).enumerate().map(|(i, part)| (name(i), part));
+        let keys = self.keys.iter().flatten().map(Stored::from).enumerate();
+        let layers = layers.chain(keys.map(|(i, part)| (keys_name(i), part)));
+        let layers = layers.map(|(name, part)| (name, Tensor::Layer(part)));
         let tensors =
             [(TOKENS.to_string(), Tensor::Small(tokens)), (CALIBRATION.to_string(), Tensor::Small(own))];
         // One key at most: several would be written in any order.
@@ -113,23 +122,43 @@ impl Moments {
         &self.layers
     }
 
-    /// Gives the heads of a layer their moment.
+    /// The energies of the keys of every layer, where they were measured: moments made by others, or by releases before there
+    /// were any, have none.
+    pub fn key_energies(&self) -> Option<&[KeyEnergies]> {
+        self.keys.as_deref()
+    }
+
+    /// Gives the heads of a layer their moment and, where there are any, the energies of their keys.
     ///
     /// # Errors
     /// [`Error::NoLayer`] when there is none of it; [`Error::Shape`].
     pub fn attach(&self, heads: Heads) -> Result<Heads> {
         let missing = Error::NoLayer { layer: heads.layer(), layers: self.layers.len() };
         let moment = self.layers.get(heads.layer()).ok_or(missing)?.clone();
-        heads.with_moment(moment)
+        let keys = self.keys.as_ref().and_then(|keys| keys.get(heads.layer())).cloned();
+        let heads = heads.with_moment(moment)?;
+        keys.map_or(Ok(heads.clone()), |keys| heads.with_key_energies(keys))
     }
 }
 
-/// A moment as bytes, made when they are asked for.
-struct Stored<'a>(&'a Moment);
+/// A matrix as bytes, made when they are asked for.
+struct Stored<'a>(ArrayView2<'a, f64>);
 
 impl Stored<'_> {
     fn bytes(&self) -> Vec<u8> {
-        self.0.matrix().iter().flat_map(|v| v.to_le_bytes()).collect()
+        self.0.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+}
+
+impl<'a> From<&'a Moment> for Stored<'a> {
+    fn from(moment: &'a Moment) -> Self {
+        Self(moment.matrix().view())
+    }
+}
+
+impl<'a> From<&'a KeyEnergies> for Stored<'a> {
+    fn from(energies: &'a KeyEnergies) -> Self {
+        Self(energies.energies())
     }
 }
 
@@ -150,7 +179,7 @@ impl View for Tensor<'_> {
     fn shape(&self) -> &[usize] {
         match self {
             Self::Small(view) => view.shape(),
-            Self::Layer(Stored(moment)) => moment.matrix().shape(),
+            Self::Layer(Stored(matrix)) => matrix.shape(),
         }
     }
 
@@ -164,13 +193,17 @@ impl View for Tensor<'_> {
     fn data_len(&self) -> usize {
         match self {
             Self::Small(view) => view.data().len(),
-            Self::Layer(Stored(moment)) => size_of_val(moment.matrix().as_slice().unwrap_or_default()),
+            Self::Layer(Stored(matrix)) => size_of::<f64>() * matrix.len(),
         }
     }
 }
 
 fn name(layer: usize) -> String {
     format!("layers.{layer}")
+}
+
+fn keys_name(layer: usize) -> String {
+    format!("{KEYS}{layer}")
 }
 
 /// A file that moments are read from.
@@ -226,14 +259,32 @@ impl File<'_> {
         if stored.dtype() != Dtype::F64 || stored.shape() != [size, size] {
             return Err(broken(found(&stored)));
         }
-        let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-        let numbers = stored.data().chunks_exact(8).map(number).collect();
-        let matrix = Array2::from_shape_vec((size, size), numbers).map_err(Error::plugin)?;
-        Moment::new(matrix).map_err(|error| match error {
+        Moment::new(numbers(&stored, (size, size))?).map_err(|error| match error {
             Error::Moment { rule, .. } => FileError::Moment { path: self.path.to_path_buf(), tensor, rule },
             error => error.into(),
         })
     }
+
+    fn keys(&self, tensors: &SafeTensors<'_>, layer: usize, heads: usize) -> Result<KeyEnergies, FileError> {
+        let tensor = keys_name(layer);
+        let broken = |found| self.broken(&tensor, format!("F64 [windows, {heads}], or none at all"), found);
+        let stored = tensors.tensor(&tensor).map_err(|_| broken("nothing".to_string()))?;
+        let windows = match *stored.shape() {
+            [windows, n] if windows > 0 && n == heads && stored.dtype() == Dtype::F64 => windows,
+            _ => return Err(broken(found(&stored))),
+        };
+        KeyEnergies::new(numbers(&stored, (windows, heads))?).map_err(|error| match error {
+            Error::KeyEnergies(rule) => FileError::Moment { path: self.path.to_path_buf(), tensor, rule },
+            error => error.into(),
+        })
+    }
+}
+
+/// The numbers of an F64 tensor of that shape.
+fn numbers(tensor: &TensorView<'_>, shape: (usize, usize)) -> Result<Array2<f64>, FileError> {
+    let number = |b: &[u8]| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
+    let numbers = tensor.data().chunks_exact(8).map(number).collect();
+    Ok(Array2::from_shape_vec(shape, numbers).map_err(Error::plugin)?)
 }
 
 /// Type and shape of a tensor.

@@ -3,6 +3,7 @@
 mod gram;
 #[cfg(feature = "linalg")]
 mod low_rank;
+mod perturbed;
 mod product;
 mod weight_sharing;
 
@@ -18,6 +19,7 @@ use crate::spec::{Registry, Spec};
 pub use gram::squared_distances;
 #[cfg(feature = "linalg")]
 pub use low_rank::{LowRankError, LowRankSharing, Residuals};
+pub use perturbed::PerturbedSharing;
 pub use weight_sharing::{WeightSharing, WeightSharingError};
 
 /// The fitness functions of this crate by name.
@@ -25,6 +27,7 @@ pub static FITNESS: Registry<dyn FitnessKind> = Registry::new(
     "fitness",
     &[
         ("wse", |spec| Ok(Box::new(WeightSharing::from_spec(spec)?))),
+        ("pgqa", |spec| Ok(Box::new(PerturbedSharing::from_spec(spec)?))),
         #[cfg(feature = "linalg")]
         ("low-rank", |spec| Ok(Box::new(LowRankSharing::from_spec(spec)?))),
     ],

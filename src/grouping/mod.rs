@@ -1,15 +1,17 @@
 //! Rules that form groups without a search: the baselines.
 
+mod dynamic_key_norm;
 mod key_norm;
 mod uniform;
 
 use std::fmt::Debug;
 
 use crate::error::Result;
-use crate::heads::Heads;
+use crate::heads::{Heads, Needs};
 use crate::partition::Partition;
 use crate::spec::{Registry, Spec};
 
+pub use dynamic_key_norm::DynamicKeyNorm;
 pub use key_norm::KeyNorm;
 pub use uniform::UniformGqa;
 
@@ -19,6 +21,7 @@ pub static GROUPINGS: Registry<dyn Grouping> = Registry::new(
     &[
         ("uniform", |spec| spec.only(&[]).map(|()| Box::new(UniformGqa) as _)),
         ("key-norm", |spec| spec.only(&[]).map(|()| Box::new(KeyNorm) as _)),
+        ("key-norm-ema", |spec| Ok(Box::new(DynamicKeyNorm::from_spec(spec)?))),
     ],
 );
 
@@ -32,4 +35,9 @@ pub trait Grouping: Debug + Send + Sync {
     /// # Errors
     /// [`Error::GroupCount`](crate::Error::GroupCount) for k outside `1..=H`.
     fn group(&self, heads: &Heads, k: usize) -> Result<Option<Partition>>;
+
+    /// What it makes use of besides keys and values.
+    fn needs(&self) -> Needs {
+        Needs::NOTHING
+    }
 }

@@ -1,5 +1,6 @@
 //! The attention tensors of one layer, checked once when they are made, and where layers come from.
 
+mod energies;
 mod moment;
 mod pooled;
 mod projection;
@@ -12,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::{NormOver, Rotation};
 use crate::partition::Partition;
 
+pub use energies::KeyEnergies;
 pub use moment::Moment;
 pub use pooled::Pooled;
 pub use projection::Projection;
@@ -45,6 +47,7 @@ pub struct Heads {
     rotation: Rotation,
     key_norm: Option<NormOver>,
     moment: Option<Moment>,
+    key_energies: Option<KeyEnergies>,
 }
 
 impl Heads {
@@ -73,6 +76,7 @@ impl Heads {
             rotation: Rotation::None,
             key_norm: None,
             moment: None,
+            key_energies: None,
         })
     }
 
@@ -147,6 +151,18 @@ impl Heads {
         Ok(Self { moment: Some(moment), ..self })
     }
 
+    /// Adds the energies of the keys on windows of text.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they are of another number of heads.
+    pub fn with_key_energies(self, energies: KeyEnergies) -> Result<Self> {
+        let (windows, n_heads) = energies.energies().dim();
+        if n_heads != self.n_heads() {
+            return Err(Error::shape("key energies", &[windows, self.n_heads()], &[windows, n_heads]));
+        }
+        Ok(Self { key_energies: Some(energies), ..self })
+    }
+
     /// Says which layer of its model this is, counted from 0.
     pub fn with_layer(self, layer: usize) -> Self {
         Self { layer, ..self }
@@ -205,5 +221,10 @@ impl Heads {
     /// The second moment of the layer's inputs, where it is known.
     pub fn moment(&self) -> Option<&Moment> {
         self.moment.as_ref()
+    }
+
+    /// The energies of the keys on windows of text, where they are known.
+    pub fn key_energies(&self) -> Option<&KeyEnergies> {
+        self.key_energies.as_ref()
     }
 }

@@ -6,7 +6,7 @@ use crate::model::{Architecture, AttentionSpec, ModelId, Rotary};
 
 /// Where the heads of a model come from, layer by layer.
 ///
-/// A checkpoint is one; a calibration is one that adds the moments of the inputs; [`InMemory`] holds raw tensors.
+/// A checkpoint is one; a calibration is one that adds the moments of the inputs and the energies of keys; [`InMemory`] holds raw tensors.
 pub trait HeadSource: Debug + Sync {
     /// The model.
     fn architecture(&self) -> &Architecture;
@@ -45,13 +45,17 @@ pub struct Needs {
     pub queries: bool,
     /// The moments of the inputs: without them it takes the inputs as white.
     pub moment: bool,
+    /// The energies of keys on windows of text: without them it fails.
+    pub key_energies: bool,
 }
 
 impl Needs {
     /// Keys and values alone.
-    pub const NOTHING: Self = Self { queries: false, moment: false };
+    pub const NOTHING: Self = Self { queries: false, moment: false, key_energies: false };
     /// Queries and outputs, and the moments of the inputs.
-    pub const QUERIES_AND_MOMENT: Self = Self { queries: true, moment: true };
+    pub const QUERIES_AND_MOMENT: Self = Self { queries: true, moment: true, key_energies: false };
+    /// Keys and values, and the energies of keys.
+    pub const KEY_ENERGIES: Self = Self { queries: false, moment: false, key_energies: true };
 }
 
 /// Layers of raw tensors.

@@ -123,7 +123,10 @@ impl Fronts<'_> {
         let (layers, model) = self.chosen(layers, run)?;
         let moments = self.source.calibration();
         let calibrated = compress.pooler.needs().moment;
-        let counts = calibrated || compress.fitness.needs().moment || cost == CostScale::Measured;
+        let counts = calibrated
+            || compress.fitness.needs().moment
+            || compress.search.needs().key_energies
+            || cost == CostScale::Measured;
         let name = compress.name.clone();
         let method = Method::new(name, Spec::default(), compress.fitness.spec(), allocator.spec());
         let method = Method {

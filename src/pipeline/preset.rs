@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::Search;
 use crate::error::{Error, Result};
-use crate::fitness::{FitnessKind, WeightSharing};
-use crate::grouping::{KeyNorm, UniformGqa};
+use crate::fitness::{FitnessKind, PerturbedSharing, WeightSharing};
+use crate::grouping::{DynamicKeyNorm, KeyNorm, UniformGqa};
 use crate::optimizer::Auto;
 use crate::partition::{Cardinality, SearchSpace};
 use crate::plan::Plan;
@@ -28,6 +28,12 @@ pub enum Preset {
     Mqa,
     /// Neighbouring heads, group sizes by the norms of their keys, mean-pooled (after Khan et al. 2024, arXiv 2408.08454).
     KeyNorm,
+    /// Neighbouring heads, group sizes by the norms of their keys on a calibration text, averaged exponentially over its windows,
+    /// mean-pooled (after Khan et al. 2024, arXiv 2408.08454).
+    Dgqa,
+    /// Groups of one size with the least weight-sharing error under perturbed distances, mean-pooled (after Khan et al. 2024, arXiv
+    /// 2408.08454).
+    Pgqa,
     /// Groups of one size with the least weight-sharing error, mean-pooled (Joshi et al. 2024, arXiv 2406.10247).
     QcqaEc,
     /// Groups of any size with the least weight-sharing error, mean-pooled (Joshi et al. 2024, arXiv 2406.10247).
@@ -43,18 +49,22 @@ impl Preset {
         Self::Gqa,
         Self::Mqa,
         Self::KeyNorm,
+        Self::Dgqa,
+        Self::Pgqa,
         Self::QcqaEc,
         Self::QcqaAc,
         #[cfg(feature = "linalg")]
         Self::LowRank,
     ];
 
-    /// Its name: `gqa`, `mqa`, `key-norm`, `qcqa-ec`, `qcqa-ac`, `low-rank`.
+    /// Its name: `gqa`, `mqa`, `key-norm`, `dgqa`, `pgqa`, `qcqa-ec`, `qcqa-ac`, `low-rank`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gqa => "gqa",
             Self::Mqa => "mqa",
             Self::KeyNorm => "key-norm",
+            Self::Dgqa => "dgqa",
+            Self::Pgqa => "pgqa",
             Self::QcqaEc => "qcqa-ec",
             Self::QcqaAc => "qcqa-ac",
             #[cfg(feature = "linalg")]
@@ -68,6 +78,8 @@ impl Preset {
             Self::Gqa => "Neighbouring heads in equal groups",
             Self::Mqa => "One group in every layer; takes no budget",
             Self::KeyNorm => "Neighbouring heads, group sizes by the norms of their keys",
+            Self::Dgqa => "Neighbouring heads, group sizes by the norms of their keys on a calibration text",
+            Self::Pgqa => "Groups of one size, searched under perturbed distances of heads",
             Self::QcqaEc => "Searched groups, all of one size",
             Self::QcqaAc => "Searched groups of any size",
             #[cfg(feature = "linalg")]
@@ -77,14 +89,15 @@ impl Preset {
 
     /// Whether an optimizer searches its groups.
     pub fn searches(self) -> bool {
-        !matches!(self, Self::Gqa | Self::Mqa | Self::KeyNorm)
+        !matches!(self, Self::Gqa | Self::Mqa | Self::KeyNorm | Self::Dgqa)
     }
 
     pub(super) fn search(self) -> Search {
         match self {
             Self::Gqa | Self::Mqa => Search::Grouping(Arc::new(UniformGqa)),
             Self::KeyNorm => Search::Grouping(Arc::new(KeyNorm)),
-            Self::QcqaEc | Self::QcqaAc => Search::Optimizer(Arc::new(Auto::default())),
+            Self::Dgqa => Search::Grouping(Arc::new(DynamicKeyNorm::default())),
+            Self::Pgqa | Self::QcqaEc | Self::QcqaAc => Search::Optimizer(Arc::new(Auto::default())),
             // Every group that is looked at is an eigenproblem.
             #[cfg(feature = "linalg")]
             Self::LowRank => Search::Optimizer(Arc::new(Auto { exact_heads: 8 })),
@@ -95,6 +108,7 @@ impl Preset {
         match self {
             #[cfg(feature = "linalg")]
             Self::LowRank => Arc::new(crate::fitness::LowRankSharing::default()),
+            Self::Pgqa => Arc::new(PerturbedSharing::default()),
             _ => Arc::new(WeightSharing),
         }
     }
@@ -110,9 +124,9 @@ impl Preset {
     /// The partitions that it makes; `None`: whatever the target allows.
     pub(super) fn space(self) -> Option<SearchSpace> {
         match self {
-            Self::Gqa | Self::QcqaEc => Some(SearchSpace::equal()),
+            Self::Gqa | Self::Pgqa | Self::QcqaEc => Some(SearchSpace::equal()),
             Self::Mqa => Some(SearchSpace { max_groups: Some(1), ..SearchSpace::equal() }),
-            Self::KeyNorm | Self::QcqaAc => Some(SearchSpace::arbitrary()),
+            Self::KeyNorm | Self::Dgqa | Self::QcqaAc => Some(SearchSpace::arbitrary()),
             #[cfg(feature = "linalg")]
             Self::LowRank => None,
         }

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::fitness::{FitnessFn, FitnessKind};
 use crate::front::Front;
 use crate::grouping::Grouping;
-use crate::heads::HeadSource;
+use crate::heads::{HeadSource, Needs};
 use crate::optimizer::{Optimizer, attach_bounds};
 use crate::partition::SearchSpace;
 use crate::run::{Run, map_ordered};
@@ -28,6 +28,14 @@ impl Search {
         match self {
             Self::Optimizer(optimizer) => optimizer.spec(),
             Self::Grouping(grouping) => grouping.spec(),
+        }
+    }
+
+    /// What proposing makes use of besides keys and values.
+    pub(super) fn needs(&self) -> Needs {
+        match self {
+            Self::Optimizer(_) => Needs::NOTHING,
+            Self::Grouping(grouping) => grouping.needs(),
         }
     }
 

@@ -33,6 +33,7 @@ mod cache;
 mod cached;
 mod device;
 mod ends;
+mod energies;
 mod head;
 mod layer;
 mod mlp;

@@ -1,8 +1,11 @@
+use ndarray::Array2;
+
 use super::{Verdict, layer, rule, unexpected};
 use crate::error::Error;
 use crate::fitness::{FitnessFn, WeightSharingError};
 use crate::front::Front;
 use crate::grouping::Grouping;
+use crate::heads::KeyEnergies;
 use crate::optimizer::Optimizer;
 use crate::partition::{Partition, SearchSpace};
 use crate::run::Run;
@@ -72,13 +75,16 @@ fn check_front(optimizer: &dyn Optimizer, fitness: &dyn FitnessFn, space: &Searc
 }
 
 /// A [`Grouping`]: partitions into exactly k groups of all heads or none, the same twice; k = H is always there where it makes
-/// any; k outside 1 … H is refused.
+/// any; k outside 1 … H is refused. The heads carry energies of their keys.
 ///
 /// # Errors
 /// The first rule that is broken.
 pub fn check_grouping(grouping: &dyn Grouping) -> Verdict {
     for n in [1, 6, 7] {
-        let heads = unexpected("a layer", layer(9, n, 3, 5, true))?;
+        let energies = Array2::from_shape_fn((3, n), |(window, head)| (1 + (window + 2 * head) % 5) as f64);
+        let heads = KeyEnergies::new(energies)
+            .and_then(|energies| layer(9, n, 3, 5, true)?.with_key_energies(energies));
+        let heads = unexpected("a layer", heads)?;
         for k in 1..=n {
             let partition = unexpected("grouping", grouping.group(&heads, k))?;
             rule(unexpected("grouping", grouping.group(&heads, k))? == partition, || {

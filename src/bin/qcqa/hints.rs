@@ -86,6 +86,12 @@ fn of_library(error: &Error) -> (u8, Option<&'static str>) {
         Error::NeedsText { .. } => {
             (2, Some("(`--calibration TEXT`; without one `--allocation exact`, `--refit none`)"))
         }
+        Error::KeyEnergies(_) => (
+            2,
+            Some(
+                "(`--calibration TEXT`, or moments that `qcqa calibrate` has written since it measures them)",
+            ),
+        ),
         Error::RefitPooler { .. } => (2, Some("(`--pooler low-rank` or `procrustes`)")),
         Error::PlanDistilled => (2, Some("(`qcqa distill`, on what `compress` wrote)")),
         Error::PlanRefit { .. } => (2, Some("(`--calibration TEXT`)")),
