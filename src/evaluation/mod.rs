@@ -6,6 +6,7 @@
 mod choices;
 mod fisher;
 mod hidden;
+mod pairs;
 mod reference;
 mod scores;
 mod sensitivity;
@@ -25,6 +26,7 @@ use crate::text::{RuntimeError, Windows};
 
 pub use choices::{Accuracy, Choice, Choices};
 pub use hidden::{HiddenDistance, hidden_distance};
+pub use pairs::PairSensitivity;
 pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};

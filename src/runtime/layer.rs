@@ -4,6 +4,7 @@ use candle_nn::ops::{layer_norm, rms_norm};
 use super::RuntimeError;
 use super::attention::{Attention, Pass};
 use super::cache::LayerCache;
+use super::handed::Handed;
 use super::mlp::Hidden;
 use super::norms::HeadNorms;
 use crate::checkpoint::Checkpoint;
@@ -130,16 +131,18 @@ impl Layer {
         normed(&self.attention_norm, x)
     }
 
-    /// The layer with number `i`, (N, d) → (N, d).
+    /// The layer with number `i`, (N, d) → (N, d), and the keys and values that it read.
     pub(super) fn forward(
         &self,
         i: usize,
         x: &Tensor,
         pass: &Pass,
         past: Option<&mut LayerCache>,
-    ) -> Candle<Tensor> {
-        let attended = self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?;
-        self.finish(x, &attended)
+        below: Option<&Handed>,
+    ) -> Candle<(Tensor, Handed)> {
+        let input = self.attention_input(x)?;
+        let (attended, handed) = self.attention.forward(&input, pass, pass.rope(i), past, below)?;
+        Ok((self.finish(x, &attended)?, handed))
     }
 
     /// x and what the attention makes of it, both (N, d): the layer's output, (N, d).

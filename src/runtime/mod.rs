@@ -32,6 +32,7 @@ mod backward;
 mod cache;
 mod device;
 mod ends;
+mod handed;
 mod head;
 mod layer;
 mod mlp;

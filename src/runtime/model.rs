@@ -8,6 +8,7 @@ use super::attention::{Attention, Pass};
 use super::cache::{KvCache, LayerCache};
 use super::device;
 use super::ends::Ends;
+use super::handed::Handed;
 use super::layer::{Layer, Weights};
 use super::ops::KeptMask;
 use super::rope::Rope;
@@ -131,10 +132,10 @@ impl Model {
         self.specs.len()
     }
 
-    /// KV heads of every layer.
+    /// KV heads that every layer computes and keeps.
     pub fn kv_heads(&self) -> Vec<usize> {
         let found = self.specs.iter().zip(&self.attention);
-        found.map(|(spec, own)| own.as_ref().map_or(spec.kv_heads, Attention::kv_heads)).collect()
+        found.map(|(spec, own)| own.as_ref().map_or(spec.cached_heads(), Attention::kv_heads)).collect()
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
@@ -210,13 +211,17 @@ impl Model {
     pub(crate) fn through(
         &self,
         from: usize,
-        mut texts: Vec<Tensor>,
+        texts: Vec<Tensor>,
         pass: &Pass,
     ) -> Result<Vec<Tensor>, RuntimeError> {
+        let mut texts: Vec<(Tensor, Option<Handed>)> = texts.into_iter().map(|x| (x, None)).collect();
         for i in from..self.n_layers() {
-            texts = texts.par_iter().map(|x| self.layer(i, x, pass)).collect::<Result<_, _>>()?;
+            texts.par_iter_mut().try_for_each(|(x, below)| {
+                *x = self.step(i, x, pass, None, below)?;
+                Ok::<_, RuntimeError>(())
+            })?;
         }
-        Ok(texts)
+        Ok(texts.into_iter().map(|(x, _)| x).collect())
     }
 
     fn shaped(&self, logits: Vec<f32>, batch: usize, len: usize) -> Result<Array3<f32>, RuntimeError> {
@@ -248,9 +253,9 @@ impl Model {
         }
         let pass = self.pass(len, cache.tokens)?;
         cache.layers.resize(self.n_layers(), LayerCache::default());
-        let mut x = self.embed(tokens, &pass)?;
+        let (mut x, mut below) = (self.embed(tokens, &pass)?, None);
         for (i, past) in cache.layers.iter_mut().enumerate() {
-            x = self.whole(i)?.forward(i, &x, &pass, Some(past))?;
+            x = self.step(i, &x, &pass, Some(past), &mut below)?;
         }
         cache.tokens += len;
         Ok(x)
@@ -331,11 +336,6 @@ impl Model {
         Ok(self.shelf.layer(i)?.attention_input(x)?)
     }
 
-    /// What the attention of layer `i` makes of what it reads, (N, d) → (N, d).
-    pub(crate) fn attend(&self, i: usize, input: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.attention(i)?.forward(input, pass, pass.rope(i), None)?)
-    }
-
     /// How what the attention of layer `i` gives comes into the stream.
     pub(crate) fn joint(&self, i: usize) -> Result<Joint, RuntimeError> {
         let layer = self.shelf.layer(i)?;
@@ -364,9 +364,9 @@ impl Model {
         })
     }
 
-    /// Layer `i`, (N, d) → (N, d).
+    /// Layer `i`, which has keys and values of its own, (N, d) → (N, d).
     pub(crate) fn layer(&self, i: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.whole(i)?.forward(i, x, pass, None)?)
+        self.step(i, x, pass, None, &mut None)
     }
 
     /// The output embedding, (vocabulary, d).
