@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use ndarray::Array3;
 use proptest::prelude::*;
-use qcqa::allocator::{ExactAllocation, LayerCosts};
+use qcqa::allocator::{ExactAllocation, LayerCosts, PairCosts};
 use qcqa::grouping::KeyNorm;
 use qcqa::heads::{Heads, Projection};
 use qcqa::partition::Partition;
@@ -32,7 +32,55 @@ fn all_choices(costs: &LayerCosts) -> Vec<Vec<usize>> {
     all
 }
 
+/// Every way to leave layers alone or let two share: layer, whether it shares with the next, k; with the cost.
+type Ways = Vec<(Vec<(usize, bool, usize)>, f64)>;
+
+fn all_ways(costs: &LayerCosts, pairs: &[Vec<Option<f64>>], layer: usize) -> Ways {
+    if layer == costs.n_layers() {
+        return vec![(Vec::new(), 0.0)];
+    }
+    let mut ways = Vec::new();
+    let mut begin = |paired: bool, k: usize, cost: f64| {
+        for (rest, more) in all_ways(costs, pairs, layer + 1 + usize::from(paired)) {
+            ways.push(([&[(layer, paired, k)][..], &rest].concat(), cost + more));
+        }
+    };
+    costs.choices(layer).for_each(|(k, cost)| begin(false, k, cost));
+    if layer + 1 < costs.n_layers() {
+        let both = pairs.get(layer).into_iter().flatten().enumerate();
+        both.filter_map(|(i, cost)| Some((i + 1, (*cost)?))).for_each(|(k, cost)| begin(true, k, cost));
+    }
+    ways
+}
+
 proptest! {
+    /// Which layers share with one another, and how many heads each keeps, is the best of all ways.
+    #[test]
+    fn layers_that_share_are_allocated_by_brute_force(
+        (table, _) in tables(),
+        pairs in prop::collection::vec(
+            prop::collection::vec(prop_oneof![1 => Just(None), 2 => (0u8..7).prop_map(|c| Some(f64::from(c)))], 0..6),
+            0..5,
+        ),
+    ) {
+        let costs = LayerCosts::from_table(table, false).unwrap();
+        let of_pairs = PairCosts::from_table(pairs.clone()).unwrap();
+        let heads = |way: &[(usize, bool, usize)]| way.iter().map(|(.., k)| k).sum::<usize>();
+        let mut ways = all_ways(&costs, &pairs, 0);
+        ways.sort_by(|(a, x), (b, y)| x.total_cmp(y).then(heads(a).cmp(&heads(b))).then(a.cmp(b)));
+        for budget in 0..=4 * costs.n_layers() + 1 {
+            let best = ways.iter().find(|(way, _)| heads(way) <= budget);
+            match ExactAllocation.with_pairs(&costs, &of_pairs, budget, Run::new(0)) {
+                Ok(found) => {
+                    let found: Vec<_> = found.iter().map(|span| (span.layer, span.paired, span.k)).collect();
+                    prop_assert_eq!(Some(&found), best.map(|(way, _)| way));
+                }
+                Err(Error::BudgetUnreachable { asked, .. }) => prop_assert!(best.is_none() && asked == budget),
+                Err(other) => prop_assert!(false, "{other}"),
+            }
+        }
+    }
+
     #[test]
     fn exact_allocation_is_brute_force((table, same_k) in tables()) {
         let costs = LayerCosts::from_table(table, same_k).unwrap();

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The rooms, from the lowest to the highest: each may import from those before it.
-const ROOMS: [&str; 30] = [
+const ROOMS: [&str; 31] = [
     "error",
     "run",
     "spec",
@@ -15,6 +15,7 @@ const ROOMS: [&str; 30] = [
     "budget",
     "heads",
     "low_rank",
+    "cross_layer",
     "fitness",
     "front",
     "evolution",

@@ -2,6 +2,7 @@
 
 mod costs;
 mod exact;
+mod pairs;
 mod selection;
 mod uniform;
 
@@ -14,6 +15,7 @@ use crate::spec::{Registry, Spec};
 
 pub use costs::{CostScale, LayerCosts};
 pub use exact::{AllBudgets, ExactAllocation};
+pub use pairs::{PairCosts, Span};
 pub use selection::LayerSelection;
 pub use uniform::UniformAllocation;
 

@@ -1,10 +1,11 @@
+use candle_core::Tensor;
 use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::Moments;
-use super::sums::Sum;
+use super::sums::{CrossSum, Sum};
 use crate::error::{Error, Result};
-use crate::heads::{KeyEnergies, Moment};
+use crate::heads::{CrossMoment, KeyEnergies, Moment};
 use crate::run::Run;
 use crate::runtime::Model;
 use crate::text::{RuntimeError, Texts, Windows};
@@ -87,4 +88,46 @@ fn energies(i: usize, rows: &[Vec<f64>]) -> Result<KeyEnergies, RuntimeError> {
         Error::KeyEnergies(_) => RuntimeError::NotFinite { what: format!("the keys of layer {i}") },
         error => error.into(),
     })
+}
+
+/// The moments of the attention inputs of every layer and the one above, on a text: of L layers L − 1. Progress is stage `"calibrate"`.
+///
+/// # Errors
+/// As [`Moments::measure`].
+pub(super) fn cross_moments(
+    model: &Model,
+    windows: &Windows,
+    run: Run<'_>,
+) -> Result<Vec<CrossMoment>, RuntimeError> {
+    let (layers, length) = (model.n_layers(), windows.length());
+    let (pass, together) = (model.pass(length, 0)?, model.together(length));
+    let (mut done, total) = (0, (windows.count().div_ceil(together) * layers) as u64);
+    let mut sums: Vec<Option<CrossSum>> = (1..layers).map(|_| None).collect();
+    for tokens in windows.batches(together) {
+        let mut texts = model.embed_rows(tokens, &pass)?;
+        let mut below: Vec<Tensor> = Vec::new();
+        for i in 0..layers {
+            run.step("calibrate", done, total)?;
+            let inputs = texts.par_iter().map(|x| model.attention_input(i, x));
+            let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
+            for (x, below) in inputs.iter().zip(&below) {
+                match &mut sums[i - 1] {
+                    Some(sum) => sum.add(x, below)?,
+                    none => *none = Some(CrossSum::new(x, below)?),
+                }
+            }
+            below = inputs;
+            if i + 1 < layers {
+                texts = texts.par_iter().map(|x| model.layer(i, x, &pass)).collect::<Result<_, _>>()?;
+            }
+            done += 1;
+        }
+    }
+    run.step("calibrate", total, total)?;
+    let tokens = windows.tokens().len();
+    let moment = |(i, sum): (usize, Option<CrossSum>)| {
+        let mean = sum.ok_or(Error::NoLayer { layer: i, layers })?.mean(tokens)?;
+        Ok(CrossMoment::new(mean).map_err(|error| error.of_layer(i + 1))?)
+    };
+    sums.into_iter().enumerate().map(moment).collect()
 }

@@ -12,12 +12,14 @@ mod sampled;
 mod sums;
 
 use crate::error::{Error, Result};
-use crate::heads::{HeadRows, HeadSource, Heads};
+use crate::heads::{CrossMoment, HeadRows, HeadSource, Heads};
 use crate::model::{Architecture, ModelId};
+#[cfg(feature = "runtime")]
+use crate::run::Run;
 #[cfg(feature = "runtime")]
 use crate::runtime::Model;
 #[cfg(feature = "runtime")]
-use crate::text::{Texts, windows_that_fit};
+use crate::text::{RuntimeError, Texts, windows_that_fit};
 
 pub use moments::Moments;
 #[cfg(feature = "runtime")]
@@ -46,6 +48,8 @@ pub const ENOUGH_TOKENS_PER_DIMENSION: f64 = 64.0;
 pub struct Calibration<'a> {
     source: &'a dyn HeadSource,
     moments: Moments,
+    /// Of every layer and the one above, where they were asked for.
+    cross: Vec<CrossMoment>,
     #[cfg(feature = "runtime")]
     text: Option<(Model, Texts)>,
 }
@@ -66,10 +70,25 @@ impl<'a> Calibration<'a> {
             None => Ok(Self {
                 source,
                 moments,
+                cross: Vec::new(),
                 #[cfg(feature = "runtime")]
                 text: None,
             }),
         }
+    }
+
+    /// Measures the [moments of neighbouring layers](HeadSource::cross_moment), too, on the windows that fitted the moments: what calibrated
+    /// sharing across layers takes ([`Preset::ClaLowRank`](crate::pipeline::Preset::ClaLowRank)). Progress is stage `"calibrate"`.
+    ///
+    /// # Errors
+    /// [`Error::NeedsText`] where only moments were given; as [`Moments::measure`].
+    #[cfg(feature = "runtime")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
+    pub fn with_cross_moments(self, run: Run<'_>) -> std::result::Result<Self, RuntimeError> {
+        let what = "predicting the inputs of a layer from those of the one below";
+        let (model, texts) = self.text().ok_or(Error::NeedsText { what })?;
+        let cross = measure::cross_moments(model, texts.fit(), run)?;
+        Ok(Self { cross, ..self })
     }
 
     /// The moments.
@@ -121,6 +140,10 @@ impl HeadSource for Calibration<'_> {
 
     fn rows(&self, layer: usize) -> Result<Box<dyn HeadRows + '_>> {
         self.source.rows(layer)
+    }
+
+    fn cross_moment(&self, layer: usize) -> Option<CrossMoment> {
+        self.cross.get(layer).cloned()
     }
 
     fn calibration(&self) -> Option<String> {

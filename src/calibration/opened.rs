@@ -179,7 +179,8 @@ impl<'a> Calibration<'a> {
         if expected != found {
             return Err(Error::PlanCalibration { expected, found }.into());
         }
-        given.measured(checkpoint, run)
+        let calibration = given.measured(checkpoint, run)?;
+        if plan.first_below().is_some() { calibration.with_cross_moments(run) } else { Ok(calibration) }
     }
 }
 

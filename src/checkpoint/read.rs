@@ -247,11 +247,15 @@ impl Checkpoint {
         stored: &Stored,
         part: Part,
     ) -> Result<Projection, FileError> {
-        let (n, h) = (attention.heads(part), attention.head_dim);
+        let h = attention.head_dim;
+        // All that the layer below has, of which some are read.
+        let below = attention.below.as_deref().filter(|_| matches!(part, Part::Key | Part::Value));
+        let n = below.map_or(attention.heads(part), |_| stored.extent / h);
         let weight = heads_of(self.numbers(&stored.tensor)?, stored, n, h)?;
         let bias =
             stored.bias.as_ref().map(|bias| Ok::<_, FileError>(bias_of(&self.numbers(bias)?, stored, n, h)));
-        Ok(Projection::new(weight, bias.transpose()?)?)
+        let projection = Projection::new(weight, bias.transpose()?)?;
+        Ok(below.map_or(Ok(projection.clone()), |heads| projection.selected(heads))?)
     }
 
     fn read_heads(&self, layer: usize) -> Result<Heads, FileError> {
@@ -371,6 +375,10 @@ impl HeadSource for Checkpoint {
     }
 
     fn rows(&self, layer: usize) -> Result<Box<dyn HeadRows + '_>> {
-        Ok(Box::new(self.read_rows(layer)?))
+        // Those of the layer below lie in no row of its own.
+        match self.attention(layer)?.below {
+            Some(_) => Ok(Box::new(self.read_heads(layer)?)),
+            None => Ok(Box::new(self.read_rows(layer)?)),
+        }
     }
 }

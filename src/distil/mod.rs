@@ -154,6 +154,7 @@ impl Distill {
         validation: Option<&Windows>,
         run: Run<'_>,
     ) -> Result<Distilled<'a>, RuntimeError> {
+        shared.plan().no_pairs("distillation")?;
         let model = source.with_shared(&shared)?;
         let work = self.work(&Usual::new(self.effort, source, &shared, fit.length()), fit, validation)?;
         let file = self.state.as_ref().map(|path| {

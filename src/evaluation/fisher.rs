@@ -4,8 +4,10 @@ use candle_core::{D, Tensor};
 use rand::Rng;
 use rayon::prelude::*;
 
+use super::pairs::PairSensitivity;
 use super::sensitivity::{Sensitivity, measured};
 use super::trial::Trial;
+use crate::cross_layer::LayerPairs;
 use crate::error::Error;
 use crate::front::Front;
 use crate::partition::Partition;
@@ -26,6 +28,30 @@ impl Sensitivity {
     /// # Errors
     /// As [`Sensitivity::measure`].
     pub fn estimate(trial: &Trial<'_>, fronts: &[Front], run: Run<'_>) -> Result<Self, RuntimeError> {
+        Ok(Self::estimated(trial, fronts, None, run)?.0)
+    }
+
+    /// As [`Sensitivity::estimate`], and of every pair of layers what both together lose where they share: the sum of the estimates at
+    /// both attention outputs, up to sharing nothing but the lower layer's input.
+    ///
+    /// # Errors
+    /// As [`Sensitivity::estimate`]; what [`LayerPairs`] reports.
+    pub fn estimate_with_pairs(
+        trial: &Trial<'_>,
+        fronts: &[Front],
+        pairs: &LayerPairs<'_>,
+        of_pairs: &[Front],
+        run: Run<'_>,
+    ) -> Result<(Self, PairSensitivity), RuntimeError> {
+        Self::estimated(trial, fronts, Some((pairs, of_pairs)), run)
+    }
+
+    fn estimated(
+        trial: &Trial<'_>,
+        fronts: &[Front],
+        pairs: Option<(&LayerPairs<'_>, &[Front])>,
+        run: Run<'_>,
+    ) -> Result<(Self, PairSensitivity), RuntimeError> {
         let (key, model) = (format!("fisher {} {}", run.seed(), Self::key(trial, fronts)?), trial.model);
         let layers = fronts.len();
         let total = layers as u64 + 1;
@@ -37,16 +63,26 @@ impl Sensitivity {
         let ways = ways.map(|(i, (inputs, tokens))| Way::there(model, inputs, tokens, run.fork(i as u64)));
         let mut texts = ways.collect::<Result<Vec<_>, _>>()?;
         let mut estimates = vec![Vec::new(); layers];
+        let mut both = PairSensitivity::default();
+        // Those of the layer that was gone through last and the one below: this one's part is yet to come.
+        let mut lower: Vec<(usize, Model)> = Vec::new();
         for (i, front) in fronts.iter().enumerate().rev() {
             run.step("sensitivity", (layers - i) as u64, total)?;
             let heads = trial.source.heads(i)?;
             let partitions: Vec<&Partition> = measured(front).map(|point| &point.partition).collect();
             let models = trial.regrouped(&heads, &partitions)?;
-            let models: Vec<&Model> = models.iter().collect();
-            let sums = texts.par_iter_mut().map(|way| way.back(model, i, &models, &pass));
+            let upper = match pairs {
+                Some((pairs, of_pairs)) => both.begin(trial, pairs, of_pairs, i)?,
+                None => Vec::new(),
+            };
+            let alone: Vec<&Model> = models.iter().chain(lower.iter().map(|(_, model)| model)).collect();
+            let above: Vec<&Model> = upper.iter().map(|(_, model)| model).collect();
+            let sums = texts.par_iter_mut().map(|way| way.back(model, i, [&alone, &above], &pass));
             let sums = sums.collect::<Result<Vec<_>, _>>()?;
             let tokens = trial.windows.tokens().len() as f64;
-            for (n, k) in partitions.iter().map(|partition| partition.n_groups()).enumerate() {
+            let ks = partitions.iter().map(|partition| partition.n_groups());
+            let ks: Vec<usize> = ks.chain(lower.iter().chain(&upper).map(|(k, _)| *k)).collect();
+            for (n, &k) in ks.iter().enumerate() {
                 // In the order of the text, on however many threads.
                 let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / tokens;
                 if !estimate.is_finite() {
@@ -54,11 +90,16 @@ impl Sensitivity {
                         what: format!("what layer {i} loses at {k} heads"),
                     });
                 }
-                estimates[i].push((k, estimate));
+                match n.checked_sub(partitions.len()) {
+                    None => estimates[i].push((k, estimate)),
+                    Some(n) if n < lower.len() => both.add(i, k, estimate),
+                    Some(_) => both.add(i - 1, k, estimate),
+                }
             }
+            lower = upper;
         }
         run.step("sensitivity", total, total)?;
-        Ok(Self::from_rises(key, fronts, estimates))
+        Ok((Self::from_rises(key, fronts, estimates), both))
     }
 }
 
@@ -85,23 +126,31 @@ impl Way {
         Ok(Self { inputs, gradient: model.last_backward(&last, &gradient)? })
     }
 
-    /// Back through layer `i`: for each model in which that layer alone is shared, `Σ_t (g_t · δ_t)²`.
+    /// Back through layer `i`: for each model in which that layer alone is shared, and then for each in which it reads the layer below,
+    /// `Σ_t (g_t · δ_t)²`.
     fn back(
         &mut self,
         model: &Model,
         i: usize,
-        shared: &[&Model],
+        [shared, above]: [&[&Model]; 2],
         pass: &Pass,
     ) -> Result<Vec<f64>, RuntimeError> {
         let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
         let back = model.backward(i, &x, &self.gradient, pass, false)?;
         let input = model.attention_input(i, &x)?;
-        let of = |shared: &&Model| {
-            let change = (shared.attend(i, &input, pass)? - &back.output)?;
+        let below = match self.inputs.last().filter(|_| !above.is_empty()) {
+            Some(below) => Some(model.attention_input(i - 1, below)?),
+            None => None,
+        };
+        let of = |attended: Tensor| {
+            let change = (attended - &back.output)?;
             let effects: Vec<f32> = (change * &back.attention)?.sum(D::Minus1)?.to_vec1()?;
             Ok(effects.into_iter().map(|e| f64::from(e).powi(2)).sum())
         };
-        let sums = shared.iter().map(of).collect();
+        let alone = shared.iter().map(|shared| of(shared.attend(i, &input, pass)?));
+        let across = below.iter().flat_map(|below| above.iter().map(move |above| (above, below)));
+        let across = across.map(|(above, below)| of(above.attend_above(i, [below, &input], pass)?));
+        let sums = alone.chain(across).collect();
         self.gradient = back.input;
         sums
     }

@@ -57,7 +57,7 @@ impl<'a> Trial<'a> {
             let (heads, of_layer) = (self.source.heads(i)?, groups.iter().map(|groups| &groups[i]));
             let of_layer: Vec<&Partition> = of_layer.collect();
             let pooled = self.pooler.pool_each(&heads, &of_layer).map_err(|e| e.of_layer(i))?;
-            Ok((heads, of_layer.into_iter().zip(pooled).collect()))
+            Ok((heads, of_layer.into_iter().map(Into::into).zip(pooled).collect()))
         };
         self.model.with_each(groups.len(), made, run)
     }

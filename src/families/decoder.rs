@@ -155,6 +155,7 @@ impl<'a> Decoder<'a> {
         let (query_heads, kv_heads) = self.heads()?;
         let head_dim = self.width_of_heads(hidden, query_heads)?;
         let by_layer = self.heads_by_layer(n_layers, head_dim)?;
+        let below = self.below_by_layer(by_layer.as_deref())?;
         let mut notes: Vec<String> = rope::contradicted(config, "rope_theta").into_iter().collect();
         let mut unsupported = self.unsupported.clone();
         let mut layers = Vec::new();
@@ -162,7 +163,13 @@ impl<'a> Decoder<'a> {
             // Ends with the first missing layer, which the reader will name, however many config.json claims.
             let [query_heads, kv_heads] =
                 by_layer.as_ref().map_or([query_heads, kv_heads], |heads| heads[layer]);
-            let stored = self.stored(layer, [query_heads, kv_heads, head_dim])?;
+            let mut stored = self.stored(layer, [query_heads, kv_heads, head_dim])?;
+            let below = below.get(layer).cloned().flatten();
+            if let (Some(_), Some(heads)) = (&below, &by_layer) {
+                let [queries, kv] = heads[layer - 1];
+                let lower = self.stored(layer - 1, [queries, kv, head_dim])?;
+                (stored.key, stored.value) = (lower.key, lower.value);
+            }
             let present = tensors.shape(&stored.key.tensor).is_some();
             let mut spec = AttentionSpec::new(query_heads, kv_heads, head_dim).with_cap(self.cap);
             if let Some(scale) = self.scale {
@@ -193,7 +200,7 @@ impl<'a> Decoder<'a> {
             }
             let sinks = self.names.sinks;
             let sinks = sinks.map(|name| self.of_layer(layer, &format!("{}.{name}", self.names.attention)));
-            layers.push(spec.with_stored(stored).with_sinks(sinks));
+            layers.push(spec.with_stored(stored).with_sinks(sinks).with_below(below));
             if !present {
                 break;
             }

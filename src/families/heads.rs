@@ -13,6 +13,10 @@ type Object = Map<String, Value>;
 /// The key under which layers are described one by one: query heads and KV heads of each.
 pub(super) const BY_LAYER: &str = "qcqa_heads";
 
+/// The key under which layers that read the one below are described: for each layer nothing, or the heads of the layer below that its KV
+/// heads are.
+pub(super) const BELOW: &str = "qcqa_below";
+
 /// Which numbers of query heads a type of models takes, where `head_dim` is given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Takes {
@@ -131,8 +135,8 @@ pub fn with_heads(
     as_mistral(model, config)
 }
 
-/// config.json of a model of which the layers have these query heads and KV heads, and the name of the class that runs layers of its
-/// type where all are alike.
+/// config.json of a model of which the layers have these query heads and KV heads, those of the layer below where there are any in
+/// `below`, and the name of the class that runs layers of its type where all are alike.
 ///
 /// # Errors
 /// [`Error::NoGroupedForm`]; [`Error::NoForm`] for a type that is not known, or other numbers of query heads where it does not take them.
@@ -140,6 +144,7 @@ pub fn by_layer(
     model: &Architecture,
     config: &Object,
     heads: &[[usize; 2]],
+    below: &[Option<&[usize]>],
 ) -> Result<(Object, &'static str)> {
     let (class, takes) = known(model, grouped(model)?)?;
     let changed = heads.iter().zip(&model.layers).find(|([queries, _], layer)| *queries != layer.query_heads);
@@ -149,6 +154,9 @@ pub fn by_layer(
     let mut config = config.clone();
     set(&mut config, "head_dim", width(model).into());
     set(&mut config, BY_LAYER, json!(heads));
+    if below.iter().any(Option::is_some) {
+        set(&mut config, BELOW, json!(below));
+    }
     Ok((config, class))
 }
 
@@ -242,6 +250,33 @@ fn as_mistral(model: &Architecture, mut config: Object) -> Result<Object> {
 }
 
 impl Decoder<'_> {
+    /// The heads of the layer below that the KV heads of each layer are, where it has none of its own; `heads` are those of the layers.
+    pub(super) fn below_by_layer(
+        &self,
+        heads: Option<&[[usize; 2]]>,
+    ) -> Result<Vec<Option<Vec<usize>>>, FileError> {
+        let Some(value) = self.config.get(BELOW) else { return Ok(Vec::new()) };
+        let all: Option<Vec<Option<Vec<usize>>>> = serde_json::from_value(value.clone()).ok();
+        let fits = |all: &Vec<Option<Vec<usize>>>| {
+            let heads = heads.unwrap_or_default();
+            let fits = |(layer, below): (usize, &Option<Vec<usize>>)| match below {
+                None => true,
+                Some(below) => {
+                    let lower = layer.checked_sub(1).filter(|&lower| all[lower].is_none());
+                    let most = lower.map_or(0, |lower| heads[lower][1]);
+                    below.len() == heads[layer][1] && below.iter().all(|&head| head < most)
+                }
+            };
+            all.len() == heads.len() && all.iter().enumerate().all(fits)
+        };
+        all.filter(fits).ok_or_else(|| {
+            let expected = format!(
+                "for each layer null or, as many as its KV heads in `{BY_LAYER}`, heads of the layer below, which has keys and values"
+            );
+            self.config.wrong(BELOW, expected, value)
+        })
+    }
+
     /// Query heads and KV heads of each layer, where config.json has them one by one.
     pub(super) fn heads_by_layer(
         &self,

@@ -14,7 +14,7 @@ use crate::model::{NormOver, Rotation};
 use crate::partition::Partition;
 
 pub use energies::KeyEnergies;
-pub use moment::Moment;
+pub use moment::{CrossMoment, Moment};
 pub use pooled::Pooled;
 pub use projection::Projection;
 pub use rows::HeadRows;
@@ -48,6 +48,7 @@ pub struct Heads {
     key_norm: Option<NormOver>,
     moment: Option<Moment>,
     key_energies: Option<KeyEnergies>,
+    weighing: Option<Projection>,
 }
 
 impl Heads {
@@ -77,6 +78,7 @@ impl Heads {
             key_norm: None,
             moment: None,
             key_energies: None,
+            weighing: None,
         })
     }
 
@@ -163,6 +165,21 @@ impl Heads {
         Ok(Self { key_energies: Some(energies), ..self })
     }
 
+    /// Gives query heads that stand for the real ones where keys are weighed by what reads them, (H·r, h, d): of queries that read other
+    /// inputs than the keys, such as have the same second moment under those of the keys.
+    ///
+    /// # Errors
+    /// [`Error::NoQueries`] before the queries are given, [`Error::Shape`], [`Error::NotFinite`].
+    pub fn with_weighing(self, queries: Projection) -> Result<Self> {
+        let expected = self.query.as_ref().ok_or(Error::NoQueries)?.weight().dim();
+        if queries.weight().dim() != expected {
+            let (n, h, d) = expected;
+            return Err(Error::shape("weighing queries", &[n, h, d], queries.weight().shape()));
+        }
+        queries.check_finite("weighing queries")?;
+        Ok(Self { weighing: Some(queries), ..self })
+    }
+
     /// Says which layer of its model this is, counted from 0.
     pub fn with_layer(self, layer: usize) -> Self {
         Self { layer, ..self }
@@ -196,6 +213,11 @@ impl Heads {
     /// Query projection, (H·r, h, d).
     pub fn query(&self) -> Option<&Projection> {
         self.query.as_ref()
+    }
+
+    /// The query heads by which keys are weighed: those of the layer, unless others stand for them.
+    pub fn weighing(&self) -> Option<&Projection> {
+        self.weighing.as_ref().or(self.query.as_ref())
     }
 
     /// Output projection, (H·r, d, h).

@@ -60,6 +60,39 @@ impl Moment {
     }
 }
 
+/// The second moment `E[x̃_{l+1} x̃_lᵀ]` of the attention inputs of two neighbouring layers at the same tokens, each with a constant 1
+/// appended: (d+1, d+1), the upper layer's inputs along the rows.
+///
+/// Cloning shares the numbers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CrossMoment(Arc<Array2<f64>>);
+
+impl CrossMoment {
+    /// A moment of two layers.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless it is square with at least one input; [`Error::Moment`] for NaN and infinities, or a last entry other than 1.
+    pub fn new(matrix: Array2<f64>) -> Result<Self> {
+        let (n, m) = matrix.dim();
+        if n != m || n < 2 {
+            return Err(Error::shape("joint moment", &[n.max(2), n.max(2)], &[n, m]));
+        }
+        let rule = if !matrix.iter().all(|v| v.is_finite()) {
+            "holds NaN or infinities"
+        } else if (matrix[[n - 1, n - 1]] - 1.0).abs() > ROUNDING {
+            "must end with 1, the moment of the constant that is appended to the input"
+        } else {
+            return Ok(Self(Arc::new(matrix)));
+        };
+        Err(Error::Moment { layer: None, rule })
+    }
+
+    /// The numbers, (d+1, d+1).
+    pub fn matrix(&self) -> &Array2<f64> {
+        &self.0
+    }
+}
+
 fn is_symmetric(matrix: &Array2<f64>) -> bool {
     matrix
         .indexed_iter()

@@ -37,11 +37,15 @@ impl Pooled {
     /// [`Error::PartitionSize`] for a partition of another number of heads, [`Error::Shape`] naming the tensor,
     /// [`Error::NotFinite`].
     pub fn check(&self, heads: &Heads, partition: &Partition) -> Result<()> {
+        self.check_kept(heads, partition, partition.n_groups())
+    }
+
+    /// As [`Pooled::check`], of k shared heads, of which those beyond the groups are read by another layer.
+    pub(crate) fn check_kept(&self, heads: &Heads, partition: &Partition, k: usize) -> Result<()> {
         let (n_heads, h, d) = heads.key().weight().dim();
         if partition.n_heads() != n_heads {
             return Err(Error::PartitionSize { expected: n_heads, found: partition.n_heads() });
         }
-        let k = partition.n_groups();
         for (what, pooled, source) in
             [("pooled key", &self.key, heads.key()), ("pooled value", &self.value, heads.value())]
         {

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use ndarray::{Array2, Array3, ArrayView2, ArrayView3};
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis};
 
 use crate::error::{Error, Result};
 
@@ -117,6 +117,19 @@ impl Projection {
         let weight = Array3::from_shape_fn((n, h, d), |(i, row, column)| rows[[i * h + row, column]]);
         let bias = bias.then(|| Array2::from_shape_fn((n, h), |(i, row)| rows[[i * h + row, d]]));
         Self::new(weight, bias)
+    }
+
+    /// Some of its heads, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] of none; [`Error::HeadOutOfRange`].
+    pub(crate) fn selected(&self, heads: &[usize]) -> Result<Self> {
+        let n_heads = self.n_heads();
+        if let Some(&head) = heads.iter().find(|&&head| head >= n_heads) {
+            return Err(Error::HeadOutOfRange { head, n_heads });
+        }
+        let bias = self.bias.as_ref().map(|bias| bias.select(Axis(0), heads));
+        Self::new(self.weight.select(Axis(0), heads), bias)
     }
 
     /// Takes the arrays back: weight (n, h, d) and bias (n, h).

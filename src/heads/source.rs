@@ -1,6 +1,6 @@
 use std::fmt::Debug;
 
-use super::{HeadRows, Heads};
+use super::{CrossMoment, HeadRows, Heads};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, AttentionSpec, ModelId, Rotary};
 
@@ -29,6 +29,11 @@ pub trait HeadSource: Debug + Sync {
     /// As [`HeadSource::heads`].
     fn rows(&self, layer: usize) -> Result<Box<dyn HeadRows + '_>> {
         Ok(Box::new(self.heads(layer)?))
+    }
+
+    /// The moment of the inputs of a layer and of the one above at the same tokens; `None` where it was not measured.
+    fn cross_moment(&self, _layer: usize) -> Option<CrossMoment> {
+        None
     }
 
     /// Fingerprint of the calibration that the heads' moments come from; `None` for heads without moments.

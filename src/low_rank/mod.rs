@@ -100,7 +100,7 @@ impl Keys {
 /// # Errors
 /// As [`values`].
 pub(crate) fn keys(heads: &Heads, metric: &Metric) -> Result<Keys> {
-    let (query, _) = query_side(heads)?;
+    let query = heads.weighing().ok_or(Error::NoQueries)?;
     let (n, r, h) = (heads.n_heads(), heads.queries_per_head(), heads.key().head_dim());
     let dims = heads.rotation().dims();
     let normed = heads.key_norm().is_some();

@@ -31,6 +31,9 @@ pub struct AttentionSpec {
     /// Name of the sinks, (query_heads), where there are any: a score of each query head that takes its share of the softmax and
     /// reads nothing (Xiao et al. 2024, arXiv 2309.17453; learned in gpt-oss, arXiv 2508.10925).
     pub sinks: Option<String>,
+    /// Where the layer has no keys and values of its own: for each of its KV heads the head of the layer below that it is, as that
+    /// layer computed and caches it (Brandon et al. 2024, arXiv 2405.12981). Its [`StoredHeads`] say where those lie.
+    pub below: Option<Vec<usize>>,
 }
 
 /// Linear biases (ALiBi, Press et al. 2022, arXiv 2108.12409): a score of query head q for the key at position p gets
@@ -220,6 +223,7 @@ impl AttentionSpec {
             alibi: None,
             norms: [None, None],
             sinks: None,
+            below: None,
         }
     }
 
@@ -261,6 +265,16 @@ impl AttentionSpec {
     /// Adds the name of the sinks.
     pub fn with_sinks(self, sinks: Option<String>) -> Self {
         Self { sinks, ..self }
+    }
+
+    /// Says which heads of the layer below it reads, in place of keys and values of its own.
+    pub fn with_below(self, below: Option<Vec<usize>>) -> Self {
+        Self { below, ..self }
+    }
+
+    /// KV heads that the layer computes and caches: none where it reads those of the layer below.
+    pub fn cached_heads(&self) -> usize {
+        if self.below.is_some() { 0 } else { self.kv_heads }
     }
 
     /// Query heads of each KV head, r.

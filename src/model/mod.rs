@@ -76,6 +76,11 @@ impl Architecture {
         self.layers.len()
     }
 
+    /// The first layer that reads the keys and values of the one below.
+    pub fn first_below(&self) -> Option<usize> {
+        self.layers.iter().position(|layer| layer.below.is_some())
+    }
+
     /// KV heads of every layer, H.
     pub fn kv_heads(&self) -> Vec<usize> {
         self.layers.iter().map(|layer| layer.kv_heads).collect()
@@ -83,7 +88,7 @@ impl Architecture {
 
     /// Bytes of keys and values that one token takes in the cache, over all layers, at `bytes_per_element` a number.
     pub fn kv_bytes_per_token(&self, bytes_per_element: usize) -> usize {
-        let numbers = self.layers.iter().map(|layer| 2 * layer.kv_heads * layer.head_dim);
+        let numbers = self.layers.iter().map(|layer| 2 * layer.cached_heads() * layer.head_dim);
         numbers.sum::<usize>() * bytes_per_element
     }
 

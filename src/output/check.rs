@@ -9,8 +9,7 @@ use crate::checkpoint::{CONFIG, Checkpoint, INDEX};
 use crate::files::FileError;
 use crate::heads::HeadSource;
 use crate::model::{AttentionSpec, Part, StoredHeads};
-use crate::partition::Partition;
-use crate::plan::Plan;
+use crate::plan::{LayerPlan, Plan};
 
 /// Checks that an output of a source holds all of its heads where they are looked for.
 pub(super) fn check(
@@ -60,7 +59,8 @@ pub(super) fn check(
             |tensor| if let Content::Copied(from) = &tensor.content { Some(from.as_str()) } else { None },
         )
         .collect();
-    for (layer, ((laid, attention), groups)) in laid.iter().zip(layers).zip(plan.groups()).enumerate() {
+    let kept = plan.group_counts();
+    for (layer, (laid, attention)) in laid.iter().zip(layers).enumerate() {
         let wrong = |found| FileError::Layout { target, layer, found };
         let stored = source.stored(layer)?;
         for name in stored.tensors() {
@@ -68,7 +68,8 @@ pub(super) fn check(
                 return Err(wrong(format!("the tensor {name} holds heads and is copied as it is")));
             }
         }
-        laid.check(attention, stored, groups, output.kv_heads[layer]).map_err(wrong)?;
+        laid.check(attention, stored, &plan.layers[layer], [output.kv_heads[layer], kept[layer]])
+            .map_err(wrong)?;
     }
     Ok(())
 }
@@ -106,9 +107,10 @@ impl Laid {
         &self,
         attention: &AttentionSpec,
         stored: &StoredHeads,
-        groups: &Partition,
-        kv_heads: usize,
+        planned: &LayerPlan,
+        [kv_heads, kept]: [usize; 2],
     ) -> Result<(), String> {
+        let groups = &planned.groups;
         for part in Part::ALL {
             let biased = part != Part::Output && stored.part(part).bias.is_some();
             let expected = if biased { &self.weights[part as usize][..] } else { &[] };
@@ -132,15 +134,28 @@ impl Laid {
         if !seen.into_iter().eq(0..query_heads) {
             return Err(format!("the query order is no permutation of {query_heads} query heads"));
         }
+        // A layer that reads the one below finds one head there for each of its groups, in their order.
+        let below: Vec<Slot> = (0..groups.n_groups()).map(Slot::Head).collect();
+        let key = match planned.below {
+            Some(_) if kv_heads > 0 || !key.is_empty() => {
+                return Err(
+                    "it reads the layer below, and has heads of its own laid out or cached".to_string()
+                );
+            }
+            Some(_) => &below,
+            None => key,
+        };
         let (queries, keys) = (query.len(), key.len());
         if keys == 0 || queries % keys != 0 {
             return Err(format!("{queries} query heads cannot be shared evenly by {keys} KV heads"));
         }
-        if keys != kv_heads {
+        if keys != kv_heads && planned.below.is_none() {
             return Err(format!("{keys} KV heads are laid out, and {kv_heads} cached"));
         }
-        if let Some(group) = key.iter().filter_map(heads).find(|&group| group >= groups.n_groups()) {
-            return Err(format!("there is no group {group} of {}", groups.n_groups()));
+        if let Some(group) =
+            key.iter().filter_map(heads).find(|&group| planned.below.is_none() && group >= kept)
+        {
+            return Err(format!("there is no group {group} of {kept}"));
         }
         for (position, slot) in query.iter().enumerate() {
             let Slot::Head(head) = *slot else { continue };

@@ -86,6 +86,15 @@ pub(super) fn checked(
     let model = source.architecture();
     plan.source.check_same(&source.id()?)?;
     let unfit = |source| FileError::TargetPlan { target: target.name(), source };
+    if let Some(layer) = plan.first_below().filter(|_| !target.holds_pairs()) {
+        return Err(unfit(Error::Limits {
+            layer,
+            found: "reads the keys and values of the layer below".to_string(),
+            expected: "this target gives every layer projections of its own, which see its own input: a copy would be exact only where both \
+                       layers have one input; the target remote-code writes such layers"
+                .to_string(),
+        }));
+    }
     target.limits(model).check(plan.groups()).map_err(unfit)?;
     let output = target.output(source, plan).map_err(|error| match error {
         FileError::Core(source) => unfit(source),
@@ -338,7 +347,7 @@ fn heads(output: &OutputModel) -> Vec<[usize; 2]> {
         .into_iter()
         .zip(&output.kv_heads)
         .map(|(queries, &kv)| [queries, kv])
-        .filter(|[q, _]| *q > 0)
+        .filter(|[q, kv]| *q > 0 && *kv > 0)
         .collect()
 }
 

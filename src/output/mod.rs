@@ -80,6 +80,11 @@ pub trait Target: Debug + Send + Sync {
         self.limits(model)
     }
 
+    /// Whether it can write a layer that reads the keys and values of the layer below ([`LayerPlan::below`](crate::plan::LayerPlan::below)).
+    fn holds_pairs(&self) -> bool {
+        false
+    }
+
     /// The output that a plan, one within the limits, makes of a model.
     ///
     /// # Errors

@@ -62,6 +62,7 @@ pub fn read_back<'a>(
     plan: &Plan,
     target: &dyn Target,
 ) -> Result<SharedHeads<'a>, FileError> {
+    plan.no_pairs("reading shared heads back")?;
     let output = checked(source, plan, target)?;
     let mut layers = Vec::with_capacity(plan.layers.len());
     for (i, planned) in plan.layers.iter().enumerate() {

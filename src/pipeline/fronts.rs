@@ -1,7 +1,8 @@
 use std::sync::Arc;
 
+use super::pairs::PairFronts;
 use super::{Compress, Preset};
-use crate::allocator::{Allocator, CostScale, LayerCosts};
+use crate::allocator::{Allocator, CostScale, LayerCosts, PairCosts};
 use crate::budget::{Budget, Limits};
 use crate::error::{Error, Result};
 #[cfg(feature = "runtime")]
@@ -46,6 +47,8 @@ pub struct Fronts<'s> {
     pub(super) fronts: Vec<Front>,
     /// Groups of neighbours by the same fitness, where windows that validate are to choose between the two.
     pub(super) neighbours: Vec<Front>,
+    /// Of two layers that share with one another, where they may.
+    pub(super) pairs: Option<PairFronts>,
     #[cfg(feature = "runtime")]
     pub(super) sensitivity: Option<Sensitivity>,
 }
@@ -77,33 +80,33 @@ impl Fronts<'_> {
     /// The plan, and the model under it where one was made to choose between groups.
     pub(super) fn planned(&self, budget: Budget, run: Run<'_>) -> Result<(Plan, Option<Chosen>)> {
         let cost = if self.allocation.1 { CostScale::Measured } else { self.compress.cost };
-        self.allocated(self.allocation.0.as_ref(), &self.costs()?, cost, budget, run)
+        let pairs = self.pairs.as_ref().map(|pairs| pairs.costs(cost, &self.limits)).transpose()?;
+        self.allocated(self.allocation.0.as_ref(), (&self.costs()?, pairs), cost, budget, run)
     }
 
-    /// The plan within a budget that another allocator chooses, from the errors.
+    /// The plan within a budget that another allocator chooses, from the errors; layers do not share with one another then.
     ///
     /// # Errors
     /// As [`Fronts::plan`].
     pub fn plan_by(&self, allocator: &dyn Allocator, budget: Budget, run: Run<'_>) -> Result<Plan> {
         let cost = self.compress.cost;
-        Ok(self
-            .allocated(allocator, &LayerCosts::new(&self.fronts, cost, &self.limits)?, cost, budget, run)?
-            .0)
+        let costs = LayerCosts::new(&self.fronts, cost, &self.limits)?;
+        Ok(self.allocated(allocator, (&costs, None), cost, budget, run)?.0)
     }
 
     /// The plan within a budget under costs from elsewhere: `costs` holds what each k of each layer loses, under the limits
-    /// (see [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`].
+    /// (see [`LayerCosts::priced`]). Plans then say [`CostScale::Measured`], and layers do not share with one another.
     ///
     /// # Errors
     /// As [`Fronts::plan`]; [`Error::LayerCount`] unless there are costs for every layer.
     pub fn plan_with_costs(&self, costs: &LayerCosts, budget: Budget, run: Run<'_>) -> Result<Plan> {
-        Ok(self.allocated(self.allocation.0.as_ref(), costs, CostScale::Measured, budget, run)?.0)
+        Ok(self.allocated(self.allocation.0.as_ref(), (costs, None), CostScale::Measured, budget, run)?.0)
     }
 
     fn allocated(
         &self,
         allocator: &dyn Allocator,
-        costs: &LayerCosts,
+        (costs, of_pairs): (&LayerCosts, Option<PairCosts>),
         cost: CostScale,
         budget: Budget,
         run: Run<'_>,
@@ -115,11 +118,16 @@ impl Fronts<'_> {
             return Err(Error::LayerCount { what, expected, found });
         }
         let most = budget.kv_heads(&heads)?;
-        let ks = allocator.allocate(costs, most, run)?;
-        let point = |(front, &k): (&Front, &usize)| {
+        let point = |front: &Front, k: usize| {
             front.get(k).map(LayerPlan::from).ok_or(Error::GroupCount { k, n_heads: front.n_heads() })
         };
-        let layers: Vec<LayerPlan> = self.fronts.iter().zip(&ks).map(point).collect::<Result<_>>()?;
+        let layers: Vec<LayerPlan> = match self.pairs.as_ref().zip(of_pairs) {
+            Some((pairs, of_pairs)) => pairs.layers(&self.fronts, costs, &of_pairs, most, run)?,
+            None => {
+                let ks = allocator.allocate(costs, most, run)?;
+                self.fronts.iter().zip(&ks).map(|(front, &k)| point(front, k)).collect::<Result<_>>()?
+            }
+        };
         let (layers, model) = self.chosen(layers, run)?;
         let moments = self.source.calibration();
         let calibrated = compress.pooler.needs().moment;
@@ -163,7 +171,10 @@ impl Fronts<'_> {
         if let (true, Some((model, windows))) = (self.allocation.1, self.compress.validation()) {
             let windows = windows.spaced(MEASURING_WINDOWS);
             let trial = Trial::new(self.source, model, self.compress.pooler.as_ref(), &windows);
-            self.sensitivity = Some(Sensitivity::estimate(&trial, &self.fronts, run)?);
+            self.sensitivity = Some(match &mut self.pairs {
+                Some(pairs) => pairs.measure(&trial, &self.fronts, run)?,
+                None => Sensitivity::estimate(&trial, &self.fronts, run)?,
+            });
         }
         Ok(())
     }

@@ -51,6 +51,10 @@ impl<'a> Compress<'a> {
         let unfitted =
             stages.iter().rfind(|stage| stage.made.refit.is_none() && stage.made.distilled.is_none());
         let text = self.calibration.and_then(|calibration| calibration.text());
+        if self.crosses_layers() {
+            // No other target holds such plans.
+            return Ok(None);
+        }
         let (Some((model, texts)), Some(within)) = (text, unfitted) else { return Ok(None) };
         let free = Self { target: Some(&Expanded), refit: Some(None), distil: None, ..self.clone() };
         let limits = free.all_limits(source)?;

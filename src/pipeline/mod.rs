@@ -8,6 +8,7 @@ mod fronts;
 mod limits;
 #[cfg(feature = "runtime")]
 mod mixtures;
+mod pairs;
 mod preset;
 mod resolved;
 mod search;
@@ -40,6 +41,7 @@ use crate::runtime::Model;
 #[cfg(feature = "runtime")]
 use crate::text::Windows;
 
+use self::pairs::PairFronts;
 use self::search::BothFronts;
 
 #[cfg(feature = "checkpoint")]
@@ -279,6 +281,7 @@ impl<'a> Compress<'a> {
         run: Run<'_>,
     ) -> Result<Fronts<'s>> {
         let allocation = self.resolved_allocation(&limits)?;
+        self.check_pairs(source, &limits)?;
         let refit = self.resolved_refit()?;
         self.check_distillation()?;
         let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
@@ -294,8 +297,13 @@ impl<'a> Compress<'a> {
             }
         }
         let search = [self.search.spec()].into_iter().chain(beside.map(Grouping::spec)).collect();
+        let pairs = match self.crosses_layers() {
+            true => Some(PairFronts::search(self, source, &space, run)?),
+            false => None,
+        };
         let mut fronts = Fronts {
             compress: self,
+            pairs,
             source,
             limits,
             #[cfg(feature = "runtime")]
@@ -314,6 +322,14 @@ impl<'a> Compress<'a> {
 
     /// Refuses to distil without a text, or what predicts nothing: before anything is computed.
     fn check_distillation(&self) -> Result<()> {
+        #[cfg(feature = "runtime")]
+        if self.distil.is_some() && self.crosses_layers() {
+            return Err(Error::Setting {
+                name: "the distillation of layers that share",
+                value: "asked for".to_string(),
+                expected: "none: gradients do not pass from one layer's attention to another's keys",
+            });
+        }
         #[cfg(feature = "runtime")]
         if self.distil.is_some() {
             let text = self.calibration.and_then(|calibration| calibration.text());

@@ -38,6 +38,13 @@ pub enum Preset {
     QcqaEc,
     /// Groups of any size with the least weight-sharing error, mean-pooled (Joshi et al. 2024, arXiv 2406.10247).
     QcqaAc,
+    /// Groups of any size over the heads of one layer or of two neighbouring ones, as loses least by weight-sharing error, mean-pooled: the
+    /// upper layer reads what the lower one caches (cross-layer attention, Brandon et al. 2024, arXiv 2405.12981).
+    Cla,
+    /// As [`Preset::Cla`], with groups that share the best low-rank fit under the inputs of the lower layer, from which those of the upper one
+    /// are predicted (docs/method.md, "Across layers").
+    #[cfg(feature = "linalg")]
+    ClaLowRank,
     /// Groups that share the best low-rank fit under the layer's inputs, as the target allows (docs/method.md).
     #[cfg(feature = "linalg")]
     LowRank,
@@ -53,11 +60,14 @@ impl Preset {
         Self::Pgqa,
         Self::QcqaEc,
         Self::QcqaAc,
+        Self::Cla,
+        #[cfg(feature = "linalg")]
+        Self::ClaLowRank,
         #[cfg(feature = "linalg")]
         Self::LowRank,
     ];
 
-    /// Its name: `gqa`, `mqa`, `key-norm`, `dgqa`, `pgqa`, `qcqa-ec`, `qcqa-ac`, `low-rank`.
+    /// Its name: `gqa`, `mqa`, `key-norm`, `dgqa`, `pgqa`, `qcqa-ec`, `qcqa-ac`, `cla`, `cla-low-rank`, `low-rank`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gqa => "gqa",
@@ -67,6 +77,9 @@ impl Preset {
             Self::Pgqa => "pgqa",
             Self::QcqaEc => "qcqa-ec",
             Self::QcqaAc => "qcqa-ac",
+            Self::Cla => "cla",
+            #[cfg(feature = "linalg")]
+            Self::ClaLowRank => "cla-low-rank",
             #[cfg(feature = "linalg")]
             Self::LowRank => "low-rank",
         }
@@ -82,6 +95,13 @@ impl Preset {
             Self::Pgqa => "Groups of one size, searched under perturbed distances of heads",
             Self::QcqaEc => "Searched groups, all of one size",
             Self::QcqaAc => "Searched groups of any size",
+            Self::Cla => {
+                "Searched groups of any size within layers or across two, whose upper one reads the lower one's cache"
+            }
+            #[cfg(feature = "linalg")]
+            Self::ClaLowRank => {
+                "As cla, with the best low-rank fit; of the inputs of a calibration text where there is one"
+            }
             #[cfg(feature = "linalg")]
             Self::LowRank => "Searched groups that share the best low-rank fit; sizes as the target allows",
         }
@@ -97,17 +117,19 @@ impl Preset {
             Self::Gqa | Self::Mqa => Search::Grouping(Arc::new(UniformGqa)),
             Self::KeyNorm => Search::Grouping(Arc::new(KeyNorm)),
             Self::Dgqa => Search::Grouping(Arc::new(DynamicKeyNorm::default())),
-            Self::Pgqa | Self::QcqaEc | Self::QcqaAc => Search::Optimizer(Arc::new(Auto::default())),
+            Self::Pgqa | Self::QcqaEc | Self::QcqaAc | Self::Cla => {
+                Search::Optimizer(Arc::new(Auto::default()))
+            }
             // Every group that is looked at is an eigenproblem.
             #[cfg(feature = "linalg")]
-            Self::LowRank => Search::Optimizer(Arc::new(Auto { exact_heads: 8 })),
+            Self::ClaLowRank | Self::LowRank => Search::Optimizer(Arc::new(Auto { exact_heads: 8 })),
         }
     }
 
     pub(super) fn fitness(self) -> Arc<dyn FitnessKind> {
         match self {
             #[cfg(feature = "linalg")]
-            Self::LowRank => Arc::new(crate::fitness::LowRankSharing::default()),
+            Self::ClaLowRank | Self::LowRank => Arc::new(crate::fitness::LowRankSharing::default()),
             Self::Pgqa => Arc::new(PerturbedSharing::default()),
             _ => Arc::new(WeightSharing),
         }
@@ -116,7 +138,7 @@ impl Preset {
     pub(super) fn pooler(self) -> Arc<dyn KvPooler> {
         match self {
             #[cfg(feature = "linalg")]
-            Self::LowRank => Arc::new(crate::pooler::LowRankPooler::default()),
+            Self::ClaLowRank | Self::LowRank => Arc::new(crate::pooler::LowRankPooler::default()),
             _ => Arc::new(MeanPooler),
         }
     }
@@ -126,9 +148,21 @@ impl Preset {
         match self {
             Self::Gqa | Self::Pgqa | Self::QcqaEc => Some(SearchSpace::equal()),
             Self::Mqa => Some(SearchSpace { max_groups: Some(1), ..SearchSpace::equal() }),
-            Self::KeyNorm | Self::Dgqa | Self::QcqaAc => Some(SearchSpace::arbitrary()),
+            Self::KeyNorm | Self::Dgqa | Self::QcqaAc | Self::Cla => Some(SearchSpace::arbitrary()),
+            #[cfg(feature = "linalg")]
+            Self::ClaLowRank => Some(SearchSpace::arbitrary()),
             #[cfg(feature = "linalg")]
             Self::LowRank => None,
+        }
+    }
+
+    /// Whether it shares heads across layers.
+    pub fn crosses_layers(self) -> bool {
+        match self {
+            Self::Cla => true,
+            #[cfg(feature = "linalg")]
+            Self::ClaLowRank => true,
+            _ => false,
         }
     }
 
@@ -137,6 +171,12 @@ impl Preset {
     /// # Errors
     /// [`Error::PlanInconsistent`] naming the first layer that it cannot have made.
     pub fn check(self, plan: &Plan) -> Result<()> {
+        if let Some(layer) = plan.first_below().filter(|_| !self.crosses_layers()) {
+            let what = format!(
+                "its method is {self}, which shares within layers, but layer {layer} reads the one below; call it `custom` if that is meant"
+            );
+            return Err(Error::PlanInconsistent(what));
+        }
         let Some(space) = self.space() else { return Ok(()) };
         let other = plan.groups().enumerate().find(|(_, groups)| !space.admits(groups));
         other.map_or(Ok(()), |(layer, groups)| {

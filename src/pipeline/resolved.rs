@@ -84,6 +84,9 @@ impl Compress<'_> {
 
     /// How the layers share the budget, and whether by measured costs. One k in all layers leaves nothing to measure.
     pub(super) fn resolved_allocation(&self, limits: &Limits) -> Result<(Arc<dyn Allocator>, bool)> {
+        if self.crosses_layers() {
+            return self.allocation_across();
+        }
         let low_rank = self.preset.is_some_and(|preset| preset.space().is_none());
         match &self.allocation {
             Allocation::By(allocator) => Ok((Arc::clone(allocator), false)),
@@ -98,10 +101,39 @@ impl Compress<'_> {
         }
     }
 
+    /// How layers share the budget that may share heads with one another: exactly, by measured costs where a text is there that fits nothing.
+    fn allocation_across(&self) -> Result<(Arc<dyn Allocator>, bool)> {
+        match &self.allocation {
+            Allocation::By(allocator) if allocator.spec().name() == ExactAllocation.spec().name() => {
+                Ok((Arc::clone(allocator), false))
+            }
+            Allocation::By(allocator) => {
+                let (value, expected) = (allocator.spec().to_string(), "exact, or by measured costs");
+                Err(Error::Setting { name: "the allocation of layers that share", value, expected })
+            }
+            Allocation::Measured if !self.can_choose() => Err(Error::NeedsText {
+                what: "measuring how much each layer pays, on windows that fit nothing,",
+            }),
+            _ => Ok((Arc::new(ExactAllocation), self.can_choose())),
+        }
+    }
+
+    /// Whether heads may be shared across layers.
+    pub(super) fn crosses_layers(&self) -> bool {
+        self.preset.is_some_and(Preset::crosses_layers)
+    }
+
     /// The refit asked for, or a full one where the pooler is calibrated and a text is there.
     pub(super) fn resolved_refit(&self) -> Result<Option<Refit>> {
         let calibrated = self.pooler.needs().moment;
         match self.refit {
+            // A refit has no place for layers that read one another's heads.
+            None if self.crosses_layers() => Ok(None),
+            Some(Some(_)) if self.crosses_layers() => Err(Error::Setting {
+                name: "the refit of layers that share",
+                value: "a refit".to_string(),
+                expected: "none: gradients do not pass from one layer's attention to another's keys",
+            }),
             None => Ok((calibrated && self.has_text()).then_some(Refit::Full)),
             Some(Some(_)) if !calibrated => {
                 Err(Error::RefitPooler { pooler: self.pooler.spec().name().to_string() })

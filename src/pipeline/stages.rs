@@ -231,7 +231,11 @@ impl<'a> Compress<'a> {
         // Every layer is pooled once: what comes after takes its heads from the model that has them.
         let done: Arc<dyn KvPooler> =
             Arc::new(Pooled { by: Arc::clone(&self.pooler), model: pooled.clone() });
-        let closed = by(source, done)?;
+        // Of layers that share with one another heads are not told apart by layer.
+        let closed = match plan.first_below() {
+            None => by(source, done)?,
+            Some(_) => by(source, Arc::clone(&self.pooler))?,
+        };
         stages.offer_model(closed.clone(), pooled.clone(), run)?;
         if let Some(level) = plan.pooling.refit {
             let refitted = |level| refitted(closed.clone(), Some(&pooled), level);

@@ -1,5 +1,6 @@
 //! A plan: which heads share in every layer, how that was decided, and how their shared heads come about. Versioned JSON.
 
+mod below;
 #[cfg(feature = "checkpoint")]
 mod file;
 mod method;
@@ -15,6 +16,9 @@ use crate::model::ModelId;
 use crate::partition::Partition;
 use crate::spec::Spec;
 
+pub use below::Below;
+#[cfg(feature = "runtime")]
+pub(crate) use below::Sharing;
 #[cfg(feature = "checkpoint")]
 pub(crate) use file::{PLAN_LIMIT, parse_plan};
 #[cfg(feature = "checkpoint")]
@@ -156,18 +160,26 @@ pub struct LayerPlan {
     pub error: f64,
     /// Certified lower bound on the error of any partition into as many groups.
     pub lower_bound: Option<f64>,
+    /// What its groups read where the layer has no keys and values of its own; its error is then part of that of the layer below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub below: Option<Below>,
 }
 
 impl From<&FrontPoint> for LayerPlan {
     fn from(point: &FrontPoint) -> Self {
-        Self { groups: point.partition.clone(), error: point.error, lower_bound: point.lower_bound }
+        Self { lower_bound: point.lower_bound, ..Self::new(point.partition.clone(), point.error) }
     }
 }
 
 impl LayerPlan {
     /// Groups of this error, with no bound.
     pub fn new(groups: Partition, error: f64) -> Self {
-        Self { groups, error, lower_bound: None }
+        Self { groups, error, lower_bound: None, below: None }
+    }
+
+    /// Says that the layer has no keys and values, and which heads of the layer below its groups read.
+    pub fn with_below(self, below: Option<Below>) -> Self {
+        Self { below, ..self }
     }
 
     /// How far the error may be above the optimum, as [`FrontPoint::gap`].
@@ -192,7 +204,7 @@ impl Plan {
         asked: f64,
         seed: u64,
     ) -> Result<Self> {
-        let kv_heads: usize = layers.iter().map(|layer| layer.groups.n_groups()).sum();
+        let kv_heads: usize = below::kept(&layers).iter().sum();
         let reached = kv_heads as f64 / source.kv_heads() as f64;
         let budget = PlanBudget { asked, reached, kv_heads };
         let (version, qcqa) = (Self::VERSION, env!("CARGO_PKG_VERSION").to_string());
@@ -234,6 +246,7 @@ impl Plan {
                 format!("layer {i} has the error {}, but a lower bound of {bound}", layer.error),
             )?;
         }
+        below::check(&self.layers, &self.source)?;
         self.method.check()?;
         let limits = self.method.limits();
         // A search need not share: one group a head is outside no space.
@@ -281,14 +294,15 @@ impl Plan {
         self.layers.iter().map(|layer| &layer.groups)
     }
 
-    /// KV heads over all layers, as the groups say.
+    /// KV heads over all layers that are computed and cached.
     pub fn kv_heads(&self) -> usize {
-        self.groups().map(Partition::n_groups).sum()
+        self.group_counts().iter().sum()
     }
 
-    /// Number of groups of every layer.
+    /// KV heads that every layer computes and caches: its groups, with those that only the layer above reads, and none of a layer
+    /// that reads those of the one below.
     pub fn group_counts(&self) -> Vec<usize> {
-        self.groups().map(Partition::n_groups).collect()
+        below::kept(&self.layers)
     }
 
     /// Sum of the layers' errors, unscaled.

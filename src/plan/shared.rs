@@ -1,6 +1,9 @@
 use std::sync::Arc;
 
+#[cfg(feature = "runtime")]
+use super::below::Sharing;
 use super::{Plan, Pooling};
+use crate::cross_layer::{LayerPairs, parted};
 use crate::error::{Error, Result};
 use crate::heads::{HeadSource, Heads, Pooled};
 use crate::partition::Partition;
@@ -87,8 +90,7 @@ impl<'a> SharedHeads<'a> {
     /// # Errors
     /// As [`Plan::check`]; [`Error::PlanSource`].
     pub fn with_pooler(plan: &Plan, source: &'a dyn HeadSource, pooler: Box<dyn KvPooler>) -> Result<Self> {
-        plan.check()?;
-        plan.source.check_same(&source.id()?)?;
+        check(plan, source)?;
         let calibration = source.calibration().filter(|_| pooler.needs().moment);
         let done = Pooling::new(pooler.spec()).with_calibration(calibration);
         Ok(Self { plan: plan.clone(), source, made: Made::By(Arc::from(pooler)), done })
@@ -97,8 +99,7 @@ impl<'a> SharedHeads<'a> {
     /// Shared heads that a plan's pooling has made before, one [`Pooled`] a layer.
     #[cfg(feature = "checkpoint")]
     pub(crate) fn made(plan: &Plan, source: &'a dyn HeadSource, layers: Vec<Pooled>) -> Result<Self> {
-        plan.check()?;
-        plan.source.check_same(&source.id()?)?;
+        check(plan, source)?;
         let done = plan.pooling.clone();
         Ok(Self { plan: plan.clone(), source, made: Made::Given(Arc::new(layers)), done })
     }
@@ -153,20 +154,68 @@ impl<'a> SharedHeads<'a> {
         &self.plan.layers[layer].groups
     }
 
-    /// A layer of the source, and its shared heads, checked against it.
+    /// The groups of a layer, and what they read.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn sharing(&self, layer: usize) -> Sharing<'_> {
+        Sharing::from(&self.plan.layers[layer])
+    }
+
+    /// A layer of the source, and its shared heads, checked against it. Of two layers that share with one another the lower one has the
+    /// shared heads of both, those first that its own groups read; the upper one, as functions of the lower one's input,
+    /// those that it reads.
     ///
     /// # Errors
     /// [`Error::NoLayer`]; what the source and the pooler report; as [`Pooled::check`].
     pub fn layer(&self, layer: usize) -> Result<(Heads, Pooled)> {
         let planned = self.plan.layers.get(layer);
-        let groups = &planned.ok_or(Error::NoLayer { layer, layers: self.plan.layers.len() })?.groups;
-        let heads = self.source.heads(layer)?;
+        let planned = planned.ok_or(Error::NoLayer { layer, layers: self.plan.layers.len() })?;
+        let (groups, heads) = (&planned.groups, self.source.heads(layer)?);
+        let lower = if planned.below.is_some() { layer.saturating_sub(1) } else { layer };
         let pooled = match &self.made {
             #[cfg(feature = "checkpoint")]
             Made::Given(layers) => layers[layer].clone(),
-            Made::By(pooler) => pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
+            Made::By(pooler) => match self.plan.joint(lower) {
+                Some(joint) => {
+                    let pair = self.pair(lower, pooler.as_ref(), &joint);
+                    let [of_lower, of_upper] = pair.map_err(|error| error.of_layer(layer))?;
+                    if lower < layer { of_upper } else { of_lower }
+                }
+                None => pooler.pool(&heads, groups).map_err(|error| error.of_layer(layer))?,
+            },
         };
-        pooled.check(&heads, groups)?;
+        let read = if planned.below.is_some() { groups.n_groups() } else { self.plan.group_counts()[layer] };
+        pooled.check_kept(&heads, groups, read)?;
         Ok((heads, pooled))
     }
+
+    /// The shared heads of a layer and the one above by their joint groups.
+    fn pair(&self, lower: usize, pooler: &dyn KvPooler, joint: &Partition) -> Result<[Pooled; 2]> {
+        let pairs = LayerPairs::new(self.source, pooler.needs().moment)?;
+        let heads = pairs.of_lower(lower)?;
+        let pooled = pooler.pool(&heads, joint)?;
+        pooled.check(&heads, joint)?;
+        let below = self.plan.layers[lower + 1].below.as_ref();
+        let queries = self.plan.layers[lower].groups.n_heads() * heads.queries_per_head();
+        parted(pooled, queries, below.map_or(&[], super::Below::heads))
+    }
+}
+
+/// Checks that a plan is for this source, whose layers can share as it says.
+fn check(plan: &Plan, source: &dyn HeadSource) -> Result<()> {
+    plan.check()?;
+    plan.source.check_same(&source.id()?)?;
+    // Heads that already read another layer's input have no second place to be shared in.
+    let pairs = match source.architecture().first_below().is_some() || plan.first_below().is_some() {
+        true => LayerPairs::new(source, false)?,
+        false => return Ok(()),
+    };
+    let cannot = plan.layers.iter().enumerate().skip(1).find(|(layer, planned)| {
+        planned.below.is_some() && pairs.lower().binary_search(&(layer - 1)).is_err()
+    });
+    cannot.map_or(Ok(()), |(layer, _)| {
+        let found = "reads the keys and values of the layer below".to_string();
+        let expected =
+            "the two differ in heads, positions or masks, or their keys go through norms".to_string();
+        Err(Error::Limits { layer, found, expected })
+    })
 }

@@ -104,6 +104,7 @@ pub(crate) fn refit_from<'a>(
     run: Run<'_>,
 ) -> Result<Refitted<'a>, RuntimeError> {
     shared.plan().source.check_same(model.id())?;
+    shared.plan().no_pairs("a refit")?;
     let start = start.filter(|start| start.tells_heads());
     let n = model.n_layers();
     let mut texts = Texts::new(model, windows)?;

@@ -1,7 +1,6 @@
 //! Attention on the KV heads that are there: query heads are ordered group by group, so that nothing is copied
 //! back to the heads of a group.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
@@ -9,14 +8,16 @@ use half::bf16;
 use ndarray::Array3;
 
 use super::cache::Past;
+use super::handed::Handed;
 use super::layer::{linear, times};
 use super::norms::{HeadNormed, HeadNorms};
-use super::ops::{CausalSoftmax, KeptMask, capped, visible};
+use super::ops::{CausalSoftmax, capped, visible};
+use super::pass::Pass;
 use super::rope::Rope;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
 use crate::model::{Alibi, AttentionSpec, Mask};
-use crate::partition::Partition;
+use crate::plan::{Below, Sharing};
 
 /// Groups of equally many query heads, side by side: one batched product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,45 +53,24 @@ pub(super) struct Attention {
     /// The query heads of the source in the order in which they lie here, and the groups.
     pub(super) query_order: Vec<usize>,
     pub(super) kv_order: Vec<usize>,
+    /// The head of the layer below that each group reads, in the order of the groups here, where the layer has no keys and values.
+    pub(super) below: Option<Vec<usize>>,
     /// Which of queries, keys, values and outputs have a bias.
     pub(super) biased: [bool; 4],
-}
-
-/// What all layers of one forward pass share.
-#[derive(Debug)]
-pub(crate) struct Pass {
-    /// Where the new tokens of each row stand, ascending.
-    pub(super) positions: Vec<usize>,
-    /// Of every layer.
-    pub(super) ropes: Vec<Rope>,
-    /// What hides keys, kept for all layers that reach as far.
-    pub(super) masks: BTreeMap<usize, KeptMask>,
-}
-
-impl Pass {
-    /// How positions turn the heads of a layer.
-    pub(crate) fn rope(&self, layer: usize) -> &Rope {
-        &self.ropes[layer]
-    }
-
-    /// Where the new tokens of each row stand, ascending.
-    pub(crate) fn positions(&self) -> &[usize] {
-        &self.positions
-    }
 }
 
 impl Attention {
     /// The attention of a layer, as it is or with shared heads.
     pub(super) fn new(
         heads: &Heads,
-        shared: Option<(&Pooled, &Partition)>,
+        shared: Option<(&Pooled, Sharing<'_>)>,
         spec: &AttentionSpec,
         norms: HeadNorms,
         device: &Device,
     ) -> Result<Self> {
         let (n_heads, queries) = (heads.n_heads(), heads.queries_per_head());
         let mut groups: Vec<(usize, Vec<usize>)> = match shared {
-            Some((_, partition)) => partition.groups().into_iter().enumerate().collect(),
+            Some((_, sharing)) => sharing.groups.groups().into_iter().enumerate().collect(),
             None => (0..n_heads).map(|head| (head, vec![head])).collect(),
         };
         groups.sort_by_key(|(_, members)| members.len());
@@ -105,7 +85,12 @@ impl Attention {
         let query_order: Vec<usize> = (groups.iter().flat_map(|(_, members)| members))
             .flat_map(|head| head * queries..(head + 1) * queries)
             .collect();
-        let kv_order: Vec<usize> = groups.iter().map(|&(group, _)| group).collect();
+        let read = groups.iter().map(|&(group, _)| group);
+        let below = shared.map_or(spec.below.as_deref(), |(_, sharing)| sharing.below.map(Below::heads));
+        let below = below.map(|heads| read.clone().map(|group| heads[group]).collect::<Vec<_>>());
+        // Behind those of its own groups lie the heads that the layer above alone reads.
+        let further = groups.len()..shared.map_or(n_heads, |(pooled, _)| pooled.key.n_heads());
+        let kv_order: Vec<usize> = if below.is_some() { Vec::new() } else { read.chain(further).collect() };
         let members: Vec<&[usize]> = groups.iter().map(|(_, members)| &members[..]).collect();
         let norms = norms.ordered(&query_order, &members, heads.key().head_dim()).map_err(Error::plugin)?;
         let (scale, scale_after) = if norms.query.is_some() { (1.0, spec.scale) } else { (spec.scale, 1.0) };
@@ -160,6 +145,7 @@ impl Attention {
             ],
             query_order,
             kv_order,
+            below,
         })
     }
 
@@ -168,30 +154,29 @@ impl Attention {
         self.kv_heads
     }
 
-    /// Inputs (B·T, d) → outputs (B·T, d).
+    /// Inputs (B·T, d) → outputs (B·T, d), and the keys and values that were read. Where the layer has none of its own these are
+    /// among `below`, those of the layer below, and nothing is added to the past.
     pub(super) fn forward(
         &self,
         x: &Tensor,
         pass: &Pass,
         rope: &Rope,
         past: Option<&mut Past>,
-    ) -> candle_core::Result<Tensor> {
-        let [query, mut keys, mut values] = self.project(x, pass, rope)?;
-        let mut seen = pass.positions();
-        match past {
-            None => {}
-            Some(Past::Whole(past)) => (keys, values, seen) = past.extend(keys, values, seen)?,
-            Some(Past::Chosen(rows)) => {
-                return self.write(&self.through(rows, [&query, &keys, &values], pass)?);
-            }
+        below: Option<&Handed>,
+    ) -> candle_core::Result<(Tensor, Handed)> {
+        if let Some(Past::Chosen(rows)) = past {
+            return self.forward_through(rows, x, pass, rope, below);
         }
+        let (query, handed) = self.read(x, pass, rope, past, below)?;
+        let seen = &handed.positions[..];
         let softmax = self.softmax(pass, seen);
         let outputs = self.places().map(|place| {
-            let [query, keys, values] = place.of(&query, &keys, &values)?;
+            let [query, keys, values] = place.of(&query, &handed.keys, &handed.values)?;
             let scores = self.scores(place, [&query, &keys], seen)?;
             softmax.of(scores, self.sinks(place))?.matmul(&values)
         });
-        self.write(&self.side_by_side(outputs, pass)?)
+        let output = self.write(&self.side_by_side(outputs, pass)?)?;
+        Ok((output, handed))
     }
 
     /// Inputs (B·T, d) → queries (B, n_q, T, h), keys and values (B, k, T, h), turned by their positions.

@@ -5,9 +5,10 @@
 
 use candle_core::{Result, Tensor};
 
-use super::attention::{Attention, Pass, joined};
+use super::attention::{Attention, joined};
 use super::layer::{Layer, Normed, normed, normed_backward, times};
 use super::ops::{capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward};
+use super::pass::Pass;
 use super::rope::Rope;
 use super::weights::AttentionWeights;
 use crate::model::NormKind;

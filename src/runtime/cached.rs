@@ -3,10 +3,13 @@
 use candle_core::{Result as Candle, Tensor};
 use ndarray::{Array3, ArrayView2, ArrayView3, ArrayView4};
 
-use super::attention::{Attention, Pass};
+use super::attention::Attention;
 use super::cache::{Kept, KvCache, LayerCache, Steps};
+use super::handed::Handed;
 use super::model::{Model, numbers};
 use super::ops::numbers_on_cpu;
+use super::pass::Pass;
+use super::rope::Rope;
 use crate::text::RuntimeError;
 
 impl Model {
@@ -33,11 +36,15 @@ impl Model {
             return Err(RuntimeError::NoPredictions);
         }
         let pass = self.pass(len, cache.tokens)?;
-        let mut x = self.embed(tokens, &pass)?;
+        let (mut x, mut below, kept) = (self.embed(tokens, &pass)?, None, self.kv_heads());
         for i in 0..self.n_layers() {
-            let layer = self.whole(i)?;
-            let past = cache.of(i, batch, [layer.attention.kv_heads(), layer.attention.head_dim])?;
-            x = layer.forward(i, &x, &pass, Some(past))?;
+            // What two layers read is held once, by the lower one.
+            let own = if self.reads_below(i) { i.saturating_sub(1) } else { i };
+            let past = cache.of(own, batch, [kept[own], self.specs[own].head_dim])?;
+            x = self.step(i, &x, &pass, Some(past), &mut below)?;
+            if i + 1 == self.n_layers() || !self.reads_below(i + 1) {
+                cache.settle(own);
+            }
         }
         cache.tokens += len;
         Ok(x)
@@ -64,34 +71,46 @@ impl Model {
 }
 
 impl Attention {
-    /// Queries (B, n_q, T, h), keys and values (B, k, T, h) of new tokens → what the query heads read, (B·T, n_q·h), where row b of
-    /// the batch keeps what `rows[b]` does.
-    pub(super) fn through(
+    /// Inputs (B·T, d) → outputs (B·T, d), where row b of the batch keeps what `rows[b]` does; of what was read this hands on no more than
+    /// the new tokens, since the layer above reads those rows, too.
+    pub(super) fn forward_through(
         &self,
         rows: &mut [Box<dyn LayerCache>],
-        [query, keys, values]: [&Tensor; 3],
+        x: &Tensor,
         pass: &Pass,
-    ) -> Candle<Tensor> {
+        rope: &Rope,
+        below: Option<&Handed>,
+    ) -> Candle<(Tensor, Handed)> {
+        let (query, handed) = self.read(x, pass, rope, None, below)?;
+        let heads: Vec<usize> = match &self.below {
+            Some(heads) => Handed::places(below, heads)?.1.iter().map(|&place| place as usize).collect(),
+            None => (0..self.kv_heads).collect(),
+        };
         let read = rows.iter_mut().enumerate().map(|(b, row)| {
             let own = |t: &Tensor| t.narrow(0, b, 1)?.contiguous();
-            self.row_through(&mut **row, [&own(query)?, &own(keys)?, &own(values)?], pass)
+            if self.below.is_none() {
+                let [keys, values] = [own(&handed.keys)?, own(&handed.values)?];
+                let positions = pass.positions();
+                on_host(&keys, |keys| on_host(&values, |values| Ok(row.append(keys, values, positions))))?;
+            }
+            self.row_through(&mut **row, &own(&query)?, &heads, pass)
         });
-        Tensor::cat(&read.collect::<Candle<Vec<_>>>()?, 0)
+        let read = Tensor::cat(&read.collect::<Candle<Vec<_>>>()?, 0)?;
+        Ok((self.write(&read)?, handed))
     }
 
-    /// One row of the batch: (1, n_q, T, h), (1, k, T, h), (1, k, T, h) → (T, n_q·h).
+    /// What the query heads (1, n_q, T, h) of one row read, (T, n_q·h), where group i reads head `heads[i]` of the cache.
     fn row_through(
         &self,
         row: &mut dyn LayerCache,
-        [query, keys, values]: [&Tensor; 3],
+        query: &Tensor,
+        heads: &[usize],
         pass: &Pass,
     ) -> Candle<Tensor> {
         let len = pass.positions().len();
-        on_host(keys, |keys| on_host(values, |values| Ok(row.append(keys, values, pass.positions()))))?;
         let wants_weights = row.wants_weights();
-        let mut outputs = Vec::with_capacity(self.kv_heads);
-        for place in self.places().flat_map(|place| place.each()) {
-            let head = outputs.len();
+        let mut outputs = Vec::with_capacity(heads.len());
+        for (place, &head) in self.places().flat_map(|place| place.each()).zip(heads) {
             let Kept { keys, values, positions } = row.read(head);
             let (s, h) = (positions.len(), self.head_dim);
             if (keys.dim(), values.dim()) != ((s, h), (s, h)) || !positions.ends_with(pass.positions()) {
@@ -113,7 +132,6 @@ impl Attention {
             }
             outputs.push(weights.matmul(&values));
         }
-        row.settle();
         self.side_by_side(outputs.into_iter(), pass)
     }
 }

@@ -2,10 +2,12 @@ use candle_core::{D, DType, Device, Result as Candle, Tensor};
 use candle_nn::ops::{layer_norm, rms_norm};
 
 use super::RuntimeError;
-use super::attention::{Attention, Pass};
+use super::attention::Attention;
 use super::cache::Past;
+use super::handed::Handed;
 use super::mlp::Hidden;
 use super::norms::HeadNorms;
+use super::pass::Pass;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::files::FileError;
@@ -130,16 +132,18 @@ impl Layer {
         normed(&self.attention_norm, x)
     }
 
-    /// The layer with number `i`, (N, d) → (N, d).
+    /// The layer with number `i`, (N, d) → (N, d), and the keys and values that it read.
     pub(super) fn forward(
         &self,
         i: usize,
         x: &Tensor,
         pass: &Pass,
         past: Option<&mut Past>,
-    ) -> Candle<Tensor> {
-        let attended = self.attention.forward(&self.attention_input(x)?, pass, pass.rope(i), past)?;
-        self.finish(x, &attended)
+        below: Option<&Handed>,
+    ) -> Candle<(Tensor, Handed)> {
+        let input = self.attention_input(x)?;
+        let (attended, handed) = self.attention.forward(&input, pass, pass.rope(i), past, below)?;
+        Ok((self.finish(x, &attended)?, handed))
     }
 
     /// x and what the attention makes of it, both (N, d): the layer's output, (N, d).

@@ -34,12 +34,14 @@ mod cached;
 mod device;
 mod ends;
 mod energies;
+mod handed;
 mod head;
 mod layer;
 mod mlp;
 mod model;
 mod norms;
 mod ops;
+mod pass;
 mod rope;
 mod shared;
 mod shelf;
@@ -54,8 +56,8 @@ pub use cache::{
 pub use device::best_device;
 pub use model::Model;
 
-pub(crate) use attention::Pass;
 pub(crate) use layer::times;
 pub(crate) use model::Joint;
 pub(crate) use ops::{combined, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
+pub(crate) use pass::Pass;
 pub(crate) use weights::AttentionWeights;

@@ -4,17 +4,17 @@ use candle_core::{DType, Device as Place, Tensor};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
-use super::attention::{Attention, Pass};
+use super::attention::Attention;
 use super::device;
 use super::ends::Ends;
+use super::handed::Handed;
 use super::layer::{Layer, Weights};
-use super::ops::KeptMask;
-use super::rope::Rope;
+use super::pass::Pass;
 use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::{AttentionSpec, Mask, ModelId};
+use crate::model::{AttentionSpec, ModelId};
 use crate::run::{Device, Precision};
 use crate::text::{RuntimeError, forward_of, within};
 
@@ -130,10 +130,10 @@ impl Model {
         self.specs.len()
     }
 
-    /// KV heads of every layer.
+    /// KV heads that every layer computes and keeps.
     pub fn kv_heads(&self) -> Vec<usize> {
         let found = self.specs.iter().zip(&self.attention);
-        found.map(|(spec, own)| own.as_ref().map_or(spec.kv_heads, Attention::kv_heads)).collect()
+        found.map(|(spec, own)| own.as_ref().map_or(spec.cached_heads(), Attention::kv_heads)).collect()
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
@@ -193,13 +193,17 @@ impl Model {
     pub(crate) fn through(
         &self,
         from: usize,
-        mut texts: Vec<Tensor>,
+        texts: Vec<Tensor>,
         pass: &Pass,
     ) -> Result<Vec<Tensor>, RuntimeError> {
+        let mut texts: Vec<(Tensor, Option<Handed>)> = texts.into_iter().map(|x| (x, None)).collect();
         for i in from..self.n_layers() {
-            texts = texts.par_iter().map(|x| self.layer(i, x, pass)).collect::<Result<_, _>>()?;
+            texts.par_iter_mut().try_for_each(|(x, below)| {
+                *x = self.step(i, x, pass, None, below)?;
+                Ok::<_, RuntimeError>(())
+            })?;
         }
-        Ok(texts)
+        Ok(texts.into_iter().map(|(x, _)| x).collect())
     }
 
     pub(super) fn shaped(
@@ -240,28 +244,6 @@ impl Model {
         self.id.hidden
     }
 
-    /// What the layers share when they read `len` tokens of each row after `start` others.
-    pub(crate) fn pass(&self, len: usize, start: usize) -> Result<Pass, RuntimeError> {
-        let expected = self.positions;
-        match start.checked_add(len) {
-            Some(end) if len > 0 && end <= expected => {}
-            end => return Err(RuntimeError::Positions { expected, found: end.unwrap_or(usize::MAX) }),
-        }
-        let positions: Vec<usize> = (start..start + len).collect();
-        let mut ropes: Vec<Rope> = Vec::with_capacity(self.n_layers());
-        for (i, spec) in self.specs.iter().enumerate() {
-            let alike = self.specs[..i].iter().position(|other| other.rotary == spec.rotary);
-            ropes.push(match alike {
-                Some(j) => ropes[j].clone(),
-                None => Rope::new(spec.rotary.as_ref(), &positions, &self.device)?,
-            });
-        }
-        // Whoever looks at everything reaches as far as the most, with another mask.
-        let causal = self.specs.iter().filter(|spec| spec.mask != Mask::Whole);
-        let masks = causal.map(|spec| (spec.mask.reach(), KeptMask::default())).collect();
-        Ok(Pass { positions, ropes, masks })
-    }
-
     /// Tokens (B·T) → what enters the first layer, (B·T, d).
     pub(crate) fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, RuntimeError> {
         within(tokens, self.vocabulary(), "the tokens belong to another model")?;
@@ -285,11 +267,6 @@ impl Model {
     /// What the attention of layer `i` reads, (N, d), after the norm.
     pub(crate) fn attention_input(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
         Ok(self.shelf.layer(i)?.attention_input(x)?)
-    }
-
-    /// What the attention of layer `i` makes of what it reads, (N, d) → (N, d).
-    pub(crate) fn attend(&self, i: usize, input: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.attention(i)?.forward(input, pass, pass.rope(i), None)?)
     }
 
     /// How what the attention of layer `i` gives comes into the stream.
@@ -320,9 +297,9 @@ impl Model {
         })
     }
 
-    /// Layer `i`, (N, d) → (N, d).
+    /// Layer `i`, which has keys and values of its own, (N, d) → (N, d).
     pub(crate) fn layer(&self, i: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, RuntimeError> {
-        Ok(self.whole(i)?.forward(i, x, pass, None)?)
+        self.step(i, x, pass, None, &mut None)
     }
 
     /// The output embedding, (vocabulary, d).

@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::files::FileError;
 use crate::heads::{Heads, Pooled, Projection};
 use crate::partition::Partition;
-use crate::plan::SharedHeads;
+use crate::plan::{SharedHeads, Sharing};
 use crate::run::{Run, map_ordered};
 
 /// Layers that are made side by side: what one thread does of one goes on beside what all do of another, and several
@@ -34,7 +34,7 @@ impl Model {
         shared.plan().source.check_same(self.id())?;
         let made = |i: usize| {
             let (heads, pooled) = shared.layer(i)?;
-            Ok((heads, vec![(shared.groups(i), pooled)]))
+            Ok((heads, vec![(shared.sharing(i), pooled)]))
         };
         Ok(self.with_each(1, made, run)?.swap_remove(0))
     }
@@ -43,7 +43,7 @@ impl Model {
     pub(crate) fn with_each<'p>(
         &self,
         models: usize,
-        made: impl Fn(usize) -> Result<(Heads, Vec<(&'p Partition, Pooled)>), RuntimeError> + Sync + Send,
+        made: impl Fn(usize) -> Result<(Heads, Vec<(Sharing<'p>, Pooled)>), RuntimeError> + Sync + Send,
         run: Run<'_>,
     ) -> Result<Vec<Self>, RuntimeError> {
         let (n, mut all) = (self.n_layers(), vec![self.clone(); models]);
@@ -51,7 +51,7 @@ impl Model {
             run.step("pool", first as u64, n as u64)?;
             let layers = map_ordered(ABREAST.min(n - first), |layer| {
                 let (heads, pooled) = made(first + layer)?;
-                let own = |(partition, pooled)| self.shared_attention(&heads, partition, pooled);
+                let own = |(sharing, pooled)| self.shared_attention(&heads, sharing, pooled);
                 pooled.into_iter().map(own).collect::<Result<Vec<_>, RuntimeError>>()
             });
             for (layer, found) in layers.into_iter().enumerate() {
@@ -74,9 +74,23 @@ impl Model {
         partition: &Partition,
         pooled: Pooled,
     ) -> Result<Self, RuntimeError> {
-        let attention = self.shared_attention(heads, partition, pooled)?;
+        pooled.check(heads, partition)?;
+        let attention = self.shared_attention(heads, partition.into(), pooled)?;
         let mut model = self.clone();
         model.attention[heads.layer()] = Some(attention);
+        Ok(model)
+    }
+
+    /// This model with shared heads in the layer that `heads`, the source's, are of, of which the layer above may read some, or which are those of
+    /// the layer below.
+    pub(crate) fn with_sharing(
+        &self,
+        heads: &Heads,
+        sharing: Sharing<'_>,
+        pooled: Pooled,
+    ) -> Result<Self, RuntimeError> {
+        let mut model = self.clone();
+        model.attention[heads.layer()] = Some(self.shared_attention(heads, sharing, pooled)?);
         Ok(model)
     }
 
@@ -101,19 +115,20 @@ impl Model {
     fn shared_attention(
         &self,
         heads: &Heads,
-        partition: &Partition,
+        sharing: Sharing<'_>,
         pooled: Pooled,
     ) -> Result<Attention, RuntimeError> {
         let (i, layers) = (heads.layer(), self.n_layers());
         let spec = self.specs.get(i).ok_or(Error::NoLayer { layer: i, layers })?;
-        pooled.check(heads, partition)?;
+        let groups = sharing.groups;
+        pooled.check_kept(heads, groups, pooled.key.n_heads().max(groups.n_groups()))?;
         let pooled = rounded(pooled, self.dtype, i)?;
         // Without norms and sinks nothing is read.
         let norms = match spec.norms.iter().all(Option::is_none) && spec.sinks.is_none() {
             true => HeadNorms::default(),
             false => self.shelf.layer(i)?.attention.norms,
         };
-        Ok(Attention::new(heads, Some((&pooled, partition)), spec, norms, &self.device)?)
+        Ok(Attention::new(heads, Some((&pooled, sharing)), spec, norms, &self.device)?)
     }
 }
 

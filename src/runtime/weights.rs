@@ -106,6 +106,7 @@ impl Attention {
 impl Model {
     /// The weights of the attention of layer `i`.
     pub(crate) fn attention_weights(&self, i: usize) -> Result<AttentionWeights, RuntimeError> {
+        self.own_keys(i, "taking weights out")?;
         Ok(self.attention(i)?.weights()?)
     }
 
@@ -128,6 +129,8 @@ impl Model {
         pass: &Pass,
         weights: bool,
     ) -> Result<Backward, RuntimeError> {
+        // What is handed on has gradients from above.
+        [i, i + 1].into_iter().try_for_each(|i| self.own_keys(i, "a gradient"))?;
         Ok(self.whole(i)?.backward(i, x, gradient, pass, weights)?)
     }
 

@@ -94,7 +94,8 @@ def cache_bytes(model, ids):
     """Bytes of keys and values of a token (layers with a window hold only the last of them), as the model's own cache says, and its logits."""
     with torch.no_grad():
         out = model(ids, use_cache=True)
-    held = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    # A layer that reads the one below has nothing.
+    held = [tensor for layer in out.past_key_values.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[2]) for tensor in held), out.logits.double()
 
 
@@ -210,6 +211,8 @@ def check(run, binary, root):
                     if abs(own - loss) > CLOSE * loss:
                         raise RuntimeError(f"{name}, {kind}, {target}: qcqa reads it again with a loss of {own}, transformers has {loss}")
                 yield name, kind, target, loaded, f"{cached} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
+        if name in MODELS and heads > 2 and model_type != "qwen3":
+            yield across(run, binary, place, name, heads, width, ids, ids_file)
         if name in MODELS and heads > 2:
             # What lies in the form of layers can be compressed again.
             again = place / "again"
@@ -217,6 +220,31 @@ def check(run, binary, root):
             off = (cache_bytes(load(again), ids)[1] - cache_bytes(load(place / "by_layer_remote_code"), ids)[1]).abs().max().item()
             if off > CLOSE:
                 raise RuntimeError(f"{name}: written again, logits differ by {off:.1e}")
+
+
+def across(run, binary, place, name, heads, width, ids, ids_file):
+    """The second layer reads the first one's cache: half of its heads are shared with it, the others are computed there for it alone."""
+    half, plan, out = heads // 2, place / "across.json", place / "across"
+    alone = [[i] for i in range(heads)]
+    write_plan(place / "template.json", [[[0, 1], *alone[2:]], alone, alone], plan)
+    said = json.loads(plan.read_text())
+    said["layers"][1]["below"] = [i if i < half else heads - 1 + i - half for i in range(heads)]
+    kept = heads - 1 + heads - half + heads
+    said["budget"] = {"asked": 1.0, "reached": kept / (heads * LAYERS), "kv_heads": kept}
+    said["method"]["name"] = "cla"
+    plan.write_text(json.dumps(said))
+    told = run(binary, "convert", place / "source", "--plan", plan, "--target", "remote-code", "--out", out)["kv_bytes_per_token"]
+    loaded, cached, logits, texts = in_transformers(out, ids)
+    loss = -torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None]).mean().item()
+    planned, again = run(binary, "eval", place / "source", "--plan", plan, "--ids", ids_file)["loss"], run(binary, "eval", out, "--ids", ids_file)["loss"]
+    off = max(abs(loss - own) / loss for own in (planned, again))
+    if off > CLOSE:
+        raise RuntimeError(f"{name}, across layers: transformers has a loss of {loss}, the plan {planned}, what was written {again}")
+    if not cached == told["after"] == kept * 2 * width * 4:
+        raise RuntimeError(f"{name}, across layers: the cache holds {cached} bytes a token, qcqa says {told['after']}, the plan keeps {kept} heads")
+    if not torch.equal(*texts):
+        raise RuntimeError(f"{name}, across layers: other texts with a cache than without")
+    return name, "across layers", "remote-code", loaded, f"{cached} of {heads * LAYERS * 2 * width * 4}", f"{off:.0e}"
 
 
 def table(rows):

@@ -178,9 +178,12 @@ impl Slow<'_> {
             streams.push(x.clone());
             let heads = self.checkpoint.heads(i).unwrap();
             let pooled = self.shared.map(|shared| shared.layer(i).unwrap().1);
-            let project = |p: &Projection, head: usize| {
+            // Where a layer reads the one below, its keys and values are functions of that one's input.
+            let below = self.shared.is_some_and(|shared| shared.plan().layers[i].below.is_some());
+            let read = if below { inputs[i - 1].clone() } else { n.clone() };
+            let of = |x: &Array2<f64>, p: &Projection, head: usize| {
                 let weight = p.weight().slice(s![head, .., ..]).mapv(f64::from);
-                let mut y = n.dot(&weight.t());
+                let mut y = x.dot(&weight.t());
                 if let Some(bias) = p.bias() {
                     y += &bias.row(head).mapv(f64::from);
                 }
@@ -207,8 +210,8 @@ impl Slow<'_> {
                 let query = pooled.as_ref().and_then(|p| p.query.as_ref()).or(heads.query()).unwrap();
                 let output = pooled.as_ref().and_then(|p| p.output.as_ref()).map(|o| o.view());
                 let output = output.or(heads.output()).unwrap();
-                let scores = turn(project(query, q)).dot(&turn(project(keys, row)).t()) / (h as f64).sqrt();
-                let values = project(values, row);
+                let scores = turn(of(&n, query, q)).dot(&turn(of(&read, keys, row)).t()) / (h as f64).sqrt();
+                let values = of(&read, values, row);
                 let output = output.slice(s![q, .., ..]).mapv(f64::from);
                 for t in 0..len {
                     let seen = (t + 1).saturating_sub(spec.mask.reach())..=t;

@@ -47,6 +47,11 @@ pub(super) struct SearchOptions {
 }
 
 impl SearchOptions {
+    /// The method asked for; `default` unless one is named.
+    pub(super) fn preset(&self, default: Preset) -> Result<Preset, CliError> {
+        self.method.as_deref().map_or(Ok(default), preset)
+    }
+
     /// What is read.
     pub(super) fn inputs(&self) -> Vec<PathBuf> {
         [self.model.clone()].into_iter().chain(self.calibration.files()).collect()
@@ -261,11 +266,16 @@ impl MethodArgs {
         })
     }
 
+    /// Whether heads of two layers are merged under moments of both.
+    pub(super) fn is_calibrated_across(&self, method: Preset) -> Result<bool, CliError> {
+        Ok(method.crosses_layers() && self.is_calibrated(method)?)
+    }
+
     /// Whether the pooler that will be used works under moments of the inputs.
     pub(super) fn is_calibrated(&self, method: Preset) -> Result<bool, CliError> {
         match &self.pooler {
             Some(name) => Ok(POOLERS.by_name(name)?.needs().moment),
-            None => Ok(method == Preset::LowRank),
+            None => Ok(matches!(method, Preset::LowRank | Preset::ClaLowRank)),
         }
     }
 }
@@ -287,7 +297,7 @@ impl SearchOptions {
         target: Option<&'a dyn Target>,
         calibration: Option<&'a Calibration<'a>>,
     ) -> Result<Compress<'a>, CliError> {
-        let method = self.method.as_deref().map_or(Ok(default), preset)?;
+        let method = self.preset(default)?;
         let [optimizer] = &self.options.optimizer[..] else {
             return Err(CliError::usage("one --optimizer at a time, but for compare"));
         };

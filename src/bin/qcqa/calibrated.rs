@@ -90,6 +90,21 @@ impl CalibrationArgs {
         self.is_given().then(open).transpose().map_err(|error| self.failed(error))
     }
 
+    /// As [`CalibrationArgs::open`]; `across`: with what calibrated sharing across layers takes besides.
+    pub(super) fn open_for<'a>(
+        &self,
+        across: bool,
+        checkpoint: &'a Checkpoint,
+        run: Run<'_>,
+    ) -> Result<Option<Calibration<'a>>, CliError> {
+        match self.open(checkpoint, run)? {
+            Some(opened) if across => {
+                opened.with_cross_moments(run).map(Some).map_err(|error| self.failed(error))
+            }
+            opened => Ok(opened),
+        }
+    }
+
     /// The texts, in their roles, and the model that reads them.
     pub(super) fn texts(&self, checkpoint: &Checkpoint, run: Run<'_>) -> Result<(Model, Texts), CliError> {
         if !self.is_given() {

@@ -7,7 +7,6 @@ use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Evaluation, evaluate_against};
 use qcqa::files::write_whole;
-use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Preset};
 use qcqa::plan::Plan;
 use qcqa::runtime::Model;
@@ -108,7 +107,9 @@ pub(super) fn compare(args: &CompareArgs, run: Run<'_>) -> Done {
         Ok::<Reader, CliError>((args.caches.some_of(windows), source))
     });
     let text = text.transpose()?;
-    let calibration = args.calibration.open(&checkpoint, run)?;
+    let across = candidates.iter().map(|candidate| args.options.is_calibrated_across(candidate.method));
+    let across = across.collect::<Result<Vec<_>, _>>()?.contains(&true);
+    let calibration = args.calibration.open_for(across, &checkpoint, run)?;
     let calibration = calibration.as_ref();
     let source: &dyn HeadSource = calibration.map_or(&checkpoint, |calibration| calibration);
     let compressions = candidates.iter().map(|c| compression(args, c, calibration, text.is_some()));
@@ -253,7 +254,9 @@ fn evaluate<'a>(
     run: Run<'_>,
 ) -> Result<(Evaluation, Vec<Reading>), CliError> {
     let same = |a: &Plan, b: &Plan| {
-        let groups = |plan: &'_ Plan| plan.groups().cloned().collect::<Vec<Partition>>();
+        let groups = |plan: &'_ Plan| {
+            plan.layers.iter().map(|layer| (layer.groups.clone(), layer.below.clone())).collect::<Vec<_>>()
+        };
         a.pooling == b.pooling && groups(a) == groups(b)
     };
     let mut readings: Vec<Reading> = Vec::new();

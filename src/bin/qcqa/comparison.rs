@@ -142,7 +142,7 @@ pub(super) fn layer_table(lines: &[Line<'_>], layer: usize) -> String {
         [
             line.name(),
             percent(line.plan.budget.asked),
-            of_layer.groups.n_groups().to_string(),
+            line.plan.group_counts()[layer].to_string(),
             wse(&line.plan, of_layer.error),
             groups.join(" "),
         ]
@@ -151,7 +151,13 @@ pub(super) fn layer_table(lines: &[Line<'_>], layer: usize) -> String {
 }
 
 pub(super) fn line_json(checkpoint: &Checkpoint, line: &Line<'_>) -> Value {
-    let layer = |l: &LayerPlan| json!({ "groups": l.groups, "error": l.error, "lower_bound": l.lower_bound });
+    let layer = |l: &LayerPlan| {
+        let mut json = json!({ "groups": l.groups, "error": l.error, "lower_bound": l.lower_bound });
+        if let Some(below) = &l.below {
+            json["below"] = json!(below);
+        }
+        json
+    };
     let mut json = json!({
         "method": line.method.name(), "optimizer": line.optimizer,
         "allocation": line.allocation, "pooler": line.plan.pooling.pooler.name(),

@@ -113,7 +113,8 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let runtime = args.output.runtime()?;
     let target = runtime.map_or_else(|| target(&args.output.target), |runtime| Ok(runtime.widest()))?;
     check_form(&checkpoint, target)?;
-    let calibration = args.asked.calibration.open(&checkpoint, run)?;
+    let across = args.asked.options.is_calibrated_across(args.asked.preset(Preset::LowRank)?)?;
+    let calibration = args.asked.calibration.open_for(across, &checkpoint, run)?;
     let calibration = calibration.as_ref();
     let validates = calibration.and_then(|c| c.text()).is_some_and(|(_, texts)| texts.validation().is_some());
     if args.limit_cost && !validates {

@@ -35,7 +35,8 @@ pub(super) fn search(args: &SearchArgs, run: Run<'_>) -> Done {
     // Better now than after the search.
     args.writing.check(&args.out, &args.asked.inputs())?;
     let checkpoint = Checkpoint::open(&args.asked.model)?;
-    let calibration = args.asked.calibration.open(&checkpoint, run)?;
+    let across = args.asked.options.is_calibrated_across(args.asked.preset(Preset::QcqaEc)?)?;
+    let calibration = args.asked.calibration.open_for(across, &checkpoint, run)?;
     let calibration = calibration.as_ref();
     let target = args.target.as_deref().map(target).transpose()?;
     let compress = args.asked.compress(Preset::QcqaEc, target, calibration)?;
@@ -75,16 +76,20 @@ impl<'a> Planned<'a> {
     /// The plan as a table, a line for each layer, and what it comes to.
     pub(super) fn describe(&self) -> String {
         let Self { plan, fronts, .. } = self;
+        let kept = plan.group_counts();
         let rows = plan.layers.iter().zip(*fronts).enumerate().map(|(i, (layer, front))| {
             let mut sizes = layer.groups.sizes();
             sizes.sort_unstable_by(|a, b| b.cmp(a));
             let sizes: Vec<_> = sizes.iter().map(usize::to_string).collect();
             [
                 i.to_string(),
-                layer.groups.n_groups().to_string(),
+                // Those that it keeps for the layer above, too.
+                if layer.below.is_some() { "of below".into() } else { kept[i].to_string() },
                 sizes.join(","),
                 format!("{:.4}", layer.error),
-                share(layer.error, front.energy()).map_or("-".into(), percent),
+                // A joint error is no share of one layer.
+                share(layer.error, front.energy().filter(|_| plan.joint(i).is_none()))
+                    .map_or("-".into(), percent),
                 layer.gap().map_or("-".into(), gap),
             ]
         });

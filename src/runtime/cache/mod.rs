@@ -9,6 +9,8 @@ mod rows;
 mod steps;
 mod window;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -140,7 +142,8 @@ pub struct Kept {
 #[derive(Debug, Default)]
 pub struct KvCache {
     policy: Option<Arc<dyn CachePolicy>>,
-    layers: Vec<Past>,
+    /// By number; a layer that reads what another one keeps has none.
+    layers: BTreeMap<usize, Past>,
     pub(super) tokens: usize,
 }
 
@@ -162,7 +165,7 @@ impl KvCache {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(Past::bytes).sum()
+        self.layers.values().map(Past::bytes).sum()
     }
 
     /// What layer `layer` keeps of a batch of `rows` texts, with KV heads of this number and size.
@@ -172,16 +175,23 @@ impl KvCache {
         rows: usize,
         [kv_heads, head_dim]: [usize; 2],
     ) -> Result<&mut Past> {
-        if self.layers.len() == layer {
-            self.layers.push(match &self.policy {
+        match self.layers.entry(layer) {
+            Entry::Occupied(past) => Ok(past.into_mut()),
+            Entry::Vacant(none) => Ok(none.insert(match &self.policy {
                 None => Past::Whole(Whole::default()),
                 Some(policy) => {
                     let empty = (0..rows).map(|_| policy.layer(layer, kv_heads, head_dim));
                     Past::Chosen(empty.collect::<Result<_>>()?)
                 }
-            });
+            })),
         }
-        Ok(&mut self.layers[layer])
+    }
+
+    /// Ends a step of a layer.
+    pub(super) fn settle(&mut self, layer: usize) {
+        if let Some(Past::Chosen(rows)) = self.layers.get_mut(&layer) {
+            rows.iter_mut().for_each(|row| row.settle());
+        }
     }
 }
 
