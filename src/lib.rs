@@ -24,6 +24,7 @@
 //! | [`Optimizer`] | groups by a search | [`optimizer::Nsga2`] (the paper), [`optimizer::LocalSearch`], [`optimizer::Exact`] |
 //! | [`Allocator`] | k of every layer | [`allocator::UniformAllocation`], [`allocator::LayerSelection`] (the paper), [`allocator::ExactAllocation`] |
 //! | [`KvPooler`] | how a group is merged | [`pooler::MeanPooler`], [`pooler::FirstHead`], `pooler::LowRankPooler`, `pooler::ProcrustesPooler` |
+//! | `runtime::CachePolicy` | what is kept of tokens | `runtime::POLICIES` |
 //! | `checkpoint::Family` | how a model is read | `families::FAMILIES` |
 //! | `output::Target` | how a model is written | `targets::TARGETS` |
 //!

@@ -54,7 +54,7 @@ pub(super) struct BudgetArgs {
     /// Write the best mixture: NAME.cache.json, and NAME.plan.json where heads are shared
     #[arg(long, value_name = "NAME", value_parser = path(), help_heading = "Output")]
     out: Option<PathBuf>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Output")]
     writing: Writing,
 }
 

@@ -23,9 +23,9 @@ use crate::report::{bytes, evaluation_json, merge, percent, table};
 const NEEDLES: usize = 16;
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Cache")]
+#[command(next_help_heading = "Text")]
 pub(super) struct CacheArgs {
-    /// Read through caches of these policies: full, window, corm, headkv, headkv-r2, qaq
+    /// Read it through caches: full, window, corm, headkv, headkv-r2, qaq
     ///
     /// POLICY or POLICY:SETTING=VALUE:…, several apart by commas, as in window:sinks=4:recent=252,corm:bits=4, or a file that `qcqa budget` wrote. The settings
     /// of each are in docs/caches.md. headkv measures heads on the calibration text.

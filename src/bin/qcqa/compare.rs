@@ -34,13 +34,13 @@ pub(super) struct CompareArgs {
     #[arg(long, value_name = "FRACTIONS", value_delimiter = ',', value_parser = fraction, required = true)]
     #[arg(allow_negative_numbers = true)]
     kv: Vec<f64>,
-    /// Methods to compare
+    /// Methods to compare: gqa, qcqa-ac, low-rank, …
     ///
     /// Unless said, gqa, mqa, key-norm, qcqa-ec and qcqa-ac, and low-rank, too, with a calibration.
-    #[arg(long, value_parser = methods(), value_name = "METHODS", value_delimiter = ',')]
+    #[arg(long, value_parser = methods(), value_name = "METHODS", value_delimiter = ',', hide_possible_values = true)]
     method: Vec<String>,
     /// Show the groups of this layer under every method
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, hide_short_help = true)]
     layer: Option<usize>,
     #[command(flatten)]
     options: MethodArgs,
@@ -53,10 +53,10 @@ pub(super) struct CompareArgs {
     #[command(flatten)]
     caches: CacheArgs,
     /// Draw perplexity over KV cache into this file (SVG)
-    #[arg(long, value_name = "FILE", value_parser = path())]
+    #[arg(long, value_name = "FILE", value_parser = path(), help_heading = "Output")]
     plot: Option<PathBuf>,
     /// Replace a picture that is already there
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     force: bool,
 }
 
@@ -196,7 +196,8 @@ fn compression<'a>(
     let compress = args.options.compress(candidate.method, optimizer, None, calibration)?;
     let calibrated = args.options.is_calibrated(candidate.method)?;
     Ok(match args.refit.asked() {
-        _ if !(calibrated && evaluated) => compress.refit(None),
+        // No refit goes through layers that share.
+        _ if !(calibrated && evaluated) || candidate.method.crosses_layers() => compress.refit(None),
         Some(refit) => compress.refit(refit),
         None => compress,
     })
