@@ -53,10 +53,10 @@ pub(super) struct CompareArgs {
     #[command(flatten)]
     caches: CacheArgs,
     /// Draw perplexity over KV cache into this file (SVG)
-    #[arg(long, value_name = "FILE", value_parser = path(), help_heading = "Output")]
+    #[arg(long, value_name = "FILE", value_parser = path(), help_heading = "Text")]
     plot: Option<PathBuf>,
     /// Replace a picture that is already there
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, help_heading = "Text")]
     force: bool,
 }
 
