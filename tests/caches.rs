@@ -323,6 +323,13 @@ fn hostile_settings_are_named() {
         let error = POLICIES.make(&spec.parse().unwrap()).unwrap_err().to_string();
         models::says(&error, &[says]);
     }
+    // Too much of everything is everything.
+    let huge = u64::MAX;
+    let model = Model::load(&novels()).unwrap();
+    for name in ["window:recent", "window:sinks", "corm:window", "corm:recent", "qaq:window"] {
+        let (_, bytes) = through(&model, made(&format!("{name}={huge}")), &tokens(1, 9), &[5, 4]);
+        assert!(bytes >= 9 * model.kv_bytes_per_token() / 2, "{name}");
+    }
     models::says(&"window:4".parse::<Spec>().unwrap_err().to_string(), &["NAME=VALUE"]);
     models::says(&Steps::new(0, 1).unwrap_err().to_string(), &["at least 1 token"]);
     for name in POLICIES.names() {

@@ -109,7 +109,8 @@ impl LayerCache for Wanted {
         for head in &mut self.heads {
             head.rows.settle(bits);
             let (next, notes, positions) = (head.next() as usize, head.notes.clone(), head.positions.clone());
-            head.retain(|i| positions[i] as usize + recent >= next || notes[i] as usize + window >= next);
+            let reaches = |position: u32, by: usize| (position as usize).saturating_add(by) >= next;
+            head.retain(|i| reaches(positions[i], recent) || reaches(notes[i], window));
         }
     }
 
