@@ -35,7 +35,7 @@ pub(super) struct CompareArgs {
     kv: Vec<f64>,
     /// Methods to compare
     ///
-    /// Unless said, all but low-rank, and that, too, with a calibration.
+    /// Unless said, all that share within layers but low-rank, and that, too, with a calibration.
     #[arg(long, value_parser = methods(), value_name = "METHODS", value_delimiter = ',')]
     method: Vec<String>,
     /// Show the groups of this layer under every method
