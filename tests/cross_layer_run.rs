@@ -107,6 +107,31 @@ fn what_is_written_is_the_model() {
     }
 }
 
+/// What config.json says of layers below is held against the layers.
+#[test]
+fn configurations_that_cannot_be_are_refused() {
+    let (_root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, 3, true));
+    let plan = paired(&checkpoint, LABELS[0], Pooling::new(Spec::new("mean")));
+    let shared = SharedHeads::new(&plan, &checkpoint).unwrap();
+    let (_out, again) = written(&checkpoint, &shared, &RemoteCode);
+    let below = again.config().get("qcqa_below").unwrap().clone();
+    let wrong = [
+        serde_json::json!([[0], null]),
+        serde_json::json!([null, [0, 9]]),
+        serde_json::json!([null, [0]]),
+        serde_json::json!([null]),
+        serde_json::json!("two"),
+        serde_json::json!([null, [-1, 0]]),
+    ];
+    for value in wrong {
+        models::configured(again.path(), |config| config["qcqa_below"] = value.clone());
+        let error = Checkpoint::open(again.path()).unwrap_err().to_string();
+        assert!(error.contains("qcqa_below"), "{value}: {error}");
+    }
+    models::configured(again.path(), |config| config["qcqa_below"] = below);
+    assert!(Checkpoint::open(again.path()).is_ok());
+}
+
 #[test]
 fn all_others_refuse_by_name() {
     let (root, checkpoint) = opened(&runnable("qwen2", Dtype::F32, 3, true));
@@ -121,7 +146,7 @@ fn all_others_refuse_by_name() {
         assert!(source.contains("only where both layers have one input"), "{source}");
         let compress = Compress::new(Preset::Cla).target(*target);
         let error = compress.plan(&checkpoint, Run::new(0)).unwrap_err().to_string();
-        assert!(error.contains(target.name()), "{error}");
+        assert!(error.contains(target.name()) && error.contains("remote-code"), "{error}");
     }
     let model = Model::load(&checkpoint).unwrap();
     let windows = qcqa::text::Windows::new((0..64).map(|t| t * t % 16).collect(), 8).unwrap();

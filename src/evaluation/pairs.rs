@@ -100,7 +100,7 @@ impl PairSensitivity {
             }
             Ok((point.partition.n_groups(), model))
         };
-        points.iter().map(|point| *point).zip(pooled).map(model).collect()
+        points.iter().copied().zip(pooled).map(model).collect()
     }
 
     /// Adds what one of both layers loses at k heads.

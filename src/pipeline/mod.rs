@@ -262,6 +262,7 @@ impl<'a> Compress<'a> {
         budget: Option<Budget>,
         run: Run<'_>,
     ) -> Result<Fronts<'s>> {
+        self.check_pairs(source)?;
         let limits = self.all_limits(source)?;
         let space = match budget {
             Some(budget) => self.space_for(&limits, source, budget)?,
@@ -281,7 +282,6 @@ impl<'a> Compress<'a> {
         run: Run<'_>,
     ) -> Result<Fronts<'s>> {
         let allocation = self.resolved_allocation(&limits)?;
-        self.check_pairs(source, &limits)?;
         let refit = self.resolved_refit()?;
         self.check_distillation()?;
         let neighbours = self.preset.is_some_and(|preset| preset.tries_neighbours(limits.space.cardinality));
@@ -298,7 +298,7 @@ impl<'a> Compress<'a> {
         }
         let search = [self.search.spec()].into_iter().chain(beside.map(Grouping::spec)).collect();
         let pairs = match self.crosses_layers() {
-            true => Some(PairFronts::search(self, source, &space, run)?),
+            true => Some(PairFronts::search(self, source, (&limits, &space), run)?),
             false => None,
         };
         let mut fronts = Fronts {

@@ -28,8 +28,8 @@ pub(super) struct PairFronts {
 }
 
 impl Compress<'_> {
-    /// Refuses sources whose layers share with one another already and, where they are to, limits and targets that have no place for that.
-    pub(super) fn check_pairs(&self, source: &dyn HeadSource, limits: &Limits) -> Result<()> {
+    /// Refuses sources whose layers share with one another already and, where they are to, targets that have no place for that.
+    pub(super) fn check_pairs(&self, source: &dyn HeadSource) -> Result<()> {
         if let Some(layer) = source.architecture().first_below() {
             return Err(Error::Limits {
                 layer,
@@ -38,22 +38,12 @@ impl Compress<'_> {
                     .to_string(),
             });
         }
-        if !self.crosses_layers() {
-            return Ok(());
-        }
         #[cfg(feature = "checkpoint")]
-        if let Some(target) = self.target.filter(|target| !target.holds_pairs()) {
+        if let Some(target) = self.target.filter(|target| self.crosses_layers() && !target.holds_pairs()) {
             return Err(Error::Setting {
                 name: "the target of layers that share",
                 value: target.name().to_string(),
                 expected: "one that can write a layer which reads the cache of the one below: remote-code",
-            });
-        }
-        if limits.same_k || limits.dividing.is_some() || !limits.fixed.is_empty() {
-            return Err(Error::Setting {
-                name: "the limits of layers that share",
-                value: "numbers of heads of single layers".to_string(),
-                expected: "no more than what a layer's groups may be",
             });
         }
         Ok(())
@@ -65,9 +55,16 @@ impl PairFronts {
     pub(super) fn search(
         compress: &Compress<'_>,
         source: &dyn HeadSource,
-        space: &SearchSpace,
+        (limits, space): (&Limits, &SearchSpace),
         run: Run<'_>,
     ) -> Result<Self> {
+        if limits.same_k || limits.dividing.is_some() || !limits.fixed.is_empty() {
+            return Err(Error::Setting {
+                name: "the limits of layers that share",
+                value: "numbers of heads of single layers".to_string(),
+                expected: "no more than what a layer's groups may be",
+            });
+        }
         let calibrated = compress.pooler.needs().moment || compress.fitness.needs().moment;
         let pairs = LayerPairs::new(source, calibrated)?;
         let Some(_) = pairs.lower().first() else {

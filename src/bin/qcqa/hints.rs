@@ -72,6 +72,9 @@ impl From<Error> for CliError {
     }
 }
 
+/// The target that holds plans across layers.
+const ACROSS: &str = "remote-code";
+
 /// Exit code and flags for a rule of the library.
 fn of_library(error: &Error) -> (u8, Option<&'static str>) {
     match error {
@@ -83,6 +86,9 @@ fn of_library(error: &Error) -> (u8, Option<&'static str>) {
                 "(--target stock): use --method low-rank or qcqa-ec, or --target expanded (for evaluation: saves no memory)",
             ),
         ),
+        Error::Setting { name: "the target of layers that share", .. } => {
+            (2, Some("(`--target remote-code`)"))
+        }
         Error::NeedsText { .. } => {
             (2, Some("(`--calibration TEXT`; without one `--allocation exact`, `--refit none`)"))
         }
@@ -109,6 +115,9 @@ fn of_library(error: &Error) -> (u8, Option<&'static str>) {
 fn of_files(error: &FileError) -> (u8, Option<&'static str>) {
     match error {
         FileError::OutputExists { .. } => (1, Some("(choose another name, or replace it with `--force`)")),
+        FileError::TargetPlan { source: Error::Limits { expected, .. }, .. } if expected.contains(ACROSS) => {
+            (1, Some("(`--target remote-code`)"))
+        }
         FileError::TargetPlan { .. } => {
             (1, Some("(`--target expanded`, for evaluation, or search with `--target stock`)"))
         }
