@@ -43,12 +43,19 @@ pub struct Mixture {
     pub cached: Cached,
 }
 
+impl Mixture {
+    /// Its KL(source ‖ model), which decides: what is further from its source may still read one text better.
+    fn kl(&self) -> f64 {
+        self.cached.evaluation.divergence.map_or(f64::INFINITY, |divergence| divergence.kl)
+    }
+}
+
 /// Mixtures within a budget.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Mixtures {
-    /// Those that read the whole validation text, the least loss first: the first one is the best mixture, and the first that is `single` the
-    /// best of its kind.
+    /// Those that read the whole validation text, the nearest to the source first: the first one is the best mixture, and the first that is
+    /// `single` the best of its kind.
     pub read: Vec<Mixture>,
     /// Mixtures of the grid, those that were within the budget, and those of them that could not be ruled out.
     pub considered: [usize; 3],
@@ -120,7 +127,7 @@ impl<'a> Mixer<'a> {
                 first.push((point, mixture));
             }
         }
-        first.sort_by(|a, b| a.1.cached.evaluation.loss.total_cmp(&b.1.cached.evaluation.loss));
+        first.sort_by(|a, b| a.1.kl().total_cmp(&b.1.kl()));
         let single = first.iter().position(|(_, mixture)| mixture.single);
         let finalists = (0..first.len()).filter(|&i| i < FINALISTS || Some(i) == single);
         let reference = Reference::new(self.source, self.windows, run.unwatched())?;
@@ -141,7 +148,7 @@ impl<'a> Mixer<'a> {
             )
             .into());
         }
-        read.sort_by(|a, b| a.cached.evaluation.loss.total_cmp(&b.cached.evaluation.loss));
+        read.sort_by(|a, b| a.kl().total_cmp(&b.kl()));
         Ok(Mixtures { read, considered })
     }
 

@@ -91,7 +91,7 @@ impl Attention {
             if self.below.is_none() {
                 let [keys, values] = [own(&handed.keys)?, own(&handed.values)?];
                 let positions = pass.positions();
-                on_host(&keys, |keys| on_host(&values, |values| Ok(row.append(keys, values, positions))))?;
+                on_host(&keys, |keys| on_host(&values, |values| row.append(keys, values, positions)))??;
             }
             self.row_through(&mut **row, &own(&query)?, &heads, pass)
         });
@@ -128,7 +128,7 @@ impl Attention {
             let scores = self.scores(place, [&query, &keys], &positions)?;
             let weights = self.softmax(pass, &positions).of(scores, self.sinks(place))?;
             if wants_weights {
-                on_host(&weights.reshape((1, (), len, s))?, |weights| Ok(row.attended(head, weights)))?;
+                on_host(&weights.reshape((1, (), len, s))?, |weights| row.attended(head, weights))?;
             }
             outputs.push(weights.matmul(&values));
         }
@@ -137,11 +137,11 @@ impl Attention {
 }
 
 /// Looks at the numbers of a tensor (1, a, b, c), wherever it is.
-fn on_host<T>(tensor: &Tensor, look: impl FnOnce(ArrayView3<'_, f32>) -> Candle<T>) -> Candle<T> {
+fn on_host<T>(tensor: &Tensor, look: impl FnOnce(ArrayView3<'_, f32>) -> T) -> Candle<T> {
     let shape = tensor.dims4()?;
     let tensor = tensor.to_device(&candle_core::Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     let numbers = numbers_on_cpu(&storage, layout)?;
     let view = ArrayView4::from_shape(shape, numbers).map_err(candle_core::Error::wrap)?;
-    look(view.index_axis_move(ndarray::Axis(0), 0))
+    Ok(look(view.index_axis_move(ndarray::Axis(0), 0)))
 }

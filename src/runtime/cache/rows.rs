@@ -1,6 +1,7 @@
 //! Keys and values at rest: each row in as many bits as it was given.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use ndarray::{Array2, ArrayView2, ArrayView3};
 
 use super::Kept;
@@ -98,7 +99,7 @@ impl Row {
     fn read_into(&self, numbers: &mut [f32]) {
         match self {
             Self::Exact(exact) => numbers.copy_from_slice(exact),
-            Self::Half(halves) => numbers.iter_mut().zip(halves).for_each(|(x, half)| *x = half.to_f32()),
+            Self::Half(halves) => halves.convert_to_f32_slice(numbers),
             Self::Steps { bits, least, step, codes, outliers } => {
                 let (bits, least, step) = (usize::from(*bits), least.to_f32(), step.to_f32());
                 let mask = (1u32 << bits) - 1;
