@@ -118,9 +118,10 @@ fn mixtures_keep_to_their_budget() {
     let shared = SharedHeads::new(&neighbours(&checkpoint, 2), &checkpoint).unwrap();
     let half = source.with_shared(&shared).unwrap();
     let text = windows(&checkpoint, &source, &calibration_text());
+    let text = Windows::new(text.first(20).tokens().to_vec(), 128).unwrap();
     let (decide, probe) = (text.clone().first(2), text.spaced(6));
     let mixer = Mixer::new(&source, [&half], &decide, &probe, Steps::new(128, 0).unwrap());
-    assert_eq!(mixer.whole(), (128 * source.kv_bytes_per_token()) as f64);
+    assert_eq!(mixer.whole(), (64 * source.kv_bytes_per_token()) as f64);
     let budget = mixer.whole() / 4.0;
     let mixtures = mixer.within(budget, Run::new(0)).unwrap();
     let kl = mixtures.read.iter().map(|mixture| mixture.cached.evaluation.divergence.unwrap().kl);
@@ -193,19 +194,19 @@ fn the_command_line_reads_through_caches() {
     let value = json(&[&budget[..], &learning, &["--method", "gqa"]].concat());
     assert_eq!(
         (value["bytes"].as_f64(), value["whole_bytes"].as_f64()),
-        (Some(512.0 * 256.0), Some(2048.0 * 256.0))
+        (Some(512.0 * 128.0), Some(2048.0 * 128.0))
     );
     let best = &value["mixtures"][0];
-    assert!(best["bytes"].as_f64().unwrap() <= 512.0 * 256.0);
+    assert!(best["bytes"].as_f64().unwrap() <= 512.0 * 128.0);
     let cache = format!("{name}.cache.json");
     let mut eval = vec!["eval", model, "--cache", &cache];
     let plan = format!("{name}.plan.json");
     if value["plan"].is_object() {
         eval.extend(["--plan", &plan]);
     }
-    let read = json(&[&eval[..], &reading].concat());
+    let read = json(&[&eval[..], &reading, &["--context", "128"]].concat());
     assert_eq!(read["caches"][0]["cache"], best["cache"]);
-    assert!(read["caches"][0]["bytes"].as_f64().unwrap() <= 1.05 * 512.0 * 256.0);
+    assert!(read["caches"][0]["bytes"].as_f64().unwrap() <= 1.05 * 512.0 * 128.0);
     let told = done(&[
         "eval",
         model,
