@@ -190,7 +190,7 @@ fn the_command_line_reads_through_caches() {
     // A budget, the mixture that it ends with, and the model under that.
     let name = file("best");
     let budget =
-        ["budget", model, "--bytes-per-token", "512", "--windows", "2", "--kv", "0.5", "--out", &name];
+        ["budget", model, "--bytes-per-token", "512", "--context", "128", "--kv", "0.5", "--out", &name];
     let value = json(&[&budget[..], &learning, &["--method", "gqa"]].concat());
     assert_eq!(
         (value["bytes"].as_f64(), value["whole_bytes"].as_f64()),

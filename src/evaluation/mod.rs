@@ -91,17 +91,17 @@ impl Evaluation {
 ///
 /// # Errors
 /// [`RuntimeError::TokenOutOfRange`], [`RuntimeError::Positions`], [`RuntimeError::NotFinite`]; [`RuntimeError::NoPredictions`] of an
-/// encoder; [`Error::Cancelled`].
+/// encoder; [`Error::Cancelled`](crate::Error::Cancelled).
 pub fn evaluate(model: &Model, windows: &Windows, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
     Ok(evaluate_against(model, &[], windows, run)?.0)
 }
 
-/// Reads a text as [`evaluate`] does, but by way of the [`KvCache`](crate::runtime::KvCache), which takes `chunk` tokens of a
+/// Reads a text as [`evaluate`] does, but by way of the [`KvCache`], which takes `chunk` tokens of a
 /// window at a time: what a model computes that serves a prompt in pieces. The numbers are those of [`evaluate`] but for
 /// rounding.
 ///
 /// # Errors
-/// [`Error::Setting`] for a chunk of 0 tokens; as [`evaluate`].
+/// [`Error::Setting`](crate::Error::Setting) for a chunk of 0 tokens; as [`evaluate`].
 pub fn evaluate_through_cache(
     model: &Model,
     windows: &Windows,

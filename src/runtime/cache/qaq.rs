@@ -32,7 +32,7 @@ const MOST: f64 = 8.0;
 
 impl Default for Qaq {
     fn default() -> Self {
-        Self { key_error: 0.002, value_error: 0.01, window: 32, least: 2, outliers: 0.0 }
+        Self { key_error: 0.002, value_error: 0.01, window: 32, least: 3, outliers: 0.0 }
     }
 }
 
@@ -42,7 +42,7 @@ impl Qaq {
         Self { key_error, value_error, ..Self::default() }
     }
 
-    /// The policy that a spec describes: `key_error` (0.002 unless said) and `value_error` (0.01), above 0; `window` (32), 1 at least; `least` (2
+    /// The policy that a spec describes: `key_error` (0.002 unless said) and `value_error` (0.01), above 0; `window` (32), 1 at least; `least` (3
     /// bits), 1 to 8; `outliers` (0), a share below 1.
     ///
     /// # Errors
