@@ -11,7 +11,7 @@ use std::sync::Arc;
 use approx::assert_relative_eq;
 use command::{done, fails, json};
 use qcqa::Run;
-use qcqa::evaluation::{Items, Reference, evaluate, head_importance, prepared, recall};
+use qcqa::evaluation::{Items, Preparation, Reference, evaluate, head_importance, recall};
 use qcqa::pipeline::Mixer;
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::{CachePolicy, KvCache, Model, POLICIES, Probe, Steps};
@@ -103,7 +103,7 @@ fn heads_are_probed() {
         assert_eq!(importance.iter().map(Vec::len).collect::<Vec<_>>(), [8; 4]);
         assert!(importance.iter().flatten().all(|s| (0.0..=1.0).contains(s)));
         assert!(importance.iter().flatten().any(|&s| s > 0.0), "{importance:?}");
-        let ready = prepared(&made(name), &source, &text, Run::new(1)).unwrap();
+        let ready = Preparation::new(&source, &text).ready(&made(name), Run::new(1)).unwrap();
         let expected = made(name).with_importance(&importance).unwrap();
         assert_eq!((ready.spec(), ready.probe()), (expected.spec(), None));
         KvCache::shared(ready);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::{Evaluation, Part, Reference, Tally, comparable};
+use super::{Evaluation, Reference, Tally, comparable};
 use crate::run::Run;
 use crate::runtime::{CachePolicy, KvCache, Model, Steps};
 use crate::text::RuntimeError;
@@ -96,12 +96,7 @@ impl Reference<'_> {
                 .chunks(abreast)
                 .map(|rows| Tensor::cat(rows, 0))
                 .collect::<candle_core::Result<Vec<_>>>()?;
-            for part in Part::all(model, tokens, &own, length) {
-                let source = theirs[part.tensors.clone()].par_iter().map(|x| self.model.head(x));
-                let source = source.collect::<Result<Vec<_>, _>>()?;
-                let logits = tally.logits(model, &part, &own)?;
-                tally.add(&part, &logits, Some(&source))?;
-            }
+            self.score(&mut tally, model, tokens, [&own, theirs])?;
         }
         Ok(Cached {
             bytes: at_the_end as f64 / total as f64,

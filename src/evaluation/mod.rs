@@ -32,7 +32,7 @@ pub use choices::{Accuracy, Choice, Choices};
 pub use hidden::{HiddenDistance, hidden_distance};
 pub use items::{Item, Items};
 pub use pairs::PairSensitivity;
-pub use recall::{Recall, head_importance, prepared, recall};
+pub use recall::{Preparation, Recall, head_importance, recall};
 pub use reference::Reference;
 pub use sensitivity::Sensitivity;
 pub use trial::{Trial, choose_model};

@@ -63,20 +63,36 @@ pub fn recall(
 /// Needles by which heads are judged.
 const NEEDLES: usize = 16;
 
-/// The policy, knowing what it [has to](CachePolicy::probe) of this model's heads: measured on this text, which should be
-/// none that results are reported on. Progress is stage `"probe"`.
-///
-/// # Errors
-/// As [`head_importance`]; what the policy reports.
-pub fn prepared(
-    policy: &Arc<dyn CachePolicy>,
-    model: &Model,
-    windows: &Windows,
-    run: Run<'_>,
-) -> Result<Arc<dyn CachePolicy>, RuntimeError> {
-    match policy.probe() {
-        None => Ok(policy.clone()),
-        Some(probe) => Ok(policy.with_importance(&head_importance(model, probe, windows, run)?)?.into()),
+/// Makes policies ready for the heads of one model: what they [have to know](CachePolicy::probe) is measured once, on a text which should be
+/// none that results are reported on.
+#[derive(Debug)]
+pub struct Preparation<'a> {
+    model: &'a Model,
+    windows: &'a Windows,
+    known: Vec<(Probe, Vec<Vec<f64>>)>,
+}
+
+impl<'a> Preparation<'a> {
+    /// For this model, by this text.
+    pub fn new(model: &'a Model, windows: &'a Windows) -> Self {
+        Self { model, windows, known: Vec::new() }
+    }
+
+    /// The policy, knowing what it has to. Progress is stage `"probe"`, where something is measured.
+    ///
+    /// # Errors
+    /// As [`head_importance`]; what the policy reports.
+    pub fn ready(
+        &mut self,
+        policy: &Arc<dyn CachePolicy>,
+        run: Run<'_>,
+    ) -> Result<Arc<dyn CachePolicy>, RuntimeError> {
+        let Some(probe) = policy.probe() else { return Ok(policy.clone()) };
+        if !self.known.iter().any(|(known, _)| *known == probe) {
+            self.known.push((probe, head_importance(self.model, probe, self.windows, run)?));
+        }
+        let known = self.known.iter().find(|(known, _)| *known == probe);
+        Ok(policy.with_importance(known.map_or(&[], |(_, importance)| importance))?.into())
     }
 }
 

@@ -1,3 +1,4 @@
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::trial::Reading;
@@ -69,15 +70,27 @@ impl<'a> Reference<'a> {
         for (tokens, theirs) in windows.batches((together / abreast).max(1) * abreast).zip(tensors) {
             run.step("evaluate", done, total)?;
             let own = tally.timed(|| model.rows(tokens, tokens.len() / length))?;
-            for part in Part::all(model, tokens, &own, length) {
-                let source = theirs[part.tensors.clone()].par_iter().map(|x| self.model.head(x));
-                let source = source.collect::<Result<Vec<_>, _>>()?;
-                let logits = tally.logits(model, &part, &own)?;
-                tally.add(&part, &logits, Some(&source))?;
-            }
+            self.score(&mut tally, model, tokens, [&own, theirs])?;
             done += (tokens.len() / length) as u64;
         }
         run.step("evaluate", total, total)?;
         tally.finish(model)
+    }
+
+    /// Adds the scores of some windows, of which the last layers of a model and of the source made these tensors.
+    pub(super) fn score(
+        &self,
+        tally: &mut Tally,
+        model: &Model,
+        tokens: &[u32],
+        [own, theirs]: [&[Tensor]; 2],
+    ) -> Result<(), RuntimeError> {
+        for part in Part::all(model, tokens, own, self.read.windows.length()) {
+            let source = theirs[part.tensors.clone()].par_iter().map(|x| self.model.head(x));
+            let source = source.collect::<Result<Vec<_>, _>>()?;
+            let logits = tally.logits(model, &part, own)?;
+            tally.add(&part, &logits, Some(&source))?;
+        }
+        Ok(())
     }
 }

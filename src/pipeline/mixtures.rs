@@ -2,9 +2,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::evaluation::{Cached, Reference, head_importance};
+use crate::evaluation::{Cached, Preparation, Reference};
 use crate::run::Run;
-use crate::runtime::{CachePolicy, Model, POLICIES, Probe, Steps};
+use crate::runtime::{CachePolicy, Model, POLICIES, Steps};
 use crate::spec::Spec;
 use crate::text::{RuntimeError, Windows};
 
@@ -108,8 +108,8 @@ impl<'a> Mixer<'a> {
         let one = self.windows.clone().first(1);
         let reference = Reference::new(self.source, &one, run.unwatched())?;
         let grid = grid(self.models.len(), self.windows.length());
-        let mut ready =
-            Ready { mixer: self, policies: BTreeMap::new(), importances: Vec::new(), held: BTreeMap::new() };
+        let models = self.models.iter().map(|model| Preparation::new(model, self.probe)).collect();
+        let mut ready = Ready { mixer: self, models, policies: BTreeMap::new(), held: BTreeMap::new() };
         let mut within: Vec<&Point> = Vec::new();
         for point in &grid {
             if ready.bytes(point, &reference, run)? <= bytes {
@@ -175,7 +175,8 @@ struct Ready<'m, 'a> {
     mixer: &'m Mixer<'a>,
     /// With what they know of the heads of a model.
     policies: BTreeMap<(usize, String), Arc<dyn CachePolicy>>,
-    importances: Vec<(usize, Probe, Vec<Vec<f64>>)>,
+    /// Of each model, what is known of its heads.
+    models: Vec<Preparation<'a>>,
     /// Bytes of a window with all heads.
     held: BTreeMap<String, f64>,
 }
@@ -192,28 +193,10 @@ impl Ready<'_, '_> {
         if let Some(known) = self.policies.get(&key) {
             return Ok(known.clone());
         }
-        let policy = POLICIES.make(spec)?;
-        let policy: Arc<dyn CachePolicy> = match policy.probe() {
-            None => policy.into(),
-            Some(probe) => policy.with_importance(self.importance(model, probe, run)?)?.into(),
-        };
+        let policy = Arc::from(POLICIES.make(spec)?);
+        let policy = self.models[model].ready(&policy, run.unwatched())?;
         self.policies.insert(key, policy.clone());
         Ok(policy)
-    }
-
-    /// What a probe finds of the heads of a model, measured once.
-    fn importance(&mut self, model: usize, probe: Probe, run: Run<'_>) -> Result<&[Vec<f64>], RuntimeError> {
-        let known = self.importances.iter().position(|(of, by, _)| (*of, *by) == (model, probe));
-        let at = match known {
-            Some(at) => at,
-            None => {
-                let mixer = self.mixer;
-                let found = head_importance(mixer.models[model], probe, mixer.probe, run.unwatched())?;
-                self.importances.push((model, probe, found));
-                self.importances.len() - 1
-            }
-        };
-        Ok(&self.importances[at].2)
     }
 
     /// About what a point holds: what its policy holds with all heads in 16 bits, by the shares of its heads and bits. What it

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::Done;
 use crate::args::{MethodArgs, Writing, from_one, methods, path, preset};
+use crate::caches::context;
 use crate::calibrated::CalibrationArgs;
 use crate::hints::CliError;
 use crate::report::{Output, bytes, evaluation_json, merge, percent, shown, table};
@@ -80,13 +81,7 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     let Some((source, texts)) = calibration.and_then(Calibration::text) else {
         return Err(CliError::usage("--calibration FILE is missing: a text, which chooses between mixtures"));
     };
-    let context = args.context.unwrap_or(source.window());
-    if context > source.positions() {
-        let most = source.positions();
-        return Err(CliError::usage(format!(
-            "--context {context}: the model has positions for {most} tokens"
-        )));
-    }
+    let context = context(args.context, source)?;
     let windows = deciding(args, &checkpoint, texts, context, source.window())?;
     let shares = shared(args, &checkpoint, calibration, source, run)?;
     let models = shares.iter().map(|shared| &shared.model);

@@ -8,7 +8,7 @@ use qcqa::HeadSource;
 use qcqa::Run;
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::evaluation::{Cached, Items, Recall, Reference, prepared, recall};
+use qcqa::evaluation::{Cached, Items, Preparation, Recall, Reference, recall};
 use qcqa::runtime::{CachePolicy, Model, POLICIES, Steps};
 use qcqa::spec::Spec;
 use qcqa::text::{Vocabulary, Windows};
@@ -80,14 +80,7 @@ impl CacheArgs {
 
     /// Tokens of a window.
     pub(super) fn length(&self, model: &Model) -> Result<usize, CliError> {
-        match self.context {
-            Some(context) if context > model.positions() => Err(CliError::usage(format!(
-                "--context {context}: the model has positions for {} tokens",
-                model.positions()
-            ))),
-            Some(context) => Ok(context),
-            None => Ok(model.window()),
-        }
+        context(self.context, model)
     }
 
     /// As many windows as were asked for, spaced over the text.
@@ -117,8 +110,9 @@ impl CacheArgs {
         let mut told = Through::default();
         let (mut rows, mut json) = (Vec::new(), Vec::new());
         for read in models {
+            let mut preparation = preparation(read.model, calibration);
             for (name, policy) in &policies {
-                let policy = ready(policy, read.model, calibration, run)?;
+                let policy = ready(policy, preparation.as_mut(), run)?;
                 let cached = reference.compare_through(read.model, &policy, steps, run)?;
                 let recalled =
                     items.iter().flatten().map(|items| recall(read.model, Some(&policy), items, steps, run));
@@ -167,6 +161,18 @@ impl CacheArgs {
     }
 }
 
+/// Tokens of a window: those asked for, where the model has positions for them.
+pub(super) fn context(asked: Option<usize>, model: &Model) -> Result<usize, CliError> {
+    match asked {
+        Some(context) if context > model.positions() => Err(CliError::usage(format!(
+            "--context {context}: the model has positions for {} tokens",
+            model.positions()
+        ))),
+        Some(context) => Ok(context),
+        None => Ok(model.window()),
+    }
+}
+
 /// A row without what was not asked for.
 fn first<T>([a, b, c, d, e, f, g, ..]: [T; 9]) -> [T; 7] {
     [a, b, c, d, e, f, g]
@@ -191,23 +197,26 @@ fn policy(given: &str) -> Result<Arc<dyn CachePolicy>, CliError> {
     Ok(made.map_err(|e| CliError::usage(format!("--cache {given}: {e}")))?.into())
 }
 
-/// The policy, with what it has to know measured on the calibration text.
-pub(super) fn ready(
+/// Where policies learn of a model's heads: the calibration text, where there is one.
+fn preparation<'a>(model: &'a Model, calibration: Option<&'a Calibration<'_>>) -> Option<Preparation<'a>> {
+    let (_, texts) = calibration?.text()?;
+    Some(Preparation::new(model, texts.fit()))
+}
+
+/// The policy, with what it has to know measured where that can be.
+fn ready(
     policy: &Arc<dyn CachePolicy>,
-    model: &Model,
-    calibration: Option<&Calibration<'_>>,
+    preparation: Option<&mut Preparation<'_>>,
     run: Run<'_>,
 ) -> Result<Arc<dyn CachePolicy>, CliError> {
-    if policy.probe().is_none() {
-        return Ok(policy.clone());
+    match preparation {
+        Some(preparation) => Ok(preparation.ready(policy, run)?),
+        None if policy.probe().is_none() => Ok(policy.clone()),
+        None => {
+            let name = policy.spec().name().to_string();
+            Err(CliError::usage(format!("{name} measures heads on a text: --calibration FILE is missing")))
+        }
     }
-    let text = calibration.and_then(|calibration| calibration.text()).ok_or_else(|| {
-        CliError::usage(format!(
-            "{} measures heads on a text: --calibration FILE is missing",
-            policy.spec().name()
-        ))
-    })?;
-    Ok(prepared(policy, model, text.1.fit(), run)?)
 }
 
 /// What is asked for in a text: needles, and names where there are words.
