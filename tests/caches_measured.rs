@@ -12,7 +12,7 @@ use approx::assert_relative_eq;
 use command::{done, fails, json};
 use qcqa::Run;
 use qcqa::evaluation::{Items, Preparation, Reference, evaluate, head_importance, recall};
-use qcqa::pipeline::Mixer;
+use qcqa::pipeline::{Mixer, Mixture, Mixtures};
 use qcqa::plan::SharedHeads;
 use qcqa::runtime::{CachePolicy, KvCache, Model, POLICIES, Probe, Steps};
 use qcqa::text::{Texts, Vocabulary, WholeText, Windows};
@@ -123,7 +123,17 @@ fn mixtures_keep_to_their_budget() {
     let mixer = Mixer::new(&source, [&half], &decide, &probe, Steps::new(128, 0).unwrap());
     assert_eq!(mixer.whole(), (64 * source.kv_bytes_per_token()) as f64);
     let budget = mixer.whole() / 4.0;
-    let mixtures = mixer.within(budget, Run::new(0)).unwrap();
+    let both = mixer.within(&[budget, mixer.whole() / 2.0], Run::new(0)).unwrap();
+    let [mixtures, larger] = &both[..] else { panic!("one for each budget") };
+    // More bytes are no worse, and two budgets together what each is alone.
+    let best = |mixtures: &Mixtures| mixtures.read[0].cached.evaluation.divergence.unwrap().kl;
+    assert!(best(larger) <= best(mixtures) && larger.bytes == 2.0 * mixtures.bytes);
+    let alone = mixer.within(&[budget], Run::new(0)).unwrap();
+    let read = |mixtures: &Mixtures| {
+        let of = |m: &Mixture| (m.model, m.cache.spec(), m.single, m.cached.clone().evaluation.loss);
+        mixtures.read.iter().map(of).collect::<Vec<_>>()
+    };
+    assert_eq!((read(&alone[0]), alone[0].considered), (read(mixtures), mixtures.considered));
     let kl = mixtures.read.iter().map(|mixture| mixture.cached.evaluation.divergence.unwrap().kl);
     let kl: Vec<f64> = kl.collect();
     assert!(kl.is_sorted() && kl.len() > 1, "{kl:?}");
@@ -142,7 +152,7 @@ fn mixtures_keep_to_their_budget() {
             (mixture.cached.evaluation.loss, mixture.cached.bytes)
         );
     }
-    let none = mixer.within(100.0, Run::new(0)).unwrap_err().to_string();
+    let none = mixer.within(&[100.0], Run::new(0)).unwrap_err().to_string();
     models::says(&none, &["the budget", "some mixture"]);
 }
 
@@ -191,17 +201,22 @@ fn the_command_line_reads_through_caches() {
     let name = file("best");
     let budget =
         ["budget", model, "--bytes-per-token", "512", "--context", "128", "--kv", "0.5", "--out", &name];
-    let value = json(&[&budget[..], &learning, &["--method", "gqa"]].concat());
+    let value = json(&[&budget[..], &learning, &["--method", "gqa", "--text", &text]].concat());
+    let found = &value["budgets"][0];
     assert_eq!(
-        (value["bytes"].as_f64(), value["whole_bytes"].as_f64()),
+        (found["bytes"].as_f64(), value["whole_bytes"].as_f64()),
         (Some(512.0 * 128.0), Some(2048.0 * 128.0))
     );
-    let best = &value["mixtures"][0];
+    let best = &found["mixtures"][0];
     assert!(best["bytes"].as_f64().unwrap() <= 512.0 * 128.0);
+    // The best one, and the best single one, read a text that decided nothing.
+    let all = found["mixtures"].as_array().unwrap();
+    let told = all.iter().filter(|mixture| mixture["held_out"].is_object());
+    assert_eq!(told.count(), if best["single"] == true { 1 } else { 2 });
     let cache = format!("{name}.cache.json");
     let mut eval = vec!["eval", model, "--cache", &cache];
     let plan = format!("{name}.plan.json");
-    if value["plan"].is_object() {
+    if found["plan"].is_object() {
         eval.extend(["--plan", &plan]);
     }
     let read = json(&[&eval[..], &reading, &["--context", "128"]].concat());
@@ -242,4 +257,6 @@ fn the_command_line_reads_through_caches() {
     let small =
         [&["budget", model, "--bytes", "10", "--kv", "0.5", "--method", "gqa"][..], &learning].concat();
     models::says(&fails(1, &small), &["the budget is 10"]);
+    let two = ["budget", model, "--bytes", "1000,2000", "--out", "no"];
+    models::says(&fails(2, &[&two[..], &learning].concat()), &["one budget: name one"]);
 }

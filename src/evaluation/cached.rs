@@ -24,6 +24,13 @@ pub struct Cached {
     pub stretches: Vec<Stretch>,
 }
 
+impl Cached {
+    /// KL(source ‖ model), by which mixtures are chosen: what is further from its source may still read one text better.
+    pub(crate) fn kl(&self) -> f64 {
+        self.evaluation.divergence.map_or(f64::INFINITY, |divergence| divergence.kl)
+    }
+}
+
 /// Predictions of tokens at some places of their windows.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]

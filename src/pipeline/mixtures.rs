@@ -1,10 +1,13 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rayon::prelude::*;
 
 use crate::error::Error;
 use crate::evaluation::{Cached, Preparation, Reference};
 use crate::run::Run;
-use crate::runtime::{CachePolicy, Model, POLICIES, Steps};
+use crate::runtime::{CachePolicy, KvCache, Model, POLICIES, Steps};
 use crate::spec::Spec;
 use crate::text::{RuntimeError, Windows};
 
@@ -43,22 +46,25 @@ pub struct Mixture {
     pub cached: Cached,
 }
 
-impl Mixture {
-    /// Its KL(source ‖ model), which decides: what is further from its source may still read one text better.
-    fn kl(&self) -> f64 {
-        self.cached.evaluation.divergence.map_or(f64::INFINITY, |divergence| divergence.kl)
-    }
-}
-
 /// Mixtures within a budget.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Mixtures {
+    /// The budget: bytes for a window.
+    pub bytes: f64,
     /// Those that read the whole validation text, the nearest to the source first: the first one is the best mixture, and the first that is
     /// `single` the best of its kind.
     pub read: Vec<Mixture>,
     /// Mixtures of the grid, those that were within the budget, and those of them that could not be ruled out.
     pub considered: [usize; 3],
+}
+
+impl Mixtures {
+    /// Which of those that were read are the best, and the best of those that spend the budget on one thing.
+    pub fn told(&self) -> Vec<usize> {
+        let single = self.read.iter().position(|mixture| mixture.single);
+        [0].into_iter().chain(single.filter(|&i| i > 0)).collect()
+    }
 }
 
 /// A point of the grid.
@@ -77,6 +83,16 @@ impl Point {
     fn within(&self, other: &Self) -> bool {
         let (own, theirs) = ([self.model, self.tokens, self.bits], [other.model, other.tokens, other.bits]);
         self.system == other.system && own != theirs && own.iter().zip(&theirs).all(|(a, b)| a <= b)
+    }
+
+    /// The policies whose bytes tell what it holds: its own where bits are its own affair, else its own in 16 bits, and everything in
+    /// its bits and in 16.
+    fn told_by(&self) -> Vec<Spec> {
+        let full = |bits: usize| Spec::new("full").with("bits", bits);
+        match self.system {
+            "qaq" => vec![self.spec.clone()],
+            _ => vec![self.spec.clone().with("bits", 16usize), full(self.bits), full(16)],
+        }
     }
 }
 
@@ -99,134 +115,159 @@ impl<'a> Mixer<'a> {
         (self.source.kv_bytes_per_token() / 2 * self.windows.length()) as f64
     }
 
-    /// The mixtures of at most `bytes` bytes for a window. Progress is stage `"mix"`.
+    /// For each of these budgets, in bytes for a window, the mixtures that keep to it. Progress are stages `"mix"` and `"choose"`.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a budget that no mixture keeps to; as
-    /// [`Reference::compare_through`].
-    pub fn within(&self, bytes: f64, run: Run<'_>) -> Result<Mixtures, RuntimeError> {
-        let one = self.windows.clone().first(1);
-        let reference = Reference::new(self.source, &one, run.unwatched())?;
+    /// [`Error::Setting`] for a budget that no mixture keeps to; as [`Reference::compare_through`].
+    pub fn within(&self, budgets: &[f64], run: Run<'_>) -> Result<Vec<Mixtures>, RuntimeError> {
         let grid = grid(self.models.len(), self.windows.length());
-        let models = self.models.iter().map(|model| Preparation::new(model, self.probe)).collect();
-        let mut ready = Ready { mixer: self, models, policies: BTreeMap::new(), held: BTreeMap::new() };
-        let mut within: Vec<&Point> = Vec::new();
-        for point in &grid {
-            if ready.bytes(point, &reference, run)? <= bytes {
-                within.push(point);
-            }
+        let mut heads: Vec<_> = self.models.iter().map(|model| Preparation::new(model, self.probe)).collect();
+        let one = self.windows.clone().first(1);
+        let held = self.held(&grid, &mut heads, &one, run)?;
+        let searches: Vec<Search> = budgets.iter().map(|&bytes| self.search(bytes, &grid, &held)).collect();
+
+        let asked: BTreeSet<usize> = searches.iter().flat_map(|search| search.left.iter().copied()).collect();
+        let mut policies = BTreeMap::new();
+        for &i in &asked {
+            let policy = Arc::from(POLICIES.make(&grid[i].spec)?);
+            policies.insert(i, heads[grid[i].model].ready(&policy, run.unwatched())?);
         }
-        let left: Vec<&Point> =
-            within.iter().copied().filter(|point| !within.iter().any(|other| point.within(other))).collect();
-        let considered = [grid.len(), within.len(), left.len()];
-        let mut first = Vec::with_capacity(left.len());
-        for (i, point) in left.into_iter().enumerate() {
-            run.step("mix", i as u64, considered[2] as u64)?;
-            let mixture =
-                self.read(point, &ready.policy(point.model, &point.spec, run)?, &reference, run.unwatched())?;
-            if mixture.cached.bytes <= bytes {
-                first.push((point, mixture));
-            }
-        }
-        first.sort_by(|a, b| a.1.kl().total_cmp(&b.1.kl()));
-        let single = first.iter().position(|(_, mixture)| mixture.single);
-        let finalists = (0..first.len()).filter(|&i| i < FINALISTS || Some(i) == single);
+        let first =
+            self.read(asked, &grid, &policies, &Reference::new(self.source, &one, run.unwatched())?, run)?;
+
+        let finals: Vec<Vec<usize>> =
+            searches.iter().map(|search| self.finals(search, &grid, &first)).collect();
         let reference = Reference::new(self.source, self.windows, run.unwatched())?;
-        let mut read = Vec::new();
-        for point in finalists.map(|i| first[i].0) {
-            run.step("mix", considered[2] as u64, considered[2] as u64)?;
-            let mixture =
-                self.read(point, &ready.policy(point.model, &point.spec, run)?, &reference, run.unwatched())?;
-            if mixture.cached.bytes <= bytes {
-                read.push(mixture);
+        let asked: Vec<usize> =
+            finals.iter().flatten().copied().collect::<BTreeSet<_>>().into_iter().collect();
+        let mut whole = BTreeMap::new();
+        for (done, &i) in asked.iter().enumerate() {
+            run.step("choose", done as u64, asked.len() as u64)?;
+            let model = self.models[grid[i].model];
+            whole.insert(i, reference.compare_through(model, &policies[&i], self.steps, run.unwatched())?);
+        }
+        let mixture = |&i: &usize| Mixture {
+            model: grid[i].model,
+            cache: policies[&i].clone(),
+            single: self.is_single(&grid[i]),
+            cached: whole[&i].clone(),
+        };
+        let mixtures = searches.iter().zip(&finals).map(|(search, finals)| {
+            let within = finals.iter().map(mixture).filter(|mixture| mixture.cached.bytes <= search.bytes);
+            let mut read: Vec<Mixture> = within.collect();
+            if read.is_empty() {
+                let expected = "as large as what some mixture of the grid holds";
+                return Err(Error::setting("the budget", search.bytes, expected).into());
             }
-        }
-        if read.is_empty() {
-            return Err(Error::setting(
-                "the budget",
-                bytes,
-                "as large as what some mixture of the grid holds",
-            )
-            .into());
-        }
-        read.sort_by(|a, b| a.kl().total_cmp(&b.kl()));
-        Ok(Mixtures { read, considered })
+            read.sort_by(|a, b| a.cached.kl().total_cmp(&b.cached.kl()));
+            let considered = [grid.len(), search.within, search.left.len()];
+            Ok(Mixtures { bytes: search.bytes, read, considered })
+        });
+        mixtures.collect()
     }
 
+    /// What may be within a budget, and what of that cannot be ruled out.
+    fn search(&self, bytes: f64, grid: &[Point], held: &Held) -> Search {
+        let heads = |model: usize| self.models[model].kv_bytes_per_token() as f64;
+        let share = |point: &Point| heads(point.model) / heads(self.models.len() - 1);
+        // A share of exactly the budget is within, however it is rounded.
+        let most = bytes * (1.0 + 1e-9);
+        let within: Vec<usize> =
+            (0..grid.len()).filter(|&i| held.by(&grid[i]) * share(&grid[i]) <= most).collect();
+        let no_room = |&i: &usize| !within.iter().any(|&other| grid[i].within(&grid[other]));
+        Search { bytes, left: within.iter().copied().filter(no_room).collect(), within: within.len() }
+    }
+
+    /// The best points of those that read one window, the best single one among them.
+    fn finals(&self, search: &Search, grid: &[Point], first: &BTreeMap<usize, Cached>) -> Vec<usize> {
+        let kept = search.left.iter().copied().filter(|i| first[i].bytes <= search.bytes);
+        let mut order: Vec<usize> = kept.collect();
+        order.sort_by(|a, b| first[a].kl().total_cmp(&first[b].kl()));
+        let single = order.iter().position(|&i| self.is_single(&grid[i]));
+        let finalist = |&(rank, _): &(usize, usize)| rank < FINALISTS || Some(rank) == single;
+        order.into_iter().enumerate().filter(finalist).map(|(_, i)| i).collect()
+    }
+
+    /// Points that read one window each, so many at a time as there may be logits.
     fn read(
         &self,
-        point: &Point,
-        policy: &Arc<dyn CachePolicy>,
+        asked: BTreeSet<usize>,
+        grid: &[Point],
+        policies: &BTreeMap<usize, Arc<dyn CachePolicy>>,
         reference: &Reference<'_>,
         run: Run<'_>,
-    ) -> Result<Mixture, RuntimeError> {
-        let spent = [point.model + 1 < self.models.len(), point.tokens < ONE_OF.len(), point.bits < 16];
-        Ok(Mixture {
-            model: point.model,
-            cache: policy.clone(),
-            single: spent.iter().filter(|&&spent| spent).count() <= 1,
-            cached: reference.compare_through(self.models[point.model], policy, self.steps, run)?,
-        })
-    }
-}
-
-/// Policies that were made ready, and what they held.
-struct Ready<'m, 'a> {
-    mixer: &'m Mixer<'a>,
-    /// With what they know of the heads of a model.
-    policies: BTreeMap<(usize, String), Arc<dyn CachePolicy>>,
-    /// Of each model, what is known of its heads.
-    models: Vec<Preparation<'a>>,
-    /// Bytes of a window with all heads.
-    held: BTreeMap<String, f64>,
-}
-
-impl Ready<'_, '_> {
-    /// A policy, for the heads of a model.
-    fn policy(
-        &mut self,
-        model: usize,
-        spec: &Spec,
-        run: Run<'_>,
-    ) -> Result<Arc<dyn CachePolicy>, RuntimeError> {
-        let key = (model, spec.to_string());
-        if let Some(known) = self.policies.get(&key) {
-            return Ok(known.clone());
-        }
-        let policy = Arc::from(POLICIES.make(spec)?);
-        let policy = self.models[model].ready(&policy, run.unwatched())?;
-        self.policies.insert(key, policy.clone());
-        Ok(policy)
-    }
-
-    /// About what a point holds: what its policy holds with all heads in 16 bits, by the shares of its heads and bits. What it
-    /// does hold is read off when it reads.
-    fn bytes(&mut self, point: &Point, reference: &Reference<'_>, run: Run<'_>) -> Result<f64, RuntimeError> {
-        let full = |bits: usize| Spec::new("full").with("bits", bits);
-        let held = match point.system {
-            "qaq" => self.held(&point.spec, reference, run)?,
-            _ => {
-                let rounded =
-                    self.held(&full(point.bits), reference, run)? / self.held(&full(16), reference, run)?;
-                rounded * self.held(&point.spec.clone().with("bits", 16usize), reference, run)?
-            }
+    ) -> Result<BTreeMap<usize, Cached>, RuntimeError> {
+        let (done, total) = (AtomicU64::new(0), asked.len() as u64);
+        let asked: Vec<usize> = asked.into_iter().collect();
+        run.step("mix", 0, total)?;
+        let read = |&i: &usize| {
+            let model = self.models[grid[i].model];
+            let cached = reference.compare_through(model, &policies[&i], self.steps, run.unwatched())?;
+            run.step("mix", done.fetch_add(1, Ordering::Relaxed) + 1, total)?;
+            Ok((i, cached))
         };
-        let heads = |model: usize| self.mixer.models[model].kv_bytes_per_token() as f64;
-        Ok(held * heads(point.model) / heads(self.mixer.models.len() - 1))
+        let mut all = BTreeMap::new();
+        for some in asked.chunks(self.source.batch(self.windows.length())) {
+            all.extend(some.par_iter().map(read).collect::<Result<Vec<_>, RuntimeError>>()?);
+        }
+        Ok(all)
     }
 
-    /// What a policy holds of a window with all heads.
-    fn held(&mut self, spec: &Spec, reference: &Reference<'_>, run: Run<'_>) -> Result<f64, RuntimeError> {
-        let key = spec.to_string();
-        if let Some(&held) = self.held.get(&key) {
-            return Ok(held);
+    /// Whether it spends a budget on one thing: fewer heads, fewer tokens, or fewer bits.
+    fn is_single(&self, point: &Point) -> bool {
+        let spent = [point.model + 1 < self.models.len(), point.tokens < ONE_OF.len(), point.bits < 16];
+        spent.iter().filter(|&&spent| spent).count() <= 1
+    }
+
+    /// What the policies of a grid hold of a window with all heads, as far as that tells what its points hold.
+    fn held(
+        &self,
+        grid: &[Point],
+        heads: &mut [Preparation<'_>],
+        one: &Windows,
+        run: Run<'_>,
+    ) -> Result<Held, RuntimeError> {
+        let specs = grid.iter().flat_map(Point::told_by);
+        let specs: BTreeMap<String, Spec> = specs.map(|spec| (spec.to_string(), spec)).collect();
+        let source = &mut heads[self.models.len() - 1];
+        let mut policies: Vec<(String, Arc<dyn CachePolicy>)> = Vec::new();
+        for (name, spec) in specs {
+            policies.push((name, source.ready(&Arc::from(POLICIES.make(&spec)?), run.unwatched())?));
         }
-        run.step("mix", 0, 1)?;
-        let policy = self.policy(self.mixer.models.len() - 1, spec, run)?;
-        let (source, steps) = (self.mixer.source, self.mixer.steps);
-        let held = reference.compare_through(source, &policy, steps, run.unwatched())?.bytes;
-        self.held.insert(key, held);
-        Ok(held)
+        let (done, total) = (AtomicU64::new(0), policies.len() as u64);
+        let hold = |(name, policy): (String, Arc<dyn CachePolicy>)| {
+            let mut bytes = 0;
+            let cache = KvCache::shared(policy);
+            self.source.row_by_cache(one.tokens(), self.steps, cache, |held| bytes = held)?;
+            run.step("mix", done.fetch_add(1, Ordering::Relaxed) + 1, total)?;
+            Ok((name, bytes as f64))
+        };
+        Ok(Held(policies.into_par_iter().map(hold).collect::<Result<_, RuntimeError>>()?))
+    }
+}
+
+/// One budget, what may be within it, how many points, and those of them that cannot be ruled out.
+struct Search {
+    bytes: f64,
+    left: Vec<usize>,
+    within: usize,
+}
+
+/// Bytes of a window with all heads, by policy.
+struct Held(BTreeMap<String, f64>);
+
+impl Held {
+    /// About what a point would hold with all heads: what its policy holds in 16 bits, by the share of its bits. What it does hold
+    /// is read off when it reads.
+    fn by(&self, point: &Point) -> f64 {
+        match &point.told_by()[..] {
+            [own, rounded, halves] => self.of(own) * self.of(rounded) / self.of(halves),
+            specs => specs.iter().map(|spec| self.of(spec)).sum(),
+        }
+    }
+
+    fn of(&self, spec: &Spec) -> f64 {
+        self.0.get(&spec.to_string()).copied().unwrap_or(f64::INFINITY)
     }
 }
 

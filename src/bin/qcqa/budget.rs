@@ -4,6 +4,7 @@ use clap::Args;
 use qcqa::budget::Budget;
 use qcqa::calibration::{Calibration, Origin};
 use qcqa::checkpoint::Checkpoint;
+use qcqa::evaluation::{Cached, Reference};
 use qcqa::files::write_whole;
 use qcqa::pipeline::{Mixer, Mixture, Mixtures};
 use qcqa::plan::{Plan, write_plan};
@@ -16,7 +17,7 @@ use crate::Done;
 use crate::args::{MethodArgs, Writing, from_one, methods, path, preset};
 use crate::caches::context;
 use crate::calibrated::CalibrationArgs;
-use crate::hints::CliError;
+use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, evaluation_json, merge, percent, shown, table};
 
 /// Shares of the heads that are tried unless said.
@@ -27,13 +28,14 @@ pub(super) struct BudgetArgs {
     /// Directory of the model: config.json and safetensors
     #[arg(value_name = "MODEL", value_parser = path())]
     model: PathBuf,
-    /// Bytes of the KV cache for each token, in the 16 bits of servers
-    #[arg(long, value_name = "BYTES", value_parser = from_one(), allow_negative_numbers = true)]
-    bytes_per_token: Option<usize>,
-    /// Bytes of the whole KV cache instead
-    #[arg(long, value_name = "BYTES", value_parser = from_one(), conflicts_with = "bytes_per_token")]
+    /// Bytes of the KV cache for each token; several apart by commas
+    #[arg(long, value_name = "BYTES", value_parser = from_one(), value_delimiter = ',')]
     #[arg(allow_negative_numbers = true)]
-    bytes: Option<usize>,
+    bytes_per_token: Vec<usize>,
+    /// Bytes of the whole KV cache instead
+    #[arg(long, value_name = "BYTES", value_parser = from_one(), value_delimiter = ',')]
+    #[arg(allow_negative_numbers = true, hide_short_help = true, conflicts_with = "bytes_per_token")]
+    bytes: Vec<usize>,
     /// Tokens of the context; the model's window unless said
     #[arg(long, value_name = "N", value_parser = from_one(), allow_negative_numbers = true)]
     context: Option<usize>,
@@ -52,7 +54,10 @@ pub(super) struct BudgetArgs {
     options: MethodArgs,
     #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
-    /// Write the best mixture: NAME.cache.json, and NAME.plan.json where heads are shared
+    /// A text that decides nothing, to report on
+    #[arg(long, value_name = "FILE", value_parser = path(), help_heading = "Text")]
+    text: Option<PathBuf>,
+    /// Write the best one: NAME.cache.json, and NAME.plan.json
     #[arg(long, value_name = "NAME", value_parser = path(), help_heading = "Output")]
     out: Option<PathBuf>,
     #[command(flatten, next_help_heading = "Output")]
@@ -72,8 +77,14 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     for file in files.iter().flatten() {
         args.writing.check(file, &inputs)?;
     }
-    if args.bytes.is_none() && args.bytes_per_token.is_none() {
-        return Err(CliError::usage("--bytes-per-token BYTES or --bytes BYTES is missing: the budget"));
+    match args.bytes.len() + args.bytes_per_token.len() {
+        0 => {
+            return Err(CliError::usage("--bytes-per-token BYTES or --bytes BYTES is missing: the budget"));
+        }
+        2.. if args.out.is_some() => {
+            return Err(CliError::usage("--out writes the best mixture of one budget: name one"));
+        }
+        _ => {}
     }
     let checkpoint = Checkpoint::open(&args.model)?;
     let calibration = args.calibration.open(&checkpoint, run)?;
@@ -83,15 +94,26 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     };
     let context = context(args.context, source)?;
     let windows = deciding(args, &checkpoint, texts, context, source.window())?;
+    let held_out = args.text.as_ref().map(|text| held_out(args, text, &checkpoint, context)).transpose()?;
     let shares = shared(args, &checkpoint, calibration, source, run)?;
     let models = shares.iter().map(|shared| &shared.model);
     let mixer = Mixer::new(source, models, &windows, texts.fit(), Steps::default());
-    let allowed = match (args.bytes, args.bytes_per_token) {
-        (Some(bytes), _) => bytes as f64,
-        (None, of_token) => (of_token.unwrap_or_default() * context) as f64,
-    };
-    let mixtures = mixer.within(allowed, run)?;
-    let best = &mixtures.read[0];
+    let of_tokens = args.bytes_per_token.iter().map(|of_token| of_token * context);
+    let budgets: Vec<f64> = args.bytes.iter().copied().chain(of_tokens).map(|bytes| bytes as f64).collect();
+    let mixtures = mixer.within(&budgets, run)?;
+    let reference = held_out.as_ref().map(|text| Reference::new(source, text, run)).transpose()?;
+    let mut results = Vec::new();
+    for mixtures in mixtures {
+        let mut held_out = Vec::new();
+        for (i, reference) in mixtures.told().into_iter().flat_map(|i| reference.iter().map(move |r| (i, r)))
+        {
+            let mixture = &mixtures.read[i];
+            let model = shares.get(mixture.model).map_or(source, |shared| &shared.model);
+            held_out.push((i, reference.compare_through(model, &mixture.cache, Steps::default(), run)?));
+        }
+        results.push(Found { mixtures, held_out });
+    }
+    let best = &results[0].mixtures.read[0];
     if let Some([cache, plan]) = &files {
         let policy =
             serde_json::to_vec_pretty(&best.cache.spec()).map_err(|e| CliError::failed(e.to_string()))?;
@@ -101,12 +123,18 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
         }
     }
     let name = |mixture: &Mixture| shares.get(mixture.model).map_or("all", |shared| &shared.name).to_string();
-    let text = told(args, &mixtures, &mixer, &windows, allowed, name);
+    let (whole, length) = (mixer.whole(), windows.length());
+    let tables = results.iter().map(|found| found.told(whole, length, windows.count(), name));
+    let text = tables.collect::<Vec<_>>().join("\n") + &written(args, name(best) != "all");
     let json = json!({
-        "model": shown(&args.model), "context": context, "bytes": allowed, "whole_bytes": mixer.whole(),
-        "considered": mixtures.considered,
-        "mixtures": mixtures.read.iter().map(|m| mixture_json(m, &name(m))).collect::<Vec<_>>(),
-        "plan": shares.get(best.model).map(|shared| &shared.plan), "cache": best.cache.spec(),
+        "model": shown(&args.model), "context": context, "whole_bytes": whole,
+        "budgets": results.iter().map(|found| json!({
+            "bytes": found.mixtures.bytes,
+            "considered": found.mixtures.considered,
+            "mixtures": found.json(name),
+            "plan": shares.get(found.mixtures.read[0].model).map(|shared| &shared.plan),
+            "cache": found.mixtures.read[0].cache.spec(),
+        })).collect::<Vec<_>>(),
     });
     Ok(Output { text, json }.noting(&checkpoint))
 }
@@ -148,6 +176,17 @@ fn deciding(
         }
     }
     Windows::new(tokens, context).map_err(|_| none())
+}
+
+/// Windows of the context that are read of a text which decides nothing.
+fn held_out(
+    args: &BudgetArgs,
+    text: &Path,
+    checkpoint: &Checkpoint,
+    context: usize,
+) -> Result<Windows, CliError> {
+    let tokens = Vocabulary::open(checkpoint)?.encode(&read_text(text)?)?;
+    Ok(Windows::new(tokens, context).map_err(|e| about(text, e))?.spaced(args.windows))
 }
 
 /// A model for every share of the heads that the method reaches, from the smallest cache on.
@@ -193,57 +232,83 @@ fn policy(mixture: &Mixture) -> String {
     spec.name().to_string() + &settings.map(|(key, value)| format!(":{key}={value}")).collect::<String>()
 }
 
-fn told(
-    args: &BudgetArgs,
-    mixtures: &Mixtures,
-    mixer: &Mixer<'_>,
-    windows: &Windows,
-    allowed: f64,
-    name: impl Fn(&Mixture) -> String,
-) -> String {
-    let whole = mixer.whole();
-    let rows = mixtures.read.iter().map(|mixture| {
-        let evaluation = &mixture.cached.evaluation;
-        [
-            name(mixture),
-            policy(mixture),
-            if mixture.single { "yes" } else { "" }.to_string(),
-            bytes(mixture.cached.bytes as u64),
-            percent(mixture.cached.bytes / whole),
-            format!("{:.2}", evaluation.perplexity()),
-            evaluation.divergence.map_or("-".into(), |d| format!("{:.4}", d.kl)),
-        ]
-    });
-    let table = table(["heads", "cache", "one thing", "KV a window", "share", "perplexity", "KL"], rows);
-    let [all, within, read] = mixtures.considered;
-    let written = match &args.out {
+/// What was found within one budget, and what some of it did on a text that decided nothing.
+struct Found {
+    mixtures: Mixtures,
+    held_out: Vec<(usize, Cached)>,
+}
+
+impl Found {
+    fn held_out(&self, i: usize) -> Option<&Cached> {
+        self.held_out.iter().find(|(of, _)| *of == i).map(|(_, cached)| cached)
+    }
+
+    fn told(&self, whole: f64, context: usize, windows: usize, name: impl Fn(&Mixture) -> String) -> String {
+        let kl =
+            |cached: &Cached| cached.evaluation.divergence.map_or("-".into(), |d| format!("{:.4}", d.kl));
+        let rows = self.mixtures.read.iter().enumerate().map(|(i, mixture)| {
+            let cached = &mixture.cached;
+            let held_out = self.held_out(i);
+            [
+                name(mixture),
+                policy(mixture),
+                if mixture.single { "yes" } else { "" }.to_string(),
+                bytes(cached.bytes as u64),
+                percent(cached.bytes / whole),
+                format!("{:.2}", cached.evaluation.perplexity()),
+                kl(cached),
+                held_out.map_or(String::new(), |cached| percent(cached.bytes / whole)),
+                held_out.map_or(String::new(), |cached| format!("{:.2}", cached.evaluation.perplexity())),
+                held_out.map_or(String::new(), kl),
+            ]
+        });
+        let header = ["heads", "cache", "one thing", "KV a window", "share", "perplexity", "KL"];
+        let table = if self.held_out.is_empty() {
+            table(header, rows.map(|[a, b, c, d, e, f, g, ..]| [a, b, c, d, e, f, g]))
+        } else {
+            let [a, b, c, d, e, f, g] = header;
+            table([a, b, c, d, e, f, g, "share, held out", "perplexity, held out", "KL, held out"], rows)
+        };
+        let ([all, within, read], allowed) = (self.mixtures.considered, self.mixtures.bytes);
+        format!(
+            "{} for a context of {context} tokens, {} of all heads in 16 bits\n{all} mixtures, {within} within the budget, {read} without \
+             room left\nvalidation: {windows} windows that fitted nothing\n\n{table}",
+            bytes(allowed as u64),
+            percent(allowed / whole),
+        )
+    }
+
+    fn json(&self, name: impl Fn(&Mixture) -> String) -> Vec<Value> {
+        let all = self.mixtures.read.iter().enumerate().map(|(i, mixture)| {
+            let mut json = cached_json(&mixture.cached);
+            json["heads"] = json!(name(mixture));
+            json["cache"] = json!(mixture.cache.spec());
+            json["single"] = json!(mixture.single);
+            json["held_out"] = self.held_out(i).map_or(Value::Null, cached_json);
+            json
+        });
+        all.collect()
+    }
+}
+
+/// What was written, and how it is read again.
+fn written(args: &BudgetArgs, shares_heads: bool) -> String {
+    match &args.out {
         Some(out) if args.writing.dry_run => format!("\nwould be written to {}.*.json\n", out.display()),
         Some(out) => {
-            let plan = if name(&mixtures.read[0]) == "all" {
-                String::new()
-            } else {
-                format!(" --plan {}.plan.json --calibration …", out.display())
-            };
             let (model, out) = (args.model.display(), out.display());
+            let plan = match shares_heads {
+                true => format!(" --plan {out}.plan.json --calibration …"),
+                false => String::new(),
+            };
             format!("\nwritten to {out}.*.json: qcqa eval {model}{plan} --cache {out}.cache.json --text …\n")
         }
         None => String::new(),
-    };
-    format!(
-        "{} for a context of {} tokens, {} of all heads in 16 bits\n{all} mixtures, {within} within the budget, {read} without \
-         room left\nvalidation: {} windows that fitted nothing\n\n{table}{written}",
-        bytes(allowed as u64),
-        windows.length(),
-        percent(allowed / whole),
-        windows.count(),
-    )
+    }
 }
 
-fn mixture_json(mixture: &Mixture, heads: &str) -> Value {
-    let mut json = json!({
-        "heads": heads, "cache": mixture.cache.spec(), "single": mixture.single, "bytes": mixture.cached.bytes,
-        "most_bytes": mixture.cached.most_bytes,
-    });
-    merge(&mut json, evaluation_json(&mixture.cached.evaluation));
+fn cached_json(cached: &Cached) -> Value {
+    let mut json = json!({ "bytes": cached.bytes, "most_bytes": cached.most_bytes });
+    merge(&mut json, evaluation_json(&cached.evaluation));
     json
 }

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qcqa::{Observer, Progress};
 
 /// The stages that get a bar, with what they are called; other stages are shown beside it.
-const BARS: [(&str, &str); 12] = [
+const BARS: [(&str, &str); 15] = [
     ("layers", "reading layers"),
     ("search", "searching"),
     ("pool", "sharing heads"),
@@ -19,7 +19,10 @@ const BARS: [(&str, &str); 12] = [
     ("sample", "writing text"),
     ("calibrate", "calibrating"),
     ("sensitivity", "weighing layers"),
-    ("choose", "choosing groups"),
+    ("choose", "choosing"),
+    ("probe", "probing heads"),
+    ("mix", "mixing"),
+    ("recall", "asking"),
     ("refit", "refitting"),
     ("distil", "distilling"),
     ("choices", "answering"),
