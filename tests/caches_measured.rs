@@ -197,6 +197,17 @@ fn the_command_line_reads_through_caches() {
     assert_relative_eq!(number(3, "kl"), value["lines"][0]["kl"].as_f64().unwrap(), max_relative = 1e-2);
     assert!(fs::read_to_string(&svg).unwrap().contains("all × headkv"));
 
+    // Settings of one policy are a curve for every plan; the shares of a plan are one for a policy alone.
+    let caches = "full:bits=16,full:bits=8,window:recent=60";
+    let compare = [
+        "compare", model, "--kv", "0.25,0.5", "--method", "gqa", "--cache", caches, "--plot", &svg, "--force",
+    ];
+    json(&[&compare[..], &["--text", &text, "--windows", "1"]].concat());
+    let drawn = fs::read_to_string(&svg).unwrap();
+    for curve in ["gqa 25.0% × full", "gqa 50.0% × full", "gqa × window"] {
+        assert!(drawn.contains(curve), "{curve}");
+    }
+
     // A budget, the mixture that it ends with, and the model under that.
     let name = file("best");
     let budget =

@@ -98,8 +98,8 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     let shares = shared(args, &checkpoint, calibration, source, run)?;
     let models = shares.iter().map(|shared| &shared.model);
     let mixer = Mixer::new(source, models, &windows, texts.fit(), Steps::default());
-    let of_tokens = args.bytes_per_token.iter().map(|of_token| of_token * context);
-    let budgets: Vec<f64> = args.bytes.iter().copied().chain(of_tokens).map(|bytes| bytes as f64).collect();
+    let of_tokens = args.bytes_per_token.iter().map(|&of_token| of_token as f64 * context as f64);
+    let budgets: Vec<f64> = args.bytes.iter().map(|&bytes| bytes as f64).chain(of_tokens).collect();
     let mixtures = mixer.within(&budgets, run)?;
     let reference = held_out.as_ref().map(|text| Reference::new(source, text, run)).transpose()?;
     let mut results = Vec::new();

@@ -55,7 +55,7 @@ pub(super) type Named = (String, Arc<dyn CachePolicy>);
 pub(super) struct Reads<'a> {
     /// How its heads are shared, and how many are left.
     pub(super) name: String,
-    /// The name of its curve.
+    /// How its heads are shared.
     pub(super) family: String,
     pub(super) model: &'a Model,
 }
@@ -117,8 +117,13 @@ impl CacheArgs {
                 let recalled =
                     items.iter().flatten().map(|items| recall(read.model, Some(&policy), items, steps, run));
                 let recalled = recalled.collect::<Result<Vec<Recall>, _>>()?;
+                // Either the heads or the settings of a policy go along a curve.
+                let spec = policy.spec();
+                let alone =
+                    policies.iter().filter(|(_, other)| other.spec().name() == spec.name()).count() == 1;
+                let heads = if alone { &read.family } else { &read.name };
                 told.curves.push((
-                    format!("{} × {}", read.family, policy.spec().name()),
+                    format!("{heads} × {}", spec.name()),
                     (cached.bytes / whole, cached.evaluation.perplexity()),
                 ));
                 rows.push(row(read, name, &cached, whole, &recalled));
