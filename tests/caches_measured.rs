@@ -130,7 +130,7 @@ fn mixtures_keep_to_their_budget() {
     assert!(best(larger) <= best(mixtures) && larger.bytes == 2.0 * mixtures.bytes);
     let alone = mixer.within(&[budget], Run::new(0)).unwrap();
     let read = |mixtures: &Mixtures| {
-        let of = |m: &Mixture| (m.model, m.cache.spec(), m.single, m.cached.clone().evaluation.loss);
+        let of = |m: &Mixture| (m.model, m.cache.spec(), m.single, m.cached.evaluation.loss);
         mixtures.read.iter().map(of).collect::<Vec<_>>()
     };
     assert_eq!((read(&alone[0]), alone[0].considered), (read(mixtures), mixtures.considered));
@@ -268,6 +268,11 @@ fn the_command_line_reads_through_caches() {
     let small =
         [&["budget", model, "--bytes", "10", "--kv", "0.5", "--method", "gqa"][..], &learning].concat();
     models::says(&fails(1, &small), &["the budget is 10"]);
+    // What is read is not written over.
+    let own = file("own.cache.json");
+    fs::copy(&text, &own).unwrap();
+    let over = ["budget", model, "--bytes", "100000", "--text", &own, "--out", &file("own"), "--force"];
+    models::says(&fails(1, &[&over[..], &learning].concat()), &["own.cache.json", "what is read"]);
     let two = ["budget", model, "--bytes", "1000,2000", "--out", "no"];
     models::says(&fails(2, &[&two[..], &learning].concat()), &["one budget: name one"]);
 }

@@ -73,7 +73,8 @@ struct Shared {
 
 pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     let files = args.out.as_ref().map(|out| [with_end(out, "cache.json"), with_end(out, "plan.json")]);
-    let inputs: Vec<PathBuf> = [args.model.clone()].into_iter().chain(args.calibration.files()).collect();
+    let read = [args.model.clone()].into_iter().chain(args.text.clone());
+    let inputs: Vec<PathBuf> = read.chain(args.calibration.files()).collect();
     for file in files.iter().flatten() {
         args.writing.check(file, &inputs)?;
     }
@@ -105,11 +106,12 @@ pub(super) fn budget(args: &BudgetArgs, run: Run<'_>) -> Done {
     let mut results = Vec::new();
     for mixtures in mixtures {
         let mut held_out = Vec::new();
-        for (i, reference) in mixtures.told().into_iter().flat_map(|i| reference.iter().map(move |r| (i, r)))
-        {
-            let mixture = &mixtures.read[i];
-            let model = shares.get(mixture.model).map_or(source, |shared| &shared.model);
-            held_out.push((i, reference.compare_through(model, &mixture.cache, Steps::default(), run)?));
+        if let Some(reference) = &reference {
+            for i in mixtures.told() {
+                let mixture = &mixtures.read[i];
+                let model = shares.get(mixture.model).map_or(source, |shared| &shared.model);
+                held_out.push((i, reference.compare_through(model, &mixture.cache, Steps::default(), run)?));
+            }
         }
         results.push(Found { mixtures, held_out });
     }

@@ -128,7 +128,7 @@ impl CacheArgs {
                 ));
                 rows.push(row(read, name, &cached, whole, &recalled));
                 let mut line = json!({
-                    "heads": read.name, "cache": policy.spec(), "bytes": cached.bytes, "share": cached.bytes / whole,
+                    "heads": read.name, "cache": spec, "bytes": cached.bytes, "share": cached.bytes / whole,
                     "most_bytes": cached.most_bytes,
                     "stretches": cached.stretches.iter().map(|s| json!({
                         "from": s.places.start, "to": s.places.end, "loss": s.loss, "kl": s.kl,
