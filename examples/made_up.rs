@@ -2,7 +2,7 @@
 //! time. What a search, a calibration or a distillation takes on such a model can be measured on it; what it loses cannot.
 //!
 //! ```sh
-//! cargo run --release --features checkpoint,rayon --example made_up -- DIR llama-2-7b       # 13.5 GB; llama-2-13b, llama-3.1-8b
+//! cargo run --release --features checkpoint,rayon --example made_up -- DIR llama-2-7b       # 13.5 GB; llama-2-13b, llama-3.1-8b, llama-3.2-1b
 //! cargo run --release --features checkpoint,rayon --example made_up -- DIR llama-2-7b 2     # two of its layers
 //! ```
 
@@ -22,7 +22,7 @@ use serde_json::{Map, json};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// The numbers of a Llama, heads of 128.
+/// The numbers of a Llama.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     layers: usize,
@@ -30,37 +30,56 @@ struct Shape {
     kv_heads: usize,
     mlp: usize,
     vocabulary: usize,
+    head: usize,
+    /// Whether the output embedding is that of the tokens.
+    tied: bool,
 }
 
-const HEAD: usize = 128;
-const LLAMA_2_7B: Shape =
-    Shape { layers: 32, query_heads: 32, kv_heads: 32, mlp: 11_008, vocabulary: 32_000 };
-const LLAMA_2_13B: Shape =
-    Shape { layers: 40, query_heads: 40, kv_heads: 40, mlp: 13_824, vocabulary: 32_000 };
-const LLAMA_3_8B: Shape =
-    Shape { layers: 32, query_heads: 32, kv_heads: 8, mlp: 14_336, vocabulary: 128_256 };
+const LLAMA_2_7B: Shape = Shape {
+    layers: 32,
+    query_heads: 32,
+    kv_heads: 32,
+    mlp: 11_008,
+    vocabulary: 32_000,
+    head: 128,
+    tied: false,
+};
+const LLAMA_2_13B: Shape = Shape { layers: 40, query_heads: 40, kv_heads: 40, mlp: 13_824, ..LLAMA_2_7B };
+const LLAMA_3_8B: Shape = Shape { kv_heads: 8, mlp: 14_336, vocabulary: 128_256, ..LLAMA_2_7B };
+const LLAMA_3_1B: Shape = Shape { layers: 16, mlp: 8192, head: 64, tied: true, ..LLAMA_3_8B };
+const SHAPES: [(&str, Shape); 4] = [
+    ("llama-2-7b", LLAMA_2_7B),
+    ("llama-2-13b", LLAMA_2_13B),
+    ("llama-3.1-8b", LLAMA_3_8B),
+    ("llama-3.2-1b", LLAMA_3_1B),
+];
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let (out, name, layers) = match &args[..] {
         [out, name] => (out, name.as_str(), None),
         [out, name, layers] => (out, name.as_str(), Some(layers.parse()?)),
-        _ => return Err("usage: made_up DIR llama-2-7b|llama-2-13b|llama-3.1-8b [LAYERS]".into()),
+        _ => {
+            return Err(
+                format!("usage: made_up DIR {} [LAYERS]", SHAPES.map(|(name, _)| name).join("|")).into()
+            );
+        }
     };
-    let shape = match name {
-        "llama-2-7b" => LLAMA_2_7B,
-        "llama-2-13b" => LLAMA_2_13B,
-        "llama-3.1-8b" => LLAMA_3_8B,
-        _ => return Err(format!("{name}: one of llama-2-7b, llama-2-13b, llama-3.1-8b").into()),
-    };
+    let known = SHAPES.into_iter().find(|(known, _)| *known == name);
+    let (_, shape) = known.ok_or(format!("{name}: one of {}", SHAPES.map(|(name, _)| name).join(", ")))?;
     write(Path::new(out), Shape { layers: layers.unwrap_or(shape.layers), ..shape })
 }
 
 fn write(out: &Path, shape: Shape) -> Outcome<()> {
-    let Shape { layers, query_heads, kv_heads, mlp, vocabulary } = shape;
-    let d = query_heads * HEAD;
-    let layer = d * HEAD * (2 * query_heads + 2 * kv_heads) + 3 * d * mlp + 2 * d;
-    let bytes = 2 * (layers * layer + 2 * vocabulary * d + d) as u64;
+    let Shape { layers, query_heads, kv_heads, mlp, vocabulary, head, tied } = shape;
+    let d = query_heads * head;
+    let layer = d * head * (2 * query_heads + 2 * kv_heads) + 3 * d * mlp + 2 * d;
+    let embeddings = if tied {
+        &["model.embed_tokens.weight"][..]
+    } else {
+        &["model.embed_tokens.weight", "lm_head.weight"]
+    };
+    let bytes = 2 * (layers * layer + embeddings.len() * vocabulary * d + d) as u64;
     fs::create_dir(out)?;
     let free = fs4::available_space(out)?;
     if free < bytes + (1 << 30) {
@@ -73,7 +92,7 @@ fn write(out: &Path, shape: Shape) -> Outcome<()> {
         let of =
             |name: &str, rows: usize, columns: usize| (format!("{prefix}{name}.weight"), vec![rows, columns]);
         let mut shapes = if i < layers {
-            let (q, kv) = (query_heads * HEAD, kv_heads * HEAD);
+            let (q, kv) = (query_heads * head, kv_heads * head);
             vec![
                 of("self_attn.q_proj", q, d),
                 of("self_attn.k_proj", kv, d),
@@ -84,9 +103,7 @@ fn write(out: &Path, shape: Shape) -> Outcome<()> {
                 of("mlp.down_proj", d, mlp),
             ]
         } else {
-            ["model.embed_tokens.weight", "lm_head.weight"]
-                .map(|name| (name.to_string(), vec![vocabulary, d]))
-                .to_vec()
+            embeddings.iter().map(|name| (name.to_string(), vec![vocabulary, d])).collect()
         };
         let norms = if i < layers {
             ["input_layernorm", "post_attention_layernorm"]
@@ -115,9 +132,9 @@ fn write(out: &Path, shape: Shape) -> Outcome<()> {
     fs::write(out.join("model.safetensors.index.json"), index.to_string())?;
     let config = json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": d, "num_hidden_layers": layers,
-        "num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "head_dim": HEAD, "intermediate_size": mlp,
+        "num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "head_dim": head, "intermediate_size": mlp,
         "vocab_size": vocabulary, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
     });
     fs::write(out.join("config.json"), config.to_string())?;
     // Of a small model, whose tokens this one has, too.

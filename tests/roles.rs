@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use models::says;
 use qcqa::budget::Budget;
-use qcqa::calibration::{Calibration, TextSource};
+use qcqa::calibration::{Calibration, Extent, TextSource, read_texts};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::evaluation::{Reference, evaluate_against};
 use qcqa::files::WriteOptions;
@@ -350,6 +350,26 @@ fn a_model_writes_its_own_text_the_same_every_time() {
     let model = Model::load(&checkpoint).unwrap();
     let loss = Reference::new(&model, text.fit(), Run::new(0)).unwrap().source().perplexity();
     assert!(loss < 40.0, "{loss}");
+}
+
+#[test]
+fn windows_are_as_long_as_the_model_will_look_back() {
+    let (checkpoint, run) = (novels(), Run::new(3));
+    for (source, windows) in [(TextSource::file(calibration_text()), 8), (TextSource::model(), 4)] {
+        let read = |extent: Extent| read_texts(&checkpoint, std::slice::from_ref(&source), extent, run);
+        let (model, texts) = read(Extent::new(windows).of_tokens(24)).unwrap();
+        assert_eq!((texts.fit().length(), texts.fit().count()), (24, windows / 2));
+        let (_, usual) = read(windows.into()).unwrap();
+        assert_eq!(usual.fit().length(), model.window());
+        let most = model.positions();
+        let refused = read(Extent::new(windows).of_tokens(most + 1)).unwrap_err().to_string();
+        says(&refused, &[&most.to_string(), &(most + 1).to_string()]);
+    }
+    // Whatever their length, they fit and choose.
+    let text = [TextSource::file(calibration_text())];
+    let calibration = Calibration::open(&checkpoint, &text, Extent::new(32).of_tokens(64), run).unwrap();
+    let compressed = compressed(&checkpoint, &calibration, Some(Refit::Full));
+    assert!(compressed.stages.iter().any(|stage| stage.kept && stage.name() == "full refit"));
 }
 
 #[test]

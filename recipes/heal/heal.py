@@ -42,6 +42,7 @@ def arguments(given):
     add("converted", type=Path, help="directory that qcqa convert, compress or distill has written")
     add("--calibration", nargs="+", required=True, metavar="TEXT", help="texts to learn from: PATH, or PATH:SHARE")
     add("--calibration-windows", type=positive, default=128, metavar="N", help="the most windows of all texts together (128)")
+    add("--calibration-context", type=positive, metavar="N", help="tokens of each of them (all that the model has positions for, 512 at most)")
     add("--tokens", type=tokens, required=True, help="how long: 500k, 2M; the same ones again where the texts have fewer")
     add("--out", type=Path, required=True, help="directory of the output, which must not exist")
     add("--train", choices=["attention", "lora", "all"], default="attention", help="what learns (attention)")
@@ -91,7 +92,7 @@ def window(path):
 def usual(args, record, length):
     """Fills in what was not said, as `qcqa distill` would."""
     refitted, many = record["plan"]["pooling"].get("refit") == "full", args.tokens >= MANY_TOKENS
-    rate, batch, pull = (7e-4 if refitted else 1e-3, 4, 3.0) if many else (4e-4 if refitted else 5e-4, -(-FEW_TOKENS // length), 0.0)
+    rate, batch, pull = (7e-4 if refitted else 1e-3, max(1, 4 // -(-length // LONGEST_WINDOW)), 3.0) if many else (4e-4 if refitted else 5e-4, -(-FEW_TOKENS // length), 0.0)
     args.optimizer = args.optimizer or ("muon" if many and args.train != "lora" else "adamw")
     args.rate = rate if args.rate is None else args.rate
     args.batch = args.batch or batch
@@ -306,7 +307,7 @@ def run(args, accelerator):
     tokenizer = Tokenizer.from_file(str(words))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    length = window(args.source)
+    length = args.calibration_context or window(args.source)
     fit, validation = windows.read(tokenizer, args.calibration, args.calibration_windows, length)
     usual(args, record, length)
 

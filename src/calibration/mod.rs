@@ -24,7 +24,7 @@ use crate::text::{RuntimeError, Texts, windows_that_fit};
 pub use moments::Moments;
 #[cfg(feature = "runtime")]
 #[cfg_attr(docsrs, doc(cfg(feature = "runtime")))]
-pub use opened::{Origin, TextSource, read_texts};
+pub use opened::{Extent, Origin, TextSource, read_texts};
 
 /// Tokens that fit, for each input dimension of a layer, below which more text still helps much (docs/calibration.md, "How much
 /// text").

@@ -68,6 +68,50 @@ impl TextSource {
     }
 }
 
+/// How much of its texts a calibration reads. A number of windows will do where these may have the usual length.
+///
+/// ```
+/// use qcqa::calibration::Extent;
+///
+/// let long = Extent::new(32).of_tokens(2048);
+/// assert_eq!((Extent::from(128).length, long.length), (None, Some(2048)));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Extent {
+    /// The most windows, of all texts together.
+    pub windows: usize,
+    /// Tokens of a window; [`Model::window`] unless said.
+    pub length: Option<usize>,
+}
+
+impl Extent {
+    /// At most so many windows.
+    pub fn new(windows: usize) -> Self {
+        Self { windows, length: None }
+    }
+
+    /// Of so many tokens each: as many as the model will be asked to look back.
+    pub fn of_tokens(self, length: usize) -> Self {
+        Self { length: Some(length), ..self }
+    }
+
+    /// Tokens of a window of this model.
+    fn length_for(self, model: &Model) -> Result<usize, RuntimeError> {
+        let length = self.length.unwrap_or(model.window());
+        if length > model.positions() {
+            return Err(RuntimeError::Positions { expected: model.positions(), found: length });
+        }
+        Ok(length)
+    }
+}
+
+impl From<usize> for Extent {
+    fn from(windows: usize) -> Self {
+        Self::new(windows)
+    }
+}
+
 /// A calibration of which nothing has been measured yet.
 enum Given {
     Moments(Moments),
@@ -76,7 +120,7 @@ enum Given {
 
 impl<'a> Calibration<'a> {
     /// Opens what is given: one file of moments, recognised by the header of a safetensors file, or texts, of which
-    /// `most_windows` windows are read in all ([`Texts::new`]). Progress is stage `"sample"` where the model writes a text,
+    /// `extent` is read in all ([`Texts::new`]). Progress is stage `"sample"` where the model writes a text,
     /// then `"calibrate"`.
     ///
     /// # Errors
@@ -84,13 +128,13 @@ impl<'a> Calibration<'a> {
     pub fn open(
         checkpoint: &'a Checkpoint,
         sources: &[TextSource],
-        most_windows: usize,
+        extent: impl Into<Extent>,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        Given::open(checkpoint, sources, most_windows, run)?.measured(checkpoint, run)
+        Given::open(checkpoint, sources, extent.into(), run)?.measured(checkpoint, run)
     }
 
-    /// Measures the moments on texts, of which `most_windows` windows are read in all: of the windows of every text most fit,
+    /// Measures the moments on texts, of which `extent` is read in all: of the windows of every text most fit,
     /// and the others choose ([`Texts`]). Progress is stage `"sample"` where the model writes a text, then `"calibrate"`.
     ///
     /// ```
@@ -115,10 +159,10 @@ impl<'a> Calibration<'a> {
     pub fn from_texts(
         checkpoint: &'a Checkpoint,
         sources: &[TextSource],
-        most_windows: usize,
+        extent: impl Into<Extent>,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        let (model, texts) = read_texts(checkpoint, sources, most_windows, run)?;
+        let (model, texts) = read_texts(checkpoint, sources, extent, run)?;
         Self::measured(checkpoint, model, texts, run)
     }
 
@@ -144,10 +188,10 @@ impl<'a> Calibration<'a> {
     pub fn from_text(
         checkpoint: &'a Checkpoint,
         path: &Path,
-        most_windows: usize,
+        extent: impl Into<Extent>,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        Self::from_texts(checkpoint, &[TextSource::file(path)], most_windows, run)
+        Self::from_texts(checkpoint, &[TextSource::file(path)], extent, run)
     }
 
     /// Measures the moments on windows that the model writes itself, where no text is at hand: each begins with a token of its
@@ -158,8 +202,12 @@ impl<'a> Calibration<'a> {
     ///
     /// # Errors
     /// As [`Calibration::from_texts`].
-    pub fn from_self(checkpoint: &'a Checkpoint, windows: usize, run: Run<'_>) -> Result<Self, RuntimeError> {
-        Self::from_texts(checkpoint, &[TextSource::model()], windows, run)
+    pub fn from_self(
+        checkpoint: &'a Checkpoint,
+        extent: impl Into<Extent>,
+        run: Run<'_>,
+    ) -> Result<Self, RuntimeError> {
+        Self::from_texts(checkpoint, &[TextSource::model()], extent, run)
     }
 
     /// Opens the calibration under which the heads of a plan are pooled, as [`Calibration::open`] does; another is refused
@@ -171,10 +219,10 @@ impl<'a> Calibration<'a> {
         checkpoint: &'a Checkpoint,
         sources: &[TextSource],
         plan: &Plan,
-        most_windows: usize,
+        extent: impl Into<Extent>,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        let given = Given::open(checkpoint, sources, most_windows, run.with_seed(plan.seed))?;
+        let given = Given::open(checkpoint, sources, extent.into(), run.with_seed(plan.seed))?;
         let (expected, found) = (plan.pooling.calibration.clone(), Some(given.fingerprint()));
         if expected != found {
             return Err(Error::PlanCalibration { expected, found }.into());
@@ -184,7 +232,7 @@ impl<'a> Calibration<'a> {
     }
 }
 
-/// A model, and its calibration texts in their roles: `most_windows` windows in all, of each source its share; of an encoder, which has no
+/// A model, and its calibration texts in their roles: `extent` of them in all, of each source its share; of an encoder, which has no
 /// loss to choose by, all fit. Progress is stage `"sample"` where the model writes a text.
 ///
 /// # Errors
@@ -193,11 +241,11 @@ impl<'a> Calibration<'a> {
 pub fn read_texts(
     checkpoint: &Checkpoint,
     sources: &[TextSource],
-    most_windows: usize,
+    extent: impl Into<Extent>,
     run: Run<'_>,
 ) -> Result<(Model, Texts), RuntimeError> {
     let contents = sources.iter().map(TextSource::read).collect::<Result<_, _>>()?;
-    texts_of(checkpoint, sources, contents, most_windows, run)
+    texts_of(checkpoint, sources, contents, extent.into(), run)
 }
 
 /// Of an encoder, which has no loss to choose by, all windows fit.
@@ -210,10 +258,10 @@ fn texts_of(
     checkpoint: &Checkpoint,
     sources: &[TextSource],
     contents: Vec<Option<Vec<u8>>>,
-    most_windows: usize,
+    extent: Extent,
     run: Run<'_>,
 ) -> Result<(Model, Texts), RuntimeError> {
-    let counts = shared_out(most_windows, &sources.iter().map(|source| source.share).collect::<Vec<_>>())?;
+    let counts = shared_out(extent.windows, &sources.iter().map(|source| source.share).collect::<Vec<_>>())?;
     let words = contents.iter().any(Option::is_some).then(|| Vocabulary::open(checkpoint)).transpose()?;
     let tokens = |(source, bytes): (&TextSource, Option<Vec<u8>>)| match (&source.origin, bytes, &words) {
         (Origin::File(path), Some(bytes), Some(words)) => words.encode(&utf8(path, bytes)?).map(Some),
@@ -224,17 +272,18 @@ fn texts_of(
     let writes = sources.iter().any(|source| source.origin == Origin::Model);
     let load = if writes { Model::load_on } else { Model::open };
     let model = load(checkpoint, run.device())?.in_numbers(run.precision())?;
+    let length = extent.length_for(&model)?;
     let whole = |((source, tokens), count): ((&TextSource, Option<Vec<u32>>), usize)| {
         let name = source.name();
         let windows = match tokens {
-            Some(tokens) => Windows::new(tokens, model.window())
+            Some(tokens) => Windows::new(tokens, length)
                 .map_err(|error| RuntimeError::InText { name: name.clone(), source: Box::new(error) })?,
-            None => sampled::windows(checkpoint, &model, count, run)?,
+            None => sampled::windows(checkpoint, &model, [count, length], run)?,
         };
         Ok::<_, RuntimeError>(WholeText::new(name, windows).with_share(source.share))
     };
     let whole = sources.iter().zip(tokens).zip(counts).map(whole).collect::<Result<Vec<_>, _>>()?;
-    let texts = Texts::new(&whole, most_windows)?;
+    let texts = Texts::new(&whole, extent.windows)?;
     let texts = by_what_can_choose(&model, texts);
     Ok((model, texts))
 }
@@ -243,7 +292,7 @@ impl Given {
     fn open(
         checkpoint: &Checkpoint,
         sources: &[TextSource],
-        most_windows: usize,
+        extent: Extent,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
         let contents = sources.iter().map(TextSource::read).collect::<Result<Vec<_>, _>>()?;
@@ -258,7 +307,7 @@ impl Given {
                 _ => {}
             }
         }
-        let (model, texts) = texts_of(checkpoint, sources, contents, most_windows, run)?;
+        let (model, texts) = texts_of(checkpoint, sources, contents, extent, run)?;
         Ok(Self::Texts(Box::new(model), texts))
     }
 

@@ -12,13 +12,13 @@ use crate::text::{RuntimeError, Vocabulary, Windows};
 /// Windows written at once: always as many, whatever the machine, so that the text does not depend on it.
 const ROWS: usize = 16;
 
-/// `n` windows sampled from a model at temperature 1, window i with `run.fork(i)`. The first token of each is drawn evenly from
+/// `n` windows of so many tokens sampled from a model at temperature 1, window i with `run.fork(i)`. The first token of each is drawn evenly from
 /// those that the tokenizer does not call special, of a model without one from all: begun with what stands at the start of
 /// every text, an instruct model writes little else than answers. Progress is stage `"sample"`.
 pub(super) fn windows(
     checkpoint: &Checkpoint,
     model: &Model,
-    n: usize,
+    [n, length]: [usize; 2],
     run: Run<'_>,
 ) -> Result<Windows, RuntimeError> {
     let mut firsts = match Vocabulary::open(checkpoint) {
@@ -29,7 +29,7 @@ pub(super) fn windows(
     if firsts.is_empty() {
         firsts.extend(0..model.vocabulary() as u32);
     }
-    let (length, total) = (model.window(), n.div_ceil(ROWS) as u64);
+    let total = n.div_ceil(ROWS) as u64;
     let mut tokens = Vec::with_capacity(n * length);
     for (batch, start) in (0..n).step_by(ROWS).enumerate() {
         let mut rngs: Vec<ChaCha8Rng> = (start..start + ROWS).map(|i| run.fork(i as u64).rng()).collect();

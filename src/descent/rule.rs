@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Result, Tensor};
 
-use crate::runtime::{AttentionWeights, combined};
+use crate::runtime::{AttentionWeights, combined, times};
 
 /// How weights follow their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -166,7 +166,7 @@ fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
     // Elsewhere products may be rounded, which the square of a matrix does not bear.
     let exact = x.device().is_cpu();
     let x = if exact && LONG * a.min(b) <= a.max(b) { by_gram(&x)? } else { by_matrix(x)? };
-    let x = x.affine(MUON_STEP * (a.max(b) as f64).sqrt(), 0.0)?;
+    let x = times(x, MUON_STEP * (a.max(b) as f64).sqrt())?;
     if a <= b { Ok(x) } else { x.t()?.contiguous() }
 }
 

@@ -1,9 +1,9 @@
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::descent::{Descent, Memory};
 use crate::error::Result;
-use crate::runtime::{AttentionWeights, Model, Pass};
+use crate::runtime::{AttentionWeights, Model, Pass, combined, squared_lengths, times, weighed};
 use crate::text::{RuntimeError, Windows};
 
 /// Layers that go a step together: on a GPU many small products are one, and of large ones not all changes are held.
@@ -95,10 +95,11 @@ impl<'a> Trainer<'a> {
             let own = model.last(last)?;
             let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
             if pull > 0.0 {
-                let weight = (2.0 * pull / theirs.sqr()?.sum_keepdim(D::Minus1)?)?;
-                gradient = (gradient + (own - &theirs)?.broadcast_mul(&weight)?)?;
+                let weight = (2.0 * pull / squared_lengths(&theirs)?)?;
+                let off = weighed(&combined(&own, 1.0, &theirs, -1.0)?, &weight)?;
+                gradient = combined(&gradient, 1.0, &off, 1.0)?;
             }
-            let gradient = model.last_backward(last, &(gradient * share)?)?;
+            let gradient = model.last_backward(last, &times(gradient, share)?)?;
             Ok((divergences, inputs, gradient))
         };
         let both = theirs.into_par_iter().zip(model.layer_inputs(texts, pass)?);

@@ -2,7 +2,7 @@ use super::Effort;
 use crate::descent::Descent;
 use crate::plan::{Refit, SharedHeads};
 use crate::run::Device;
-use crate::runtime::Model;
+use crate::runtime::{LONGEST_WINDOW, Model};
 
 /// What a distillation does unless it is told otherwise: rules that were measured (docs/quality.md).
 #[derive(Debug)]
@@ -29,15 +29,18 @@ impl Usual {
         };
         let (muon, adam) = (Descent::Muon, Descent::AdamW);
         let few = FEW_TOKENS.div_ceil(length);
+        let several = (BATCH / length.div_ceil(LONGEST_WINDOW)).max(1);
         match (many, refitted) {
-            (true, true) => Self { descent: muon, batch: 4, rate: 7e-4, pull: 3.0 },
-            (true, false) => Self { descent: muon, batch: 4, rate: 1e-3, pull: 3.0 },
+            (true, true) => Self { descent: muon, batch: several, rate: 7e-4, pull: 3.0 },
+            (true, false) => Self { descent: muon, batch: several, rate: 1e-3, pull: 3.0 },
             (false, true) => Self { descent: adam, batch: few, rate: 4e-4, pull: 0.0 },
             (false, false) => Self { descent: adam, batch: few, rate: 5e-4, pull: 0.0 },
         }
     }
 }
 
+/// Windows of a step where there are many tokens; longer windows count by their tokens.
+const BATCH: usize = 4;
 /// Tokens of a step where there are few in all.
 const FEW_TOKENS: usize = 512;
 /// Tokens from which on there are many.

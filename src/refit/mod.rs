@@ -23,7 +23,7 @@ const ABREAST: usize = 4;
 pub struct Refitted<'a> {
     /// The shared heads, for outputs and the runtime.
     pub shared: SharedHeads<'a>,
-    /// The error of each layer's attention output on the calibration text, before and after, as a share of the energy of what
+    /// The error of each layer's attention output on the calibration text, of more than 32 windows on 32 spaced ones, before and after, as a share of the energy of what
     /// it should add, by the weights of the tokens; 0 below the first layer that shares.
     pub errors: Vec<[f64; 2]>,
 }

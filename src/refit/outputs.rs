@@ -11,7 +11,7 @@ use super::texts::Texts;
 use crate::error::{Error, Result};
 use crate::low_rank::from_rows;
 use crate::run::map_ordered;
-use crate::runtime::Model;
+use crate::runtime::{Model, weighed};
 use crate::text::RuntimeError;
 
 /// How strongly the output holds on to what it was, as a share of the mean diagonal of its normal equations.
@@ -30,7 +30,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
         if bias.is_some() {
             reads = Tensor::cat(&[&reads, &text.weight.ones_like()?], 1)?;
         }
-        let weighed = reads.broadcast_mul(&text.weight)?.t()?;
+        let weighed = weighed(&reads, &text.weight)?.t()?;
         // f32 within a window, f64 over all.
         Ok([
             weighed.matmul(&reads)?.to_dtype(DType::F64)?,

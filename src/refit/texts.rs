@@ -1,14 +1,16 @@
 //! A text on its way through a source and the model that is made of it.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::error::Result;
-use crate::runtime::{Joint, Model, Pass, times};
+use crate::runtime::{Joint, Model, Pass, combined, squared_lengths, weighed};
 use crate::text::{RuntimeError, Windows};
 
 /// Bytes of streams in f32 from which on they are held in bf16.
 const WIDE: usize = 1 << 30;
+/// Windows, spaced over all, on which a layer is judged before and after: a fraction of a pass over the text.
+const JUDGED: usize = 32;
 
 /// The windows of a text before one layer: the streams of both models.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ impl Texts {
             let attended = model.attend(i, &model.attention_input(i, &source)?, pass)?;
             match joint {
                 Joint::Added(share) => {
-                    part(window, held, &(source + times(attended, share)?)?, |w, own| w.source = own)
+                    part(window, held, &combined(&source, 1.0, &attended, share)?, |w, own| w.source = own)
                 }
                 _ => part(window, held, &attended, |w, own| w.attended = Some(own)),
             }
@@ -122,10 +124,10 @@ impl Texts {
             let attended = chosen.iter().filter_map(|w| w.attended.as_ref());
             // What should come into the stream, and what decides how much an error there matters.
             let (target, size) = match joint {
-                Joint::Added(share) => (times((&source - &stream)?, share.recip())?, source),
+                Joint::Added(share) => (combined(&source, share.recip(), &stream, -share.recip())?, source),
                 Joint::Parallel(share) => {
-                    let after = (source + times(joined(attended)?, share)?)?;
-                    (times((&after - &stream)?, share.recip())?, after)
+                    let after = combined(&source, 1.0, &joined(attended)?, share)?;
+                    (combined(&after, share.recip(), &stream, -share.recip())?, after)
                 }
                 // Its length goes in the norm: what layers below lost cannot be made up for here.
                 Joint::Normed => {
@@ -133,7 +135,7 @@ impl Texts {
                     (attended.clone(), attended)
                 }
             };
-            let weight = size.sqr()?.sum_keepdim(D::Minus1)?.recip()?;
+            let weight = squared_lengths(&size)?.recip()?;
             make(&Text { input: model.attention_input(i, &stream)?, target, weight })
         };
         let abreast = model.abreast(self.pass.positions().len());
@@ -143,14 +145,15 @@ impl Texts {
         }
     }
 
-    /// The error of the attention output of layer `i`, as a share of the energy of what it should be, by the weights of the
-    /// tokens.
+    /// The error of the attention output of layer `i` on at most [`JUDGED`] windows, as a share of the energy of what it should be, by the
+    /// weights of the tokens.
     pub(super) fn error(&self, model: &Model, i: usize) -> Result<f64, RuntimeError> {
-        let all: Vec<usize> = (0..self.count()).collect();
-        let parts = self.map(model, i, &all, |text| {
-            let off = (model.attend(i, &text.input, &self.pass)? - &text.target)?;
+        let (all, n) = (self.count(), self.count().min(JUDGED));
+        let judged: Vec<usize> = (0..n).map(|k| k * all / n).collect();
+        let parts = self.map(model, i, &judged, |text| {
+            let off = combined(&model.attend(i, &text.input, &self.pass)?, 1.0, &text.target, -1.0)?;
             let energy = |t: &Tensor| -> Result<f64, RuntimeError> {
-                let tokens = t.sqr()?.broadcast_mul(&text.weight)?.sum(D::Minus1)?.to_vec1::<f32>()?;
+                let tokens = weighed(&squared_lengths(t)?, &text.weight)?.flatten_all()?.to_vec1::<f32>()?;
                 Ok(tokens.into_iter().map(f64::from).sum())
             };
             Ok([energy(&off)?, energy(&text.target)?])

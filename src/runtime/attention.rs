@@ -9,11 +9,12 @@ use ndarray::Array3;
 
 use super::cache::Past;
 use super::handed::Handed;
-use super::layer::{linear, times};
-use super::norms::{HeadNormed, HeadNorms};
-use super::ops::{CausalSoftmax, capped, visible};
+use super::layer::{biased, linear, times};
+use super::norms::HeadNorms;
+use super::ops::{CausalSoftmax, KeptMask, capped, visible};
 use super::pass::Pass;
 use super::rope::Rope;
+use super::tiles::Tile;
 use crate::error::{Error, Result};
 use crate::heads::{Heads, Pooled, Projection};
 use crate::model::{Alibi, AttentionSpec, Mask};
@@ -44,7 +45,7 @@ pub(super) struct Attention {
     /// What products of queries and keys are multiplied by, where the rows of the queries have it in them; else 1.
     pub(super) scale: f64,
     /// What they are multiplied by where that has to wait for the norm of the queries; else 1.
-    scale_after: f64,
+    pub(super) scale_after: f64,
     /// What scores are bounded to.
     pub(super) cap: Option<f64>,
     pub(super) norms: HeadNorms,
@@ -169,13 +170,17 @@ impl Attention {
         }
         let (query, handed) = self.read(x, pass, rope, past, below)?;
         let seen = &handed.positions[..];
-        let softmax = self.softmax(pass, seen);
+        let tiles = Tile::all(self.softmax(pass, seen), query.device());
         let outputs = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &handed.keys, &handed.values)?;
-            let scores = self.scores(place, [&query, &keys], seen)?;
-            softmax.of(scores, self.sinks(place))?.matmul(&values)
+            let read = tiles.iter().map(|tile| {
+                let (query, keys) = (tile.of_queries(&query)?, tile.of_keys(&keys)?);
+                let scores = self.scores(place, [&query, &keys], &seen[tile.keys.clone()])?;
+                tile.softmax.of(scores, self.sinks(place))?.matmul(&tile.of_keys(&values)?)
+            });
+            Tile::joined(&tiles, &read.collect::<candle_core::Result<Vec<_>>>()?)
         });
-        let output = self.write(&self.side_by_side(outputs, pass)?)?;
+        let output = self.write(&self.side_by_side(outputs, pass.positions.len())?)?;
         Ok((output, handed))
     }
 
@@ -211,8 +216,7 @@ impl Attention {
             return Ok(all.clone());
         }
         let [query, key, value] = self.parts(all)?;
-        let query = self.norms.query.as_ref().map_or_else(|| Ok(query.clone()), |norm| norm.of(&query))?;
-        let key = self.norms.key.as_ref().map_or_else(|| Ok(key.clone()), |norm| norm.of(&key))?;
+        let [query, key] = self.norms.of([&query, &key])?;
         Tensor::cat(&[times(query, self.scale_after)?, key, value], 1)
     }
 
@@ -220,12 +224,8 @@ impl Attention {
     pub(super) fn normed_backward(&self, all: &Tensor, gradient: &Tensor) -> candle_core::Result<Tensor> {
         let ([query, key, _], [of_query, of_key, of_value]) = (self.parts(all)?, self.parts(gradient)?);
         let of_query = times(of_query, self.scale_after)?;
-        let back = |norm: &Option<HeadNormed>, x: &Tensor, of: Tensor| match norm {
-            Some(norm) => norm.backward(x, &of),
-            None => Ok(of),
-        };
-        let of_query = back(&self.norms.query, &query, of_query)?;
-        Tensor::cat(&[of_query, back(&self.norms.key, &key, of_key)?, of_value], 1)
+        let [of_query, of_key] = self.norms.backward([&query, &key], [of_query, of_key])?;
+        Tensor::cat(&[of_query, of_key, of_value], 1)
     }
 
     /// Queries, keys and values of what lies side by side, (N, ·).
@@ -254,13 +254,22 @@ impl Attention {
 
     /// The softmax of new tokens over those at the positions `seen`.
     pub(super) fn softmax(&self, pass: &Pass, seen: &[usize]) -> CausalSoftmax {
-        let visible = match self.mask {
-            Mask::Whole => vec![0..seen.len(); pass.positions().len()],
-            mask => visible(pass.positions(), seen, mask.reach()),
-        };
         let own = seen.len() == pass.positions().len();
-        let kept = pass.masks.get(&self.mask.reach()).filter(|_| own && self.mask != Mask::Whole).cloned();
-        CausalSoftmax { visible, keys: seen.len(), kept }
+        self.softmax_of(pass.positions(), seen, pass.masks.get(&self.mask.reach()).filter(|_| own))
+    }
+
+    /// The softmax of tokens at some positions over those at the positions `seen`; `kept` is for the mask of just these.
+    pub(super) fn softmax_of(
+        &self,
+        asked: &[usize],
+        seen: &[usize],
+        kept: Option<&KeptMask>,
+    ) -> CausalSoftmax {
+        let visible = match self.mask {
+            Mask::Whole => vec![0..seen.len(); asked.len()],
+            mask => visible(asked, seen, mask.reach()),
+        };
+        CausalSoftmax { visible, keys: seen.len(), kept: kept.filter(|_| self.mask != Mask::Whole).cloned() }
     }
 
     /// The sinks of a block's query heads; none where the model has none.
@@ -285,9 +294,9 @@ impl Attention {
     pub(super) fn side_by_side(
         &self,
         blocks: impl Iterator<Item = candle_core::Result<Tensor>>,
-        pass: &Pass,
+        len: usize,
     ) -> candle_core::Result<Tensor> {
-        let (len, h) = (pass.positions.len(), self.head_dim);
+        let h = self.head_dim;
         let heads = |block: candle_core::Result<Tensor>| {
             let block = block?;
             block.reshape((block.dim(0)?, (), len, h))
@@ -298,8 +307,7 @@ impl Attention {
 
     /// What query heads read, (N, n_q·h) → (N, d).
     pub(super) fn write(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
-        let output = heads.matmul(&self.output.t()?)?;
-        self.output_bias.as_ref().map_or(Ok(output.clone()), |bias| output.broadcast_add(bias))
+        biased(heads.matmul(&self.output.t()?)?, &self.output_bias)
     }
 }
 

@@ -7,9 +7,12 @@ use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, joined};
 use super::layer::{Layer, Normed, normed, normed_backward, times};
-use super::ops::{capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward};
+use super::ops::{
+    CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, softmax_backward,
+};
 use super::pass::Pass;
 use super::rope::Rope;
+use super::tiles::Tile;
 use super::weights::AttentionWeights;
 use crate::model::NormKind;
 
@@ -57,15 +60,15 @@ impl Layer {
         };
         let of_read = self.feed_forward_backward(read, &gradient)?;
         // What the sum behind the attention, and the stream before it, are given.
-        let of_y = if self.parallel { gradient } else { (gradient + &of_read)? };
+        let of_y = if self.parallel { gradient } else { combined(&gradient, 1.0, &of_read, 1.0)? };
         let of_sum = normed_backward(&self.sum_norms[0], &sum, &of_y)?;
-        let of_x = if self.parallel { (&of_sum + of_read)? } else { of_sum.clone() };
+        let of_x = if self.parallel { combined(&of_sum, 1.0, &of_read, 1.0)? } else { of_sum.clone() };
         let of_added = times(of_sum, self.residual)?;
         let attention = normed_backward(&self.attention_output_norm, &output, &of_added)?;
         let of_all = self.attention.backward(&kept, &attention, pass.rope(i))?;
         let weights = weights.then(|| self.attention.weights_backward(&input, &kept, &of_all, &attention));
         let of_input = of_all.matmul(&self.attention.qkv)?;
-        let input = (of_x + normed_backward(&self.attention_norm, x, &of_input)?)?;
+        let input = combined(&of_x, 1.0, &normed_backward(&self.attention_norm, x, &of_input)?, 1.0)?;
         let weights = weights.transpose()?;
         Ok(Backward { input, attention, output, weights })
     }
@@ -86,20 +89,25 @@ impl Layer {
 pub(super) struct Kept {
     /// Queries, keys and values before norms and rotation, (N, (n_q + 2k)·h), where there are norms.
     projected: Option<Tensor>,
-    blocks: Vec<KeptBlock>,
+    /// Tokens of a window that ask, and those that they look at.
+    asked: usize,
+    seen: usize,
+    tiles: Vec<Tile>,
+    /// Of every block those of every tile.
+    blocks: Vec<Vec<KeptTile>>,
     /// What query heads read, (N, n_q·h).
     pub(super) heads: Tensor,
 }
 
-/// Of groups with equally many query heads.
-struct KeptBlock {
-    /// (B, groups, r·T, h).
+/// Of groups with equally many query heads, at some tokens.
+struct KeptTile {
+    /// (B, groups, r·t, h).
     query: Tensor,
-    /// (B, groups, T, h).
+    /// (B, groups, s, h).
     keys: Tensor,
-    /// (B, groups, T, h).
+    /// (B, groups, s, h).
     values: Tensor,
-    /// (B, groups, r·T, T).
+    /// (B, groups, r·t, s).
     probabilities: Tensor,
     /// Scores where they are bounded, as the probabilities.
     scores: Option<Tensor>,
@@ -108,53 +116,80 @@ struct KeptBlock {
 impl Attention {
     /// What it computes of x (N, d), and its output (N, d).
     pub(super) fn kept(&self, x: &Tensor, pass: &Pass, rope: &Rope) -> Result<(Kept, Tensor)> {
-        let projected = self.projected(x)?;
-        let [query, keys, values] = self.turned(&projected, pass, rope)?;
-        let softmax = self.softmax(pass, pass.positions());
+        let (projected, seen) = (self.projected(x)?, pass.positions());
+        let turned = self.turned(&projected, pass, rope)?;
+        let mut kept = self.kept_of(turned, self.softmax(pass, seen), seen)?;
+        kept.projected = (!self.norms.is_empty()).then_some(projected);
+        let output = self.write(&kept.heads)?;
+        Ok((kept, output))
+    }
+
+    /// What it computes of queries (B, n_q, t, h), and of keys and values (B, k, S, h) at the positions `seen`.
+    pub(super) fn kept_of(
+        &self,
+        [query, keys, values]: [Tensor; 3],
+        softmax: CausalSoftmax,
+        seen: &[usize],
+    ) -> Result<Kept> {
+        let asked = softmax.visible.len();
+        let tiles = Tile::all(softmax, query.device());
         let blocks = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
-            let scores = self.scores(place, [&query, &keys], pass.positions())?;
-            // The softmax overwrites what it reads.
-            let kept = self.cap.map(|_| scores.copy()).transpose()?;
-            Ok(KeptBlock {
-                probabilities: softmax.of(scores, self.sinks(place))?,
-                query,
-                keys,
-                values,
-                scores: kept,
-            })
+            let tile = |tile: &Tile| {
+                let (query, keys) = (tile.of_queries(&query)?, tile.of_keys(&keys)?);
+                let scores = self.scores(place, [&query, &keys], &seen[tile.keys.clone()])?;
+                // The softmax overwrites what it reads.
+                let kept = self.cap.map(|_| scores.copy()).transpose()?;
+                let probabilities = tile.softmax.of(scores, self.sinks(place))?;
+                Ok(KeptTile { probabilities, query, keys, values: tile.of_keys(&values)?, scores: kept })
+            };
+            tiles.iter().map(tile).collect()
         });
-        let blocks: Vec<KeptBlock> = blocks.collect::<Result<_>>()?;
-        let read = blocks.iter().map(|block| block.probabilities.matmul(&block.values));
-        let heads = self.side_by_side(read, pass)?;
-        let output = self.write(&heads)?;
-        let projected = (!self.norms.is_empty()).then_some(projected);
-        Ok((Kept { projected, blocks, heads }, output))
+        let blocks: Vec<Vec<KeptTile>> = blocks.collect::<Result<_>>()?;
+        let read = blocks.iter().map(|block| {
+            let read = block.iter().map(|tile| tile.probabilities.matmul(&tile.values));
+            Tile::joined(&tiles, &read.collect::<Result<Vec<_>>>()?)
+        });
+        let heads = self.side_by_side(read, asked)?;
+        Ok(Kept { projected: None, asked, seen: seen.len(), tiles, blocks, heads })
     }
 
     /// From the gradient (N, d) of its output to that of queries, keys and values as projected, (N, (n_q + 2k)·h).
     pub(super) fn backward(&self, kept: &Kept, gradient: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let h = self.head_dim;
-        let (batch, _, _, len) = kept.blocks[0].probabilities.dims4()?;
+        let [of_query, of_keys, of_values] = self.backward_of(kept, gradient)?;
+        let turned = rope.apply_back(&joined(&[of_query, of_keys])?.contiguous()?)?;
+        let of_all = joined(&[turned, of_values])?.transpose(1, 2)?.contiguous()?;
+        let (batch, len, heads, h) = of_all.dims4()?;
+        let of_all = of_all.reshape((batch * len, heads * h))?;
+        kept.projected.as_ref().map_or(Ok(of_all.clone()), |all| self.normed_backward(all, &of_all))
+    }
+
+    /// From the gradient (B·t, d) of its output to that of queries (B, n_q, t, h), keys and values (B, k, S, h), normed and turned.
+    pub(super) fn backward_of(&self, kept: &Kept, gradient: &Tensor) -> Result<[Tensor; 3]> {
         let of_heads = gradient.matmul(&self.output)?;
-        let of_heads = of_heads.reshape((batch, len, self.query_heads, h))?.transpose(1, 2)?;
+        let of_heads =
+            of_heads.reshape(((), kept.asked, self.query_heads, self.head_dim))?.transpose(1, 2)?;
         let (mut of_query, mut of_keys, mut of_values) = (Vec::new(), Vec::new(), Vec::new());
         for (place, block) in self.places().zip(&kept.blocks) {
-            let KeptBlock { query, keys, values, probabilities, scores } = block;
             let of_read = place.queries(&of_heads)?;
-            of_values.push(probabilities.t()?.matmul(&of_read)?);
-            let mut of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
-            if let (Some(cap), Some(scores)) = (self.cap, scores) {
-                of_scores = capped_backward(scores, cap, &of_scores)?;
+            let [mut of_q, mut of_k, mut of_v] = [const { Vec::new() }; 3];
+            for (tile, KeptTile { query, keys, values, probabilities, scores }) in
+                kept.tiles.iter().zip(block)
+            {
+                let of_read = tile.of_queries(&of_read)?;
+                of_v.push(probabilities.t()?.matmul(&of_read)?);
+                let mut of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
+                if let (Some(cap), Some(scores)) = (self.cap, scores) {
+                    of_scores = capped_backward(scores, cap, &of_scores)?;
+                }
+                of_q.push(of_scores.matmul(keys)?);
+                of_k.push(of_scores.t()?.matmul(query)?);
             }
-            of_query.push(of_scores.matmul(keys)?.reshape((batch, (), len, h))?);
-            of_keys.push(of_scores.t()?.matmul(query)?);
+            of_query.push(Tile::joined(&kept.tiles, &of_q)?);
+            of_keys.push(Tile::summed(&kept.tiles, &of_k, kept.seen)?);
+            of_values.push(Tile::summed(&kept.tiles, &of_v, kept.seen)?);
         }
-        of_query.extend(of_keys);
-        let turned = rope.apply_back(&joined(&of_query)?.contiguous()?)?;
-        let of_all = joined(&[&[turned][..], &of_values].concat())?.transpose(1, 2)?.contiguous()?;
-        let of_all = of_all.reshape((batch * len, (self.query_heads + 2 * self.kv_heads) * h))?;
-        kept.projected.as_ref().map_or(Ok(of_all.clone()), |all| self.normed_backward(all, &of_all))
+        Ok([joined(&of_query)?, joined(&of_keys)?, joined(&of_values)?])
     }
 
     /// Sums over tokens of what every weight is given times what it is worth.

@@ -132,7 +132,7 @@ impl Attention {
             }
             outputs.push(weights.matmul(&values));
         }
-        self.side_by_side(outputs.into_iter(), pass)
+        self.side_by_side(outputs.into_iter(), len)
     }
 }
 

@@ -7,6 +7,7 @@ use super::cache::Past;
 use super::handed::Handed;
 use super::mlp::Hidden;
 use super::norms::HeadNorms;
+use super::ops::{add_to_rows, combined, scaled};
 use super::pass::Pass;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
@@ -168,18 +169,18 @@ impl Layer {
     }
 
     pub(super) fn attention_sum(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
-        x + times(normed(&self.attention_output_norm, attended)?, self.residual)?
+        combined(x, 1.0, &normed(&self.attention_output_norm, attended)?, self.residual)
     }
 
     pub(super) fn mlp_sum(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
         let made = self.mlp.forward(&normed(&self.mlp_norm, read)?)?;
-        stream + times(normed(&self.mlp_output_norm, &made)?, self.residual)?
+        combined(stream, 1.0, &normed(&self.mlp_output_norm, &made)?, self.residual)
     }
 }
 
 /// A tensor, multiplied.
 pub(crate) fn times(x: Tensor, factor: f64) -> Candle<Tensor> {
-    if factor == 1.0 { Ok(x) } else { x.affine(factor, 0.0) }
+    if factor == 1.0 { Ok(x) } else { scaled(&x, factor) }
 }
 
 /// A weight as `x` is computed with: what is held in fewer bits is widened for as long as it is used.
@@ -210,9 +211,12 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: &Option<Tensor>) -> Cand
     biased(x.matmul(&wide(weight, x)?.t()?)?, bias)
 }
 
-/// With a bias, where there is one.
+/// With a bias, where there is one; nobody else may have y.
 pub(super) fn biased(y: Tensor, bias: &Option<Tensor>) -> Candle<Tensor> {
-    bias.as_ref().map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+    match bias {
+        Some(bias) => add_to_rows(y, bias),
+        None => Ok(y),
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@
 //! # Ok::<(), qcqa::runtime::RuntimeError>(())
 //! ```
 
+mod asked;
 mod attention;
 mod backward;
 mod cache;
@@ -46,6 +47,7 @@ mod rope;
 mod shared;
 mod shelf;
 mod sizes;
+mod tiles;
 mod weights;
 
 pub use crate::text::RuntimeError;
@@ -56,8 +58,11 @@ pub use cache::{
 pub use device::best_device;
 pub use model::Model;
 
+pub(crate) use asked::Asked;
 pub(crate) use layer::times;
-pub(crate) use model::Joint;
-pub(crate) use ops::{combined, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
+pub(crate) use model::{Joint, LONGEST_WINDOW};
+pub(crate) use ops::{
+    combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, weighed,
+};
 pub(crate) use pass::Pass;
 pub(crate) use weights::AttentionWeights;

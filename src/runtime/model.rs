@@ -19,7 +19,7 @@ use crate::run::{Device, Precision};
 use crate::text::{RuntimeError, forward_of, within};
 
 /// Tokens of a window where the model has positions for more (docs/method.md, "Perplexity").
-const LONGEST_WINDOW: usize = 512;
+pub(crate) const LONGEST_WINDOW: usize = 512;
 /// Bytes of weights in f32 from which on a model is not held.
 const HELD_WEIGHTS: u64 = 1 << 30;
 /// A model that can be run: f32, on the CPU or a GPU.

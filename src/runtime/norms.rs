@@ -12,7 +12,7 @@ use crate::model::{AttentionSpec, HeadNorm, Norm, NormOver, Part};
 #[derive(Debug, Clone, Default)]
 pub(super) struct HeadNorms {
     pub(super) query: Option<HeadNormed>,
-    pub(super) key: Option<HeadNormed>,
+    key: Option<HeadNormed>,
     /// One for each query head; empty for none.
     pub(super) sinks: Vec<f32>,
 }
@@ -78,6 +78,28 @@ impl HeadNorms {
             normed.map(|normed| normed.ordered(groups, h)).transpose()
         };
         Ok(Self { query: order(self.query, &queries)?, key: order(self.key, groups)?, sinks })
+    }
+
+    /// Queries and keys, (N, n·h) each, through their norms.
+    pub(super) fn of(&self, [query, key]: [&Tensor; 2]) -> Candle<[Tensor; 2]> {
+        let of = |norm: &Option<HeadNormed>, x: &Tensor| match norm {
+            Some(norm) => norm.of(x),
+            None => Ok(x.clone()),
+        };
+        Ok([of(&self.query, query)?, of(&self.key, key)?])
+    }
+
+    /// What passes back through them, from what they read and the gradients of what they made of it.
+    pub(super) fn backward(
+        &self,
+        [query, key]: [&Tensor; 2],
+        [of_query, of_key]: [Tensor; 2],
+    ) -> Candle<[Tensor; 2]> {
+        let back = |norm: &Option<HeadNormed>, x: &Tensor, of: Tensor| match norm {
+            Some(norm) => norm.backward(x, &of),
+            None => Ok(of),
+        };
+        Ok([back(&self.query, query, of_query)?, back(&self.key, key, of_key)?])
     }
 
     /// Whether there is no norm.

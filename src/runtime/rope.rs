@@ -33,6 +33,13 @@ impl Rope {
         Ok(Self { rotation, tables: Some((table(f64::cos)?, table(f64::sin)?)) })
     }
 
+    /// For the tokens at these places of the row alone.
+    pub(super) fn at(&self, places: &[u32]) -> candle_core::Result<Self> {
+        let of = |table: &Tensor| table.index_select(&Tensor::new(places, table.device())?, 0);
+        let tables = self.tables.as_ref().map(|(cos, sin)| Ok::<_, candle_core::Error>((of(cos)?, of(sin)?)));
+        Ok(Self { rotation: self.rotation, tables: tables.transpose()? })
+    }
+
     /// Turns heads (B, n, T, h), contiguous.
     pub(super) fn apply(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
         let Some((cos, sin)) = &self.tables else { return Ok(heads.clone()) };

@@ -5,6 +5,7 @@ use ndarray::{Array1, Array2, Array3};
 
 use super::attention::Attention;
 use super::backward::Backward;
+use super::layer::times;
 use super::ops::combined;
 use super::{Model, Pass, RuntimeError};
 use crate::error::Error;
@@ -68,7 +69,7 @@ impl Attention {
         let (n_q, k, h) = (self.query_heads, self.kv_heads, self.head_dim);
         let parts = [(0, n_q, factor), (n_q, k, 1.0), (n_q + k, k, 1.0)];
         let part = |of: &Tensor, (first, heads, factor): (usize, usize, f64)| {
-            of.narrow(0, first * h, heads * h)?.affine(factor, 0.0)
+            times(of.narrow(0, first * h, heads * h)?, factor)
         };
         let [q, key, v] = parts.map(|at| part(qkv, at));
         let of_bias = |i: usize| bias.filter(|_| self.biased[i]).map(|b| part(b, parts[i])).transpose();
@@ -79,13 +80,13 @@ impl Attention {
     /// This attention with other weights.
     fn with_weights(&self, weights: &AttentionWeights) -> Candle<Self> {
         let ([q, k, v, output], [of_q, of_k, of_v, output_bias]) = (&weights.matrices, &weights.biases);
-        let qkv = Tensor::cat(&[&q.affine(self.scale, 0.0)?, k, v], 0)?;
+        let qkv = Tensor::cat(&[&times(q.clone(), self.scale)?, k, v], 0)?;
         let bias = match &self.bias {
             None => None,
             Some(bias) => {
                 let (queries, keys) = (self.query_heads * self.head_dim, self.kv_heads * self.head_dim);
                 let or = |own: &Option<Tensor>, first: usize, n: usize, scale: f64| match own {
-                    Some(own) => own.affine(scale, 0.0),
+                    Some(own) => times(own.clone(), scale),
                     None => bias.narrow(0, first, n),
                 };
                 let parts = [
@@ -144,22 +145,6 @@ impl Model {
     ) -> Result<(Tensor, Tensor), RuntimeError> {
         let (kept, output) = self.attention(i)?.kept(input, pass, pass.rope(i))?;
         Ok((kept.heads, output))
-    }
-
-    /// Gradients of the weights of the attention of layer `i` on `input`, (N, d), where `gradient` makes that of its output of
-    /// the output, (N, d) both.
-    pub(crate) fn attention_backward(
-        &self,
-        i: usize,
-        input: &Tensor,
-        pass: &Pass,
-        gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
-    ) -> Result<AttentionWeights, RuntimeError> {
-        let attention = self.attention(i)?;
-        let (kept, output) = attention.kept(input, pass, pass.rope(i))?;
-        let gradient = gradient(&output)?;
-        let of_all = attention.backward(&kept, &gradient, pass.rope(i))?;
-        Ok(attention.weights_backward(input, &kept, &of_all, &gradient)?)
     }
 
     /// The shared heads of layer `i` as they are now, in the order of the source's heads and of the groups.

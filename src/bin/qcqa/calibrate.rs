@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::Done;
 use crate::args::{Writing, from_one, path};
-use crate::calibrated::text_source;
+use crate::caches::context;
+use crate::calibrated::{extent, text_source};
 use crate::eval::windows_of_ids;
 use crate::hints::CliError;
 use crate::report::{Output, merge, shown};
@@ -37,6 +38,10 @@ pub(super) struct CalibrateArgs {
     #[arg(long, value_name = "N", default_value = "128", value_parser = from_one())]
     #[arg(allow_negative_numbers = true)]
     windows: usize,
+    /// Tokens of a window [default: all that the model has positions for, at most 512]
+    #[arg(long, value_name = "N", value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
+    context: Option<usize>,
     /// File of the moments
     #[arg(long, value_name = "FILE", value_parser = path())]
     out: PathBuf,
@@ -48,17 +53,15 @@ impl CalibrateArgs {
     fn texts(&self, checkpoint: &Checkpoint, run: Run<'_>) -> Result<(Model, Texts), CliError> {
         if !self.text.is_empty() {
             let sources: Vec<_> = self.text.iter().map(|path| text_source(path)).collect();
-            return Ok(read_texts(checkpoint, &sources, self.windows, run)?);
+            return Ok(read_texts(checkpoint, &sources, extent(self.windows, self.context), run)?);
         }
         if self.ids.is_empty() {
             return Err(CliError::usage("a text is missing: --text FILE, or --ids FILE for token ids"));
         }
         let model = Model::open_for(checkpoint, run)?;
+        let length = context(self.context, &model)?;
         let whole = self.ids.iter().map(|ids| {
-            Ok::<_, CliError>(WholeText::new(
-                ids.display().to_string(),
-                windows_of_ids(ids, &model, model.window())?,
-            ))
+            Ok::<_, CliError>(WholeText::new(ids.display().to_string(), windows_of_ids(ids, &model, length)?))
         });
         let texts = Texts::new(&whole.collect::<Result<Vec<_>, _>>()?, self.windows)?;
         Ok((model, texts))

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use qcqa::calibration::{Calibration, Origin, TextSource, read_texts};
+use qcqa::calibration::{Calibration, Extent, Origin, TextSource, read_texts};
 use qcqa::checkpoint::Checkpoint;
 use qcqa::pipeline::Preset;
 use qcqa::plan::{Plan, SharedHeads, read_plan};
@@ -32,6 +32,17 @@ pub(super) struct CalibrationArgs {
     #[arg(allow_negative_numbers = true)]
     #[arg(hide_short_help = true)]
     calibration_windows: usize,
+    /// Tokens of each of these windows, as far as the model will look back [default: all that it has positions for, at most 512]
+    #[arg(long, value_name = "N", value_parser = from_one())]
+    #[arg(allow_negative_numbers = true)]
+    #[arg(hide_short_help = true)]
+    calibration_context: Option<usize>,
+}
+
+/// So many windows, of so many tokens where that is said.
+pub(super) fn extent(windows: usize, context: Option<usize>) -> Extent {
+    let extent = Extent::new(windows);
+    context.map_or(extent, |tokens| extent.of_tokens(tokens))
 }
 
 /// What stands for a text that the model writes itself; reports call it so, too.
@@ -72,6 +83,10 @@ impl CalibrationArgs {
         self.calibration.iter().map(|given| text_source(given)).collect()
     }
 
+    fn extent(&self) -> Extent {
+        extent(self.calibration_windows, self.calibration_context)
+    }
+
     /// What went wrong with it, told of the file where there is one.
     fn failed(&self, error: RuntimeError) -> CliError {
         match &self.sources()[..] {
@@ -86,7 +101,7 @@ impl CalibrationArgs {
         checkpoint: &'a Checkpoint,
         run: Run<'_>,
     ) -> Result<Option<Calibration<'a>>, CliError> {
-        let open = || Calibration::open(checkpoint, &self.sources(), self.calibration_windows, run);
+        let open = || Calibration::open(checkpoint, &self.sources(), self.extent(), run);
         self.is_given().then(open).transpose().map_err(|error| self.failed(error))
     }
 
@@ -110,7 +125,7 @@ impl CalibrationArgs {
         if !self.is_given() {
             return Err(CliError::usage("--calibration FILE is missing: the text to learn from"));
         }
-        let read = read_texts(checkpoint, &self.sources(), self.calibration_windows, run);
+        let read = read_texts(checkpoint, &self.sources(), self.extent(), run);
         read.map_err(|error| self.failed(error))
     }
 
@@ -133,7 +148,7 @@ impl CalibrationArgs {
                 expected => Err(about(plan_file, Error::PlanCalibration { expected, found: None })),
             };
         }
-        let opened = Calibration::for_plan(checkpoint, &self.sources(), plan, self.calibration_windows, run);
+        let opened = Calibration::for_plan(checkpoint, &self.sources(), plan, self.extent(), run);
         opened.map(Some).map_err(|error| match error {
             RuntimeError::Core(error @ Error::PlanCalibration { .. }) => about(plan_file, error),
             error => self.failed(error),

@@ -14,7 +14,7 @@ pub(crate) fn combined(x: &Tensor, share_x: f64, y: &Tensor, share_y: f64) -> Re
             .apply_op2_no_bwd(&y.contiguous()?, &Combined([share_x as f32, share_y as f32]));
     }
     let times = |t: &Tensor, share: f64| if share == 1.0 { Ok(t.clone()) } else { t.affine(share, 0.0) };
-    times(x, share_x)? + times(y, share_y)?
+    if share_y == -1.0 { times(x, share_x)? - y } else { times(x, share_x)? + times(y, share_y)? }
 }
 
 struct Combined([f32; 2]);

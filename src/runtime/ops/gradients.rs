@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, D, Device, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
-use super::numbers;
+use super::{numbers, rms_norm_backward};
 
 /// Of a softmax over the last dimension: `p ⊙ (g − Σ p g)`, where p are the probabilities and g their gradient, which is
 /// overwritten on the CPU.
@@ -34,19 +34,6 @@ impl InplaceOp2 for SoftmaxBackward {
         });
         Ok(())
     }
-}
-
-/// Of `w ⊙ x / √(mean x² + ε)`: x and the gradient (N, d) → (N, d).
-pub(in crate::runtime) fn rms_norm_backward(
-    x: &Tensor,
-    weight: &Tensor,
-    epsilon: f32,
-    gradient: &Tensor,
-) -> Result<Tensor> {
-    let scaled = gradient.broadcast_mul(weight)?;
-    let share = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(epsilon))?.powf(-0.5)?;
-    let along = ((&scaled * x)?.mean_keepdim(D::Minus1)? * share.powf(3.0)?)?;
-    scaled.broadcast_mul(&share)? - x.broadcast_mul(&along)?
 }
 
 /// Of `w ⊙ (x − mean x) / √(var x + ε) + b`: x and the gradient (N, d) → (N, d).

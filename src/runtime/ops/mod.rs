@@ -6,6 +6,7 @@ mod causal_softmax;
 mod combined;
 mod exponential;
 mod gradients;
+mod rows;
 
 use candle_core::{CpuStorage, Layout, Result, Storage};
 
@@ -13,9 +14,10 @@ pub(super) use activation::{activated, activated_backward, gated, gated_backward
 pub(crate) use causal_softmax::{CausalSoftmax, KeptMask, visible};
 pub(crate) use combined::combined;
 pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
-pub(super) use gradients::{
-    capped, capped_backward, layer_norm_backward, rms_norm_backward, softmax_backward,
-};
+pub(super) use gradients::{capped, capped_backward, layer_norm_backward, softmax_backward};
+
+pub(super) use rows::{add_to_rows, rms_norm_backward, scaled};
+pub(crate) use rows::{squared_lengths, weighed};
 
 /// The numbers of a contiguous f32 tensor on the CPU.
 fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
