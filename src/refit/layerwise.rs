@@ -19,16 +19,18 @@ const WARM_UP: u64 = 5;
 /// Steps that a layer takes where the text is long enough for that, and how often a shorter one is read at most.
 const STEPS: usize = 512;
 const EPOCHS: usize = 10;
-/// Of few windows each step asks at every so many-th token, from another one on: tokens beside one another say much the same, and
-/// what a step costs is their queries.
+/// Of few windows each step asks at every so many-th token, from another one on, as long as it asks at so many in all: tokens beside
+/// one another say much the same, and what a step costs is their queries.
 const APART: usize = 4;
+const ASKED: usize = 256;
 
 /// The model with queries, keys, values and outputs of layer `i` where [`Descent::Muon`] leads them: down the gradient of
 /// `Σ_t w_t ‖y_t − target_t‖²` over the attention outputs y_t.
 pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Result<Model, RuntimeError> {
     let mut model = model.clone();
     let mut weights = model.attention_weights(i)?;
-    let usual = texts.pass.positions().len().div_ceil(LONGEST_WINDOW);
+    let length = texts.pass.positions().len();
+    let usual = length.div_ceil(LONGEST_WINDOW);
     let few = texts.count() * usual < FEW_WINDOWS;
     let (descent, batch) = if few { (Descent::MuonByHead, BATCH / 2) } else { (Descent::Muon, BATCH) };
     let batch = (batch / usual).max(1);
@@ -36,7 +38,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Res
     let epochs = (STEPS * batch / texts.count().max(1)).clamp(1, EPOCHS);
     let steps = (epochs * texts.count()).div_ceil(batch) as u64;
     let mut order = Order::new(texts.count(), run);
-    let apart = if few { APART.min(texts.pass.positions().len()) } else { 1 };
+    let apart = if few { (batch * length / ASKED).clamp(1, APART) } else { 1 };
     let all: Vec<Asked> = (0..apart).map(|first| Asked::every(apart, first, &texts.pass)).collect();
     for step in 0..steps {
         let asked = &all[step as usize % apart];
