@@ -57,7 +57,7 @@ fn its_best_stage_is_kept_written_and_holds_on_other_text() {
         let starts = text.tokens().chunks(text.length()).flat_map(|window| window[..LENGTH].to_vec());
         Windows::new(starts.collect(), LENGTH).unwrap()
     };
-    let texts = Texts::new(&[WholeText::new("text", short(&calibration_text(), 16))], 16).unwrap();
+    let texts = Texts::new(&[WholeText::new("text", short(&calibration_text(), 8))], 8).unwrap();
     let calibration = Calibration::measured(&checkpoint, source.clone(), texts, run).unwrap();
     let compress = Compress::new(Preset::LowRank).budget(Budget::Heads(30)).target(&Stock);
     let compress = compress.calibration(&calibration);
