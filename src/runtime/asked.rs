@@ -3,8 +3,8 @@
 use candle_core::{Result as Candle, Tensor};
 
 use super::attention::Attention;
-use super::layer::{linear, times};
-use super::ops::KeptMask;
+use super::layer::linear;
+use super::ops::{KeptMask, times};
 use super::pass::Pass;
 use super::rope::Rope;
 use super::weights::AttentionWeights;

@@ -9,9 +9,9 @@ use ndarray::Array3;
 
 use super::cache::Past;
 use super::handed::Handed;
-use super::layer::{biased, linear, times};
+use super::layer::{biased, linear};
 use super::norms::HeadNorms;
-use super::ops::{CausalSoftmax, KeptMask, capped, visible};
+use super::ops::{CausalSoftmax, KeptMask, capped, times, visible};
 use super::pass::Pass;
 use super::rope::Rope;
 use super::tiles::Tile;

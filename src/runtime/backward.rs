@@ -6,9 +6,9 @@
 use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, joined};
-use super::layer::{Layer, Normed, normed, normed_backward, times};
+use super::layer::{Layer, Normed, normed, normed_backward};
 use super::ops::{
-    CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, softmax_backward,
+    CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, softmax_backward, times,
 };
 use super::pass::Pass;
 use super::rope::Rope;

@@ -3,7 +3,8 @@
 use candle_core::Tensor;
 
 use super::RuntimeError;
-use super::layer::{Normed, Weights, normed, times};
+use super::layer::{Normed, Weights, normed};
+use super::ops::times;
 use crate::model::{Forward, Learned, Norm};
 
 /// What a model does before its first and after its last layer, the embeddings left out.

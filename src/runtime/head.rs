@@ -5,9 +5,11 @@ use candle_nn::ops::{log_softmax, softmax_last_dim};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
-use super::layer::{linear, normed, normed_backward, times};
+use super::layer::{linear, normed, normed_backward};
 use super::model::numbers;
-use super::ops::{capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
+use super::ops::{
+    capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart, times,
+};
 use super::{Model, RuntimeError};
 use crate::error::Error;
 

@@ -7,7 +7,7 @@ use super::cache::Past;
 use super::handed::Handed;
 use super::mlp::Hidden;
 use super::norms::HeadNorms;
-use super::ops::{add_to_rows, combined, scaled};
+use super::ops::{add_to_rows, combined};
 use super::pass::Pass;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
@@ -176,11 +176,6 @@ impl Layer {
         let made = self.mlp.forward(&normed(&self.mlp_norm, read)?)?;
         combined(stream, 1.0, &normed(&self.mlp_output_norm, &made)?, self.residual)
     }
-}
-
-/// A tensor, multiplied.
-pub(crate) fn times(x: Tensor, factor: f64) -> Candle<Tensor> {
-    if factor == 1.0 { Ok(x) } else { scaled(&x, factor) }
 }
 
 /// A weight as `x` is computed with: what is held in fewer bits is widened for as long as it is used.

@@ -59,10 +59,9 @@ pub use device::best_device;
 pub use model::Model;
 
 pub(crate) use asked::Asked;
-pub(crate) use layer::times;
 pub(crate) use model::{Joint, LONGEST_WINDOW};
 pub(crate) use ops::{
-    combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, weighed,
+    combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,
 };
 pub(crate) use pass::Pass;
 pub(crate) use weights::AttentionWeights;

@@ -5,8 +5,7 @@ use ndarray::{Array1, Array2, Array3};
 
 use super::attention::Attention;
 use super::backward::Backward;
-use super::layer::times;
-use super::ops::combined;
+use super::ops::{combined, times};
 use super::{Model, Pass, RuntimeError};
 use crate::error::Error;
 use crate::heads::{Pooled, Projection};

@@ -1,7 +1,7 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::numbers;
+use super::{numbers, times};
 
 /// Numbers that a thread takes at a time.
 const PART: usize = 1 << 14;
@@ -13,8 +13,8 @@ pub(crate) fn combined(x: &Tensor, share_x: f64, y: &Tensor, share_y: f64) -> Re
             .contiguous()?
             .apply_op2_no_bwd(&y.contiguous()?, &Combined([share_x as f32, share_y as f32]));
     }
-    let times = |t: &Tensor, share: f64| if share == 1.0 { Ok(t.clone()) } else { t.affine(share, 0.0) };
-    if share_y == -1.0 { times(x, share_x)? - y } else { times(x, share_x)? + times(y, share_y)? }
+    let x = times(x.clone(), share_x)?;
+    if share_y == -1.0 { x - y } else { x + times(y.clone(), share_y)? }
 }
 
 struct Combined([f32; 2]);

@@ -15,9 +15,8 @@ pub(crate) use causal_softmax::{CausalSoftmax, KeptMask, visible};
 pub(crate) use combined::combined;
 pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
 pub(super) use gradients::{capped, capped_backward, layer_norm_backward, softmax_backward};
-
-pub(super) use rows::{add_to_rows, rms_norm_backward, scaled};
-pub(crate) use rows::{squared_lengths, weighed};
+pub(super) use rows::{add_to_rows, rms_norm_backward};
+pub(crate) use rows::{squared_lengths, times, weighed};
 
 /// The numbers of a contiguous f32 tensor on the CPU.
 fn numbers<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
