@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
 # The measured part of docs/caches.md, in Markdown on standard output: every system of the field on some models, alone and together.
-#     benches/caches.sh QCQA TEXT "CALIBRATION…" MODEL[:CONTEXT[:WINDOWS[:SHARES]]]…
-# SHARES of the heads, 0.5,0.25 unless said, are what plans keep. ONLY=sharing|caches|recall|budgets makes that table alone, WINDOWS_THAT_FIT is 128
-# unless said, DEVICE where models run, of a binary that has it.
+#     benches/caches.sh QCQA TEXT "CALIBRATION…" "MODEL[ NAME=VALUE]…"…
+# Of each model, unless said: context=512, windows=8 of TEXT, shares=0.5,0.25 of the heads that plans keep, fit=128 calibration windows, texts=all of the
+# CALIBRATION texts or the first so many, tables=sharing,caches,recall,budgets, device= where it runs, of a binary that has a choice.
+# ABREAST tables are made at a time, 1 unless said; they are printed in their order.
 set -euo pipefail
 qcqa=$1 text=$2
 read -ra calibration <<< "$3"
 shift 3
-learn=(--calibration "${calibration[@]}" --calibration-windows "${WINDOWS_THAT_FIT:-128}" ${DEVICE:+--device "$DEVICE"})
-
-wanted() { [ "${ONLY:-$1}" = "$1" ]; }
 
 # How heads are shared, at the first of the shares. MQA and layers in pairs have caches of their own sizes.
 sharing() {
@@ -45,12 +43,35 @@ budgets() {
     --kv "$shares" --text "$text" "${learn[@]}"
 }
 
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+made=() title=
 for of in "$@"; do
-  IFS=: read -r model context windows shares <<< "$of"
-  context=${context:-512} windows=${windows:-8} shares=${shares:-0.5,0.25}
-  reads=(--text "$text" --context "$context" --windows "$windows")
-  printf '\n## %s, %s windows of %s tokens\n' "$(basename "$model")" "$windows" "$context"
-  for table in sharing caches recall budgets; do
-    if wanted "$table"; then "$table"; fi
+  read -r model settings <<< "$of"
+  context=512 windows=8 shares=0.5,0.25 fit=128 texts=${#calibration[@]} tables=sharing,caches,recall,budgets device=
+  for setting in $settings; do
+    case ${setting%%=*} in
+      context | windows | shares | fit | texts | tables | device) printf -v "${setting%%=*}" %s "${setting#*=}" ;;
+      *) echo "no setting $setting" >&2 && exit 2 ;;
+    esac
   done
+  learn=(--calibration "${calibration[@]:0:texts}" --calibration-windows "$fit" ${device:+--device "$device"})
+  reads=(--text "$text" --context "$context" --windows "$windows")
+  for table in ${tables//,/ }; do
+    case $table in
+      sharing | caches | recall | budgets) ;;
+      *) echo "no table $table" >&2 && exit 2 ;;
+    esac
+    while [ "$(jobs -rp | wc -l)" -ge "${ABREAST:-1}" ]; do wait -n; done
+    file=$work/${#made[@]}
+    printf -v heading '\n## %s, %s windows of %s tokens\n' "$(basename "$model")" "$windows" "$context"
+    if [ "$heading" != "$title" ]; then printf %s "$heading" > "$file"; fi
+    title=$heading
+    "$table" >> "$file" &
+    made+=("$!" "$file")
+  done
+done
+for ((i = 0; i < ${#made[@]}; i += 2)); do
+  wait "${made[i]}"
+  cat "${made[i + 1]}"
 done

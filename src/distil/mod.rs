@@ -165,7 +165,7 @@ impl Distill {
         let mut trainer = Trainer::new(source, model, work.descent)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
-            None => work.begin(&trainer)?,
+            None => work.begin(&mut trainer)?,
         };
         let mut pace = Pace::default();
         let interrupted = self.steps(&work, &mut trainer, &mut state, file.as_ref(), &mut pace, run)?;
@@ -330,7 +330,7 @@ impl Work<'_> {
         ))
     }
 
-    fn begin(&self, trainer: &Trainer<'_>) -> Result<SavedState, RuntimeError> {
+    fn begin(&self, trainer: &mut Trainer<'_>) -> Result<SavedState, RuntimeError> {
         let mut state =
             SavedState { total: self.total, best: trainer.weights.clone(), ..SavedState::default() };
         if let Some(validation) = self.validation {
@@ -340,7 +340,7 @@ impl Work<'_> {
     }
 
     /// Measures where the model stands, and keeps it where it is the best so far; whether there is nothing to hope for.
-    fn validate(&self, trainer: &Trainer<'_>, state: &mut SavedState) -> Result<bool, RuntimeError> {
+    fn validate(&self, trainer: &mut Trainer<'_>, state: &mut SavedState) -> Result<bool, RuntimeError> {
         let best = state.course.iter().map(|&(_, kl)| kl).fold(f64::INFINITY, f64::min);
         let kl = match self.validation {
             Some(validation) => trainer.divergence(validation)?,

@@ -18,6 +18,8 @@ pub(super) struct Trainer<'a> {
     /// Those of the model, as they are trained.
     pub(super) weights: Vec<AttentionWeights>,
     pub(super) memory: Vec<Memory>,
+    /// What the source's last layer gives for the windows of a validation, as far as there is room.
+    theirs: Vec<Vec<Tensor>>,
 }
 
 impl<'a> Trainer<'a> {
@@ -25,7 +27,7 @@ impl<'a> Trainer<'a> {
         let weights = (0..model.n_layers()).map(|i| model.attention_weights(i));
         let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
         let memory = weights.iter().map(|weights| descent.memory(weights));
-        Ok(Self { source, memory: memory.collect::<Result<_, _>>()?, weights, model, descent })
+        Ok(Self { source, memory: memory.collect::<Result<_, _>>()?, weights, model, descent, theirs: Vec::new() })
     }
 
     /// Puts weights into layer `i`.
@@ -70,9 +72,10 @@ impl<'a> Trainer<'a> {
         let pass = self.model.pass(length, 0)?;
         let tokens: usize = windows.iter().map(|window| window.len()).sum();
         let share = 1.0 / tokens.max(1) as f64;
-        for held in windows.chunks(self.model.held_windows()) {
+        let [held, abreast] = self.model.held(length);
+        for held in windows.chunks(held) {
             let texts = held.concat();
-            let abreast = texts.chunks(self.model.abreast(length) * length).collect::<Vec<_>>();
+            let abreast = texts.chunks(abreast * length).collect::<Vec<_>>();
             divergence += self.add_gradients(&abreast, &pass, [share, pull], &mut sums)?;
         }
         Ok((divergence * share, sums.into_iter().flatten().collect()))
@@ -87,8 +90,8 @@ impl<'a> Trainer<'a> {
         sums: &mut [Option<AttentionWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let tokens = texts.concat();
-        let theirs = source.rows(&tokens, tokens.len() / pass.positions().len())?;
+        let entered = texts.par_iter().map(|tokens| source.embed(tokens, pass));
+        let theirs = source.through(0, entered.collect::<Result<_, _>>()?, pass)?;
         let forward = |(theirs, inputs): (Tensor, Vec<Tensor>)| {
             let theirs = source.last(&theirs)?;
             let last = &inputs[model.n_layers()];
@@ -131,17 +134,25 @@ impl<'a> Trainer<'a> {
         Ok(divergence)
     }
 
-    /// The mean KL(source ‖ model) over the tokens predicted of some windows, all but the last of each.
-    pub(super) fn divergence(&self, windows: &Windows) -> Result<f64, RuntimeError> {
+    /// The mean KL(source ‖ model) over the tokens predicted of some windows, the same ones every time: all tokens but the last of each.
+    pub(super) fn divergence(&mut self, windows: &Windows) -> Result<f64, RuntimeError> {
         let length = windows.length();
-        let (mut sum, mut tokens) = (0.0, 0);
-        for texts in windows.batches(self.model.together(length)) {
+        let (mut sum, mut tokens, mut kept) = (0.0, 0, 0);
+        for (i, texts) in windows.batches(self.model.together(length)).enumerate() {
             let last = |model: &Model| model.rows(texts, texts.len() / length);
+            let theirs = match self.theirs.get(i) {
+                Some(theirs) => theirs.clone(),
+                None => last(self.source)?,
+            };
+            kept += texts.len() * self.model.width();
+            if i == self.theirs.len() && kept <= self.model.kept() {
+                self.theirs.push(theirs.clone());
+            }
             let of = |(theirs, own): (Tensor, Tensor)| {
                 let own = self.model.last(&own)?;
                 self.model.divergences(&self.source.last(&theirs)?, &own)
             };
-            let both = last(self.source)?.into_par_iter().zip(last(&self.model)?);
+            let both = theirs.into_par_iter().zip(last(&self.model)?);
             for divergences in both.map(of).collect::<Result<Vec<_>, _>>()? {
                 let predicted = divergences.chunks(length).flat_map(|window| &window[..length - 1]);
                 (sum, tokens) =

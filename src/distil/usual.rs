@@ -27,12 +27,16 @@ impl Usual {
             Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
             Effort::Time(_) => model.device() != Device::Cpu,
         };
+        let large = model.device() != Device::Cpu
+            && matches!(effort, Effort::Tokens(tokens) if tokens >= LARGE_TOKENS);
         let (muon, adam) = (Descent::Muon, Descent::AdamW);
         let few = FEW_TOKENS.div_ceil(length);
-        let several = (BATCH / length.div_ceil(LONGEST_WINDOW)).max(1);
+        let several = if large { LARGE_BATCH } else { BATCH };
+        let several = (several / length.div_ceil(LONGEST_WINDOW)).max(1);
+        let faster = if large { LARGE_RATE } else { 1.0 };
         match (many, refitted) {
-            (true, true) => Self { descent: muon, batch: several, rate: 7e-4, pull: 3.0 },
-            (true, false) => Self { descent: muon, batch: several, rate: 1e-3, pull: 3.0 },
+            (true, true) => Self { descent: muon, batch: several, rate: 7e-4 * faster, pull: 3.0 },
+            (true, false) => Self { descent: muon, batch: several, rate: 1e-3 * faster, pull: 3.0 },
             (false, true) => Self { descent: adam, batch: few, rate: 4e-4, pull: 0.0 },
             (false, false) => Self { descent: adam, batch: few, rate: 5e-4, pull: 0.0 },
         }
@@ -41,6 +45,11 @@ impl Usual {
 
 /// Windows of a step where there are many tokens; longer windows count by their tokens.
 const BATCH: usize = 4;
+/// And on a GPU, to which one of a few windows is little work, where there are so many tokens that steps are enough still; at a
+/// rate so much higher.
+const LARGE_BATCH: usize = 16;
+const LARGE_TOKENS: u64 = 4_000_000;
+const LARGE_RATE: f64 = 1.4;
 /// Tokens of a step where there are few in all.
 const FEW_TOKENS: usize = 512;
 /// Tokens from which on there are many.

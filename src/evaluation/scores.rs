@@ -3,11 +3,11 @@
 use candle_core::{DType, IndexOp, Tensor};
 use rayon::prelude::*;
 
-use crate::runtime::{largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
+use crate::runtime::{Predicted, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart};
 use crate::text::RuntimeError;
 
-/// Logits that are widened to f64 at once: 256 MB.
-const WIDE_LOGITS: usize = 1 << 25;
+/// Logits that are scored at once: 256 MB.
+const PART_LOGITS: usize = 1 << 26;
 
 /// How well one token was foretold.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,7 +81,7 @@ impl Scored {
     }
 }
 
-/// All places at once, by tensors in f64: only scores leave the device. Of tokens equally likely any may be the likeliest.
+/// All places at once, by tensors: only scores leave the device. Of tokens equally likely any may be the likeliest.
 fn by_tensors(
     logits: &Tensor,
     source: Option<&Tensor>,
@@ -92,30 +92,23 @@ fn by_tensors(
     // Nothing follows the last token; it is left out below.
     let next: Vec<u32> = tokens.iter().skip(1).chain(tokens.last()).copied().collect();
     let next = Tensor::from_vec(next, (n, 1), logits.device())?;
-    let step = (WIDE_LOGITS / vocabulary.max(1)).max(1);
+    let step = (PART_LOGITS / vocabulary.max(1)).max(1);
     let (mut losses, mut against) = (Vec::with_capacity(n), Vec::new());
     for start in (0..n).step_by(step) {
         let part = start..(start + step).min(n);
         let (own, next) = (logits.i(part.clone())?, next.i(part.clone())?);
-        let log = log_softmax(&own)?;
-        losses.extend(log.gather(&next, 1)?.neg()?.flatten_all()?.to_vec1::<f64>()?);
+        let of_own = Predicted::of(&own)?;
+        let came = own.gather(&next, 1)?.flatten_all()?.to_dtype(DType::F64)?;
+        losses.extend((&of_own.log_sums - came)?.to_vec1::<f64>()?);
         if let Some(source) = source {
             let theirs = source.i(part)?;
-            let log_theirs = log_softmax(&theirs)?;
-            let kl = (log_theirs.exp()? * (log_theirs - log)?)?.sum(1)?.to_vec1::<f64>()?;
+            let kl = Predicted::of(&theirs)?.against(&of_own)?.to_vec1::<f64>()?;
             let same = theirs.argmax(1)?.eq(&own.argmax(1)?)?.to_vec1::<u8>()?;
             against.extend(kl.into_iter().zip(same.into_iter().map(|same| same == 1)));
         }
     }
     let score = |t: usize| Score { loss: losses[t], against: against.get(t).copied() };
     Ok(predicting(tokens, window).map(score).collect())
-}
-
-/// Log-probabilities of logits (N, vocabulary), in f64.
-fn log_softmax(logits: &Tensor) -> candle_core::Result<Tensor> {
-    let logits = logits.to_dtype(DType::F64)?;
-    let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?)?;
-    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(1)?.log()?)
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ pub fn apply<'a>(
 /// outputs together, in an order of windows that the run's seed decides. All tokens are read, window by window.
 ///
 /// Memory besides the model, of which one layer is needed at a time ([`Model::open`]), and the shared heads: the residual
-/// streams of both models, two times (tokens, d), in f32 up to 1 GiB and in bf16 beyond.
+/// streams of both models, two times (tokens, d), in f32 up to 512 MiB and in bf16 beyond.
 ///
 /// ```
 /// use qcqa::Run;

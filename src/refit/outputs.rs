@@ -7,7 +7,7 @@ use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::{Accum, Mat, Par};
 
-use super::texts::Texts;
+use super::texts::{Text, Texts};
 use crate::error::{Error, Result};
 use crate::low_rank::from_rows;
 use crate::run::map_ordered;
@@ -24,24 +24,28 @@ const BLOCK: usize = 128;
 pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, RuntimeError> {
     let mut weights = model.attention_weights(i)?;
     let (output, bias) = (weights.matrices[3].clone(), weights.biases[3].clone());
-    let all: Vec<usize> = (0..texts.count()).collect();
-    let parts = texts.map(model, i, &all, |text| {
+    let mut sums: Option<[Tensor; 2]> = None;
+    let products_of = |text: &Text| {
         let (mut reads, _) = model.attention_reads(i, &text.input, &texts.pass)?;
         if bias.is_some() {
             reads = Tensor::cat(&[&reads, &text.weight.ones_like()?], 1)?;
         }
         let weighed = weighed(&reads, &text.weight)?.t()?;
-        // f32 within a window, f64 over all.
-        Ok([
-            weighed.matmul(&reads)?.to_dtype(DType::F64)?,
-            weighed.matmul(&text.target)?.to_dtype(DType::F64)?,
-        ])
-    })?;
-    let mut parts = parts.into_iter();
-    let [mut squares, mut products] = parts.next().ok_or(Error::NoLayer { layer: i, layers: 0 })?;
-    for [more_squares, more_products] in parts {
-        (squares, products) = ((squares + more_squares)?, (products + more_products)?);
+        Ok([weighed.matmul(&reads)?, weighed.matmul(&text.target)?])
+    };
+    // f32 within a window, f64 over all; no more of the former at once than threads make.
+    for windows in texts.parts(model) {
+        for [squares, products] in texts.map(model, i, &windows, products_of)? {
+            let [squares, products] = [squares.to_dtype(DType::F64)?, products.to_dtype(DType::F64)?];
+            sums = Some(match sums.take() {
+                None => [squares, products],
+                Some([all_squares, all_products]) => {
+                    [(all_squares + squares)?, (all_products + products)?]
+                }
+            });
+        }
     }
+    let [squares, products] = sums.ok_or(Error::NoLayer { layer: i, layers: 0 })?;
     let (mut squares, mut products) = (matrix(&squares)?, matrix(&products)?);
     let start = match &bias {
         Some(bias) => Tensor::cat(&[&output.t()?, &bias.unsqueeze(0)?], 0)?,

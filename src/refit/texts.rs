@@ -8,7 +8,7 @@ use crate::runtime::{Joint, Model, Pass, combined, squared_lengths, weighed};
 use crate::text::{RuntimeError, Windows};
 
 /// Bytes of streams in f32 from which on they are held in bf16.
-const WIDE: usize = 1 << 30;
+const WIDE: usize = 1 << 29;
 /// Windows, spaced over all, on which a layer is judged before and after: a fraction of a pass over the text.
 const JUDGED: usize = 32;
 
@@ -54,6 +54,14 @@ impl Texts {
     /// Windows.
     pub(super) fn count(&self) -> usize {
         self.windows.len()
+    }
+
+    /// The numbers of all windows, in parts of as many as are computed at once.
+    pub(super) fn parts(&self, model: &Model) -> impl Iterator<Item = Vec<usize>> + use<> {
+        let abreast = model.abreast(self.pass.positions().len());
+        let at_once = if model.shares_out() { abreast * rayon::current_num_threads() } else { abreast };
+        let count = self.count();
+        (0..count).step_by(at_once).map(move |first| (first..count.min(first + at_once)).collect())
     }
 
     /// Lets the source go through the attention of layer `i`.

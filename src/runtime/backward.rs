@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use super::attention::{Attention, joined};
 use super::layer::{Layer, Normed, normed, normed_backward};
 use super::ops::{
-    CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, softmax_backward, times,
+    CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, scores_backward, times,
 };
 use super::pass::Pass;
 use super::rope::Rope;
@@ -167,18 +167,28 @@ impl Attention {
     /// From the gradient (B·t, d) of its output to that of queries (B, n_q, t, h), keys and values (B, k, S, h), normed and turned.
     pub(super) fn backward_of(&self, kept: &Kept, gradient: &Tensor) -> Result<[Tensor; 3]> {
         let of_heads = gradient.matmul(&self.output)?;
-        let of_heads =
-            of_heads.reshape(((), kept.asked, self.query_heads, self.head_dim))?.transpose(1, 2)?;
+        let by_head =
+            |of: &Tensor, h: usize| of.reshape(((), kept.asked, self.query_heads, h))?.transpose(1, 2);
+        let worth = match of_heads.device().is_cpu() {
+            true => None,
+            false => {
+                let each = (&of_heads * &kept.heads)?.reshape(((), self.head_dim))?;
+                Some(by_head(&each.sum_keepdim(1)?, 1)?)
+            }
+        };
+        let of_heads = by_head(&of_heads, self.head_dim)?;
         let (mut of_query, mut of_keys, mut of_values) = (Vec::new(), Vec::new(), Vec::new());
         for (place, block) in self.places().zip(&kept.blocks) {
             let of_read = place.queries(&of_heads)?;
+            let worth = worth.as_ref().map(|worth| place.queries(worth)).transpose()?;
             let [mut of_q, mut of_k, mut of_v] = [const { Vec::new() }; 3];
             for (tile, KeptTile { query, keys, values, probabilities, scores }) in
                 kept.tiles.iter().zip(block)
             {
                 let of_read = tile.of_queries(&of_read)?;
                 of_v.push(probabilities.t()?.matmul(&of_read)?);
-                let mut of_scores = softmax_backward(probabilities, of_read.matmul(&values.t()?)?)?;
+                let worth = worth.as_ref().map(|worth| tile.of_queries(worth)).transpose()?;
+                let mut of_scores = scores_backward(probabilities, &of_read, values, worth.as_ref())?;
                 if let (Some(cap), Some(scores)) = (self.cap, scores) {
                     of_scores = capped_backward(scores, cap, &of_scores)?;
                 }

@@ -5,7 +5,7 @@ use candle_nn::ops::softmax;
 
 use super::RuntimeError;
 use super::layer::{Weights, biased, linear, narrow, wide};
-use super::ops::{activated, activated_backward, gated, gated_backward};
+use super::ops::{activated, activated_backward, gated, gated_apart, gated_apart_backward, gated_backward};
 use crate::files::FileError;
 use crate::model::{Activation, Experts, FeedForward, Linear, Mlp};
 
@@ -144,22 +144,41 @@ impl Dense {
         biased(product(x, &up.t()?)?, &self.up_bias)
     }
 
+    /// The rows of gates and those of values, of what has both.
+    fn halves(rows: &Tensor) -> Candle<[Tensor; 2]> {
+        let m = rows.dim(0)? / 2;
+        Ok([rows.narrow(0, 0, m)?, rows.narrow(0, m, m)?])
+    }
+
+    /// [`Dense::widened`], gates and values apart, (N, m) each: on a GPU parts of rows take several times as long as whole ones.
+    fn widened_apart(&self, x: &Tensor, up: &[Tensor; 2]) -> Candle<[Tensor; 2]> {
+        let biases = self.up_bias.as_ref().map(Self::halves).transpose()?;
+        let [gates, values] = biases.map_or([None, None], |halves| halves.map(Some));
+        Ok([biased(product(x, &up[0].t()?)?, &gates)?, biased(product(x, &up[1].t()?)?, &values)?])
+    }
+
     /// (N, d) → (N, d).
     pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let wide = self.widened(x, &self.ready(&self.up, x)?)?;
-        let hidden = match self.has_gate {
-            true => gated(self.activation, &wide)?,
-            false => activated(self.activation, &wide)?,
+        let up = self.ready(&self.up, x)?;
+        let hidden = match (self.has_gate, x.device().is_cpu()) {
+            (true, true) => gated(self.activation, &self.widened(x, &up)?)?,
+            (true, false) => gated_apart(self.activation, &self.widened_apart(x, &Self::halves(&up)?)?)?,
+            (false, _) => activated(self.activation, &self.widened(x, &up)?)?,
         };
         biased(product(&hidden, &self.ready(&self.down, x)?.t()?)?, &self.down_bias)
     }
 
     fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
         let up = self.ready(&self.up, x)?;
-        let (above, of_hidden) =
-            (self.widened(x, &up)?, product(gradient, &self.ready(&self.down, gradient)?)?);
+        let of_hidden = product(gradient, &self.ready(&self.down, gradient)?)?;
+        if self.has_gate && !x.device().is_cpu() {
+            let halves = Self::halves(&up)?;
+            let above = self.widened_apart(x, &halves)?;
+            let [of_gate, of_value] = gated_apart_backward(self.activation, &above, &of_hidden)?;
+            return product(&of_gate, &halves[0])? + product(&of_value, &halves[1])?;
+        }
         let back = if self.has_gate { gated_backward } else { activated_backward };
-        product(&back(self.activation, &above, &of_hidden)?, &up)
+        product(&back(self.activation, &self.widened(x, &up)?, &of_hidden)?, &up)
     }
 }
 

@@ -59,6 +59,7 @@ pub use device::best_device;
 pub use model::Model;
 
 pub(crate) use asked::Asked;
+pub(crate) use head::Predicted;
 pub(crate) use model::{Joint, LONGEST_WINDOW};
 pub(crate) use ops::{
     combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,

@@ -12,14 +12,23 @@ const GPU_BATCH_TOKENS: usize = 1 << 14;
 const GPU_BATCH_LOGITS: usize = 1 << 28;
 /// Tokens that go through a layer together where it has to be read for them.
 const STORED_TOKENS: usize = 1 << 14;
-/// Windows whose inputs of all layers are held for the way back: on the CPU, and on a GPU.
+/// Windows whose inputs of all layers are held for the way back, on the CPU.
 const HELD_WINDOWS: usize = 4;
-const GPU_HELD_WINDOWS: usize = 24;
+/// Numbers of the source that are kept for the next time.
+const KEPT: usize = 1 << 26;
+const GPU_KEPT: usize = 1 << 28;
 
 impl Model {
-    /// Windows whose inputs of all layers are held at once.
-    pub(crate) fn held_windows(&self) -> usize {
-        if self.device.is_cpu() { HELD_WINDOWS } else { GPU_HELD_WINDOWS }
+    /// Windows of `len` tokens whose inputs of all layers are held at once, and those of them that go there and back as one: on the
+    /// CPU each on its own, on a GPU all, for their logits are held in blocks.
+    pub(crate) fn held(&self, len: usize) -> [usize; 2] {
+        let many = (GPU_BATCH_TOKENS / len.max(1)).max(1);
+        if self.device.is_cpu() { [HELD_WINDOWS, 1] } else { [many; 2] }
+    }
+
+    /// Numbers that may be kept rather than computed again.
+    pub(crate) fn kept(&self) -> usize {
+        if self.device.is_cpu() { KEPT } else { GPU_KEPT }
     }
 
     /// Rows of `len` tokens that go from layer to layer together.

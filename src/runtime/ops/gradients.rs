@@ -1,19 +1,48 @@
 //! What the steps of a layer pass back: for each the gradient of what it reads, given that of what it gives.
 
-use candle_core::{CpuStorage, D, Device, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{CpuStorage, D, DType, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{numbers, rms_norm_backward};
 
-/// Of a softmax over the last dimension: `p ⊙ (g − Σ p g)`, where p are the probabilities and g their gradient, which is
-/// overwritten on the CPU.
-pub(in crate::runtime) fn softmax_backward(probabilities: &Tensor, gradient: Tensor) -> Result<Tensor> {
-    if let Device::Cpu = gradient.device() {
-        gradient.inplace_op2(probabilities, &SoftmaxBackward)?;
-        return Ok(gradient);
+/// From what queries read to their scores, through the softmax over keys: `p ⊙ (g − Σ p g)`, g = `of_read` valuesᵀ, of
+/// probabilities p (…, t, s), the gradient of what was read (…, t, h), and the values (…, s, h). `Σ p g` is also `worth`, what was
+/// read times its gradient (…, t, 1): elsewhere than on the CPU it has to be given.
+pub(in crate::runtime) fn scores_backward(
+    probabilities: &Tensor,
+    of_read: &Tensor,
+    values: &Tensor,
+    worth: Option<&Tensor>,
+) -> Result<Tensor> {
+    if let Some(worth) = worth {
+        return by_one_product(probabilities, of_read, values, worth);
     }
-    let mean = (probabilities * &gradient)?.sum_keepdim(D::Minus1)?;
-    probabilities * gradient.broadcast_sub(&mean)?
+    let gradient = of_read.matmul(&values.t()?)?;
+    gradient.inplace_op2(probabilities, &SoftmaxBackward)?;
+    Ok(gradient)
+}
+
+/// `g − Σ p g` as one product, of `of_read` with `worth` beside it and the values with ones: on a GPU to take a number off each
+/// row takes longer than the product. It rounds its factors to 11 bits, so `worth` stands there in two parts; rows of a multiple
+/// of 4 lie as products want them.
+fn by_one_product(
+    probabilities: &Tensor,
+    of_read: &Tensor,
+    values: &Tensor,
+    worth: &Tensor,
+) -> Result<Tensor> {
+    let less = worth.neg()?;
+    let most = less.to_dtype(DType::BF16)?.to_dtype(less.dtype())?;
+    let rest = (less - &most)?;
+    let beside = |of: &Tensor, fill: f64| {
+        let mut shape = of.dims().to_vec();
+        shape.iter_mut().last().into_iter().for_each(|last| *last = 2);
+        Tensor::full(fill as f32, shape, of.device())
+    };
+    let of_read = Tensor::cat(&[of_read, &most, &rest, &beside(of_read, 0.0)?], D::Minus1)?;
+    let ones = beside(values, 1.0)?;
+    let values = Tensor::cat(&[values, &ones, &ones], D::Minus1)?;
+    probabilities * of_read.matmul(&values.t()?)?
 }
 
 struct SoftmaxBackward;
@@ -56,4 +85,37 @@ pub(in crate::runtime) fn capped(scores: &Tensor, cap: f64) -> Result<Tensor> {
 /// What passes back through [`capped`], given what it made.
 pub(in crate::runtime) fn capped_backward(made: &Tensor, cap: f64, gradient: &Tensor) -> Result<Tensor> {
     gradient * (1.0 - (made / cap)?.sqr()?)?
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use candle_nn::ops::softmax_last_dim;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What other devices compute is what the CPU computes, and both are the definition.
+        #[test]
+        fn both_ways_agree(t in 1usize..9, s in 1usize..9, h in 1usize..7, seed in 0usize..1000) {
+            let numbers = |shape: (usize, usize, usize, usize), seed: usize| {
+                let n = shape.0 * shape.1 * shape.2 * shape.3;
+                let number = |i: usize| ((i * 7919 + seed * 31) % 401) as f32 / 100.0 - 2.0;
+                Tensor::from_vec((0..n).map(number).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+            };
+            let probabilities = softmax_last_dim(&numbers((2, 3, t, s), seed)).unwrap();
+            let (of_read, values) = (numbers((2, 3, t, h), seed + 1), numbers((2, 3, s, h), seed + 2));
+            let read = probabilities.matmul(&values).unwrap();
+            let worth = (&read * &of_read).unwrap().sum_keepdim(D::Minus1).unwrap();
+            let both = [None, Some(&worth)].map(|worth| scores_backward(&probabilities, &of_read, &values, worth));
+            let gradient = of_read.matmul(&values.t().unwrap()).unwrap();
+            let mean = (&probabilities * &gradient).unwrap().sum_keepdim(D::Minus1).unwrap();
+            let expected = (&probabilities * gradient.broadcast_sub(&mean).unwrap()).unwrap();
+            for found in both {
+                let apart = (found.unwrap() - &expected).unwrap().abs().unwrap().max_all().unwrap();
+                prop_assert!(apart.to_scalar::<f32>().unwrap() < 1e-4);
+            }
+        }
+    }
 }
