@@ -27,7 +27,14 @@ impl<'a> Trainer<'a> {
         let weights = (0..model.n_layers()).map(|i| model.attention_weights(i));
         let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
         let memory = weights.iter().map(|weights| descent.memory(weights));
-        Ok(Self { source, memory: memory.collect::<Result<_, _>>()?, weights, model, descent, theirs: Vec::new() })
+        Ok(Self {
+            source,
+            memory: memory.collect::<Result<_, _>>()?,
+            weights,
+            model,
+            descent,
+            theirs: Vec::new(),
+        })
     }
 
     /// Puts weights into layer `i`.

@@ -39,9 +39,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
             let [squares, products] = [squares.to_dtype(DType::F64)?, products.to_dtype(DType::F64)?];
             sums = Some(match sums.take() {
                 None => [squares, products],
-                Some([all_squares, all_products]) => {
-                    [(all_squares + squares)?, (all_products + products)?]
-                }
+                Some([all_squares, all_products]) => [(all_squares + squares)?, (all_products + products)?],
             });
         }
     }
