@@ -2,6 +2,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ndarray::{ArrayD, IxDyn};
+#[cfg(feature = "runtime")]
+use rayon::prelude::*;
 
 use super::layout::{bias_of, heads_of};
 use super::lookup::{elsewhere, family_of, resembling};
@@ -220,10 +222,14 @@ impl Checkpoint {
         let width = entry.shape.last().copied().unwrap_or(1);
         let (bytes, size) = (self.shards.bytes(entry), width * dtype.bytes());
         let mut numbers = vec![0.0; rows.len() * width];
-        for (&row, out) in rows.iter().zip(numbers.chunks_exact_mut(width)) {
+        rows.par_iter().zip(numbers.par_chunks_exact_mut(width)).for_each(|(&row, out)| {
             dtype.decode(&bytes[row as usize * size..][..size], out);
+        });
+        if numbers.par_iter().all(|v| v.is_finite()) {
+            Ok(numbers)
+        } else {
+            Err(self.not_finite(name, entry))
         }
-        if numbers.iter().all(|v| v.is_finite()) { Ok(numbers) } else { Err(self.not_finite(name, entry)) }
     }
 
     /// The stored bytes of the keys and values of a layer: key weights, value weights, key bias, value bias.

@@ -23,17 +23,14 @@ impl Usual {
     pub(super) fn new(effort: Effort, model: &Model, shared: &SharedHeads<'_>, length: usize) -> Self {
         let refitted = shared.done().refit == Some(Refit::Full);
         // A CPU reads few tokens in any time that people wait.
-        let many = match effort {
-            Effort::Tokens(tokens) => tokens >= MANY_TOKENS,
-            Effort::Time(_) => model.device() != Device::Cpu,
+        let on_gpu = model.device() != Device::Cpu;
+        let (many, large) = match effort {
+            Effort::Tokens(tokens) => (tokens >= MANY_TOKENS, on_gpu && tokens >= LARGE_TOKENS),
+            Effort::Time(_) => (on_gpu, false),
         };
-        let large = model.device() != Device::Cpu
-            && matches!(effort, Effort::Tokens(tokens) if tokens >= LARGE_TOKENS);
-        let (muon, adam) = (Descent::Muon, Descent::AdamW);
-        let few = FEW_TOKENS.div_ceil(length);
-        let several = if large { LARGE_BATCH } else { BATCH };
-        let several = (several / length.div_ceil(LONGEST_WINDOW)).max(1);
-        let faster = if large { LARGE_RATE } else { 1.0 };
+        let (batch, faster) = if large { (LARGE_BATCH, LARGE_RATE) } else { (BATCH, 1.0) };
+        let several = (batch / length.div_ceil(LONGEST_WINDOW)).max(1);
+        let (muon, adam, few) = (Descent::Muon, Descent::AdamW, FEW_TOKENS.div_ceil(length));
         match (many, refitted) {
             (true, true) => Self { descent: muon, batch: several, rate: 7e-4 * faster, pull: 3.0 },
             (true, false) => Self { descent: muon, batch: several, rate: 1e-3 * faster, pull: 3.0 },

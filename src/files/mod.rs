@@ -19,6 +19,8 @@ pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
+#[cfg(feature = "runtime")]
+pub(crate) use temporary::unnamed;
 pub(crate) use temporary::{HIDDEN, check_writable, clear, temporary};
 
 /// How to write.

@@ -7,14 +7,11 @@ use super::Compress;
 use crate::distil::Distilled;
 use crate::error::{Error, Result};
 use crate::evaluation::{Evaluation, Reference, evaluate_against};
-use crate::heads::{self, HeadSource, Heads, Needs};
-use crate::partition::Partition;
+use crate::heads::HeadSource;
 use crate::plan::{Plan, Pooling, Refit, SharedHeads};
-use crate::pooler::KvPooler;
 use crate::refit::refit_from;
 use crate::run::Run;
 use crate::runtime::Model;
-use crate::spec::Spec;
 use crate::text::{Text, Texts, Windows};
 
 /// A model before and after, on one text.
@@ -160,28 +157,6 @@ impl<'j, 'a> Stages<'j, 'a> {
     }
 }
 
-/// A pooler whose work is done: the heads that a model has.
-#[derive(Debug)]
-struct Pooled {
-    by: Arc<dyn KvPooler>,
-    model: Model,
-}
-
-impl KvPooler for Pooled {
-    fn spec(&self) -> Spec {
-        self.by.spec()
-    }
-
-    fn needs(&self) -> Needs {
-        self.by.needs()
-    }
-
-    fn pool(&self, heads: &Heads, partition: &Partition) -> Result<heads::Pooled> {
-        let told = self.model.tells_heads();
-        if told { Ok(self.model.stored_heads(heads.layer())?) } else { self.by.pool(heads, partition) }
-    }
-}
-
 impl<'a> Compress<'a> {
     /// The shared heads of a plan, refitted as it says, and the stages on the way, where windows validate them: then the nearest
     /// to the source is kept, and its plan says so. A full refit that ends above another stage is tried again on outputs alone.
@@ -228,14 +203,12 @@ impl<'a> Compress<'a> {
             Some(pooled) => pooled,
             None => model.watched_with_shared(&by(source, Arc::clone(&self.pooler))?, run)?,
         };
-        // Every layer is pooled once: what comes after takes its heads from the model that has them.
-        let done: Arc<dyn KvPooler> =
-            Arc::new(Pooled { by: Arc::clone(&self.pooler), model: pooled.clone() });
-        // Of layers that share with one another heads are not told apart by layer.
-        let closed = match plan.first_below() {
-            None => by(source, done)?,
-            Some(_) => by(source, Arc::clone(&self.pooler))?,
-        };
+        // Every layer is pooled once: what comes after takes its heads from the model that has them. Of layers that share with one
+        // another heads are not told apart by layer.
+        let mut closed = by(source, Arc::clone(&self.pooler))?;
+        if plan.first_below().is_none() && pooled.tells_heads() {
+            closed = closed.given(pooled.clone());
+        }
         stages.offer_model(closed.clone(), pooled.clone(), run)?;
         if let Some(level) = plan.pooling.refit {
             let refitted = |level| refitted(closed.clone(), Some(&pooled), level);

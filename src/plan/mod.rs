@@ -25,6 +25,8 @@ pub(crate) use file::{PLAN_LIMIT, parse_plan};
 #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
 pub use file::{read_plan, write_plan};
 pub use method::Method;
+#[cfg(feature = "runtime")]
+pub(crate) use shared::Layers;
 pub use shared::SharedHeads;
 
 /// A partition for every layer, with what made it and what makes shared heads of it.

@@ -54,7 +54,21 @@ enum Made {
     By(Arc<dyn KvPooler>),
     /// From elsewhere, all layers: refits, distillation, files.
     #[cfg(feature = "checkpoint")]
-    Given(Arc<Vec<Pooled>>),
+    Given(Arc<dyn Layers>),
+}
+
+/// The shared heads of all layers, which are there.
+#[cfg(feature = "checkpoint")]
+pub(crate) trait Layers: std::fmt::Debug + Send + Sync {
+    /// Those of a layer.
+    fn shared_heads(&self, layer: usize) -> Result<Pooled>;
+}
+
+#[cfg(feature = "checkpoint")]
+impl Layers for Vec<Pooled> {
+    fn shared_heads(&self, layer: usize) -> Result<Pooled> {
+        Ok(self[layer].clone())
+    }
 }
 
 impl<'a> SharedHeads<'a> {
@@ -106,8 +120,14 @@ impl<'a> SharedHeads<'a> {
 
     /// These layers in the place of what the pooler makes, with the refit that made them.
     #[cfg(feature = "runtime")]
-    pub(crate) fn refitted(self, layers: Vec<Pooled>, refit: super::Refit) -> Self {
-        Self { made: Made::Given(Arc::new(layers)), done: self.done.with_refit(Some(refit)), ..self }
+    pub(crate) fn refitted(self, layers: impl Layers + 'static, refit: super::Refit) -> Self {
+        Self { done: self.done.clone().with_refit(Some(refit)), ..self.given(layers) }
+    }
+
+    /// These layers, which are what the pooler makes: nothing is made twice.
+    #[cfg(feature = "runtime")]
+    pub(crate) fn given(self, layers: impl Layers + 'static) -> Self {
+        Self { made: Made::Given(Arc::new(layers)), ..self }
     }
 
     /// These layers after distillation, in the place of what there was.
@@ -173,7 +193,7 @@ impl<'a> SharedHeads<'a> {
         let lower = if planned.below.is_some() { layer.saturating_sub(1) } else { layer };
         let pooled = match &self.made {
             #[cfg(feature = "checkpoint")]
-            Made::Given(layers) => layers[layer].clone(),
+            Made::Given(layers) => layers.shared_heads(layer)?,
             Made::By(pooler) => match self.plan.joint(lower) {
                 Some(joint) => {
                     let pair = self.pair(lower, pooler.as_ref(), &joint);

@@ -8,14 +8,12 @@ use self::texts::Texts;
 use crate::calibration::Calibration;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, Refit, SharedHeads};
-use crate::run::{Run, map_ordered};
+use crate::run::Run;
 use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
 
 /// The share of the energy that sums in f32 cannot tell from nothing: there is nothing to refit.
 const NOTHING: f64 = 1e-7;
-/// Layers whose heads are taken from their models side by side.
-const ABREAST: usize = 4;
 
 /// The shared heads of every layer after a refit, and what it gained.
 #[derive(Debug)]
@@ -53,8 +51,8 @@ pub fn apply<'a>(
 /// [`Refit::Output`] solves for the output projection; [`Refit::Full`] goes down the gradient by queries, keys, values and
 /// outputs together, in an order of windows that the run's seed decides. All tokens are read, window by window.
 ///
-/// Memory besides the model, of which one layer is needed at a time ([`Model::open`]), and the shared heads: the residual
-/// streams of both models, two times (tokens, d), in f32 up to 512 MiB and in bf16 beyond.
+/// Memory besides the model, of which one layer is needed at a time ([`Model::open`]): the residual streams of both models, two
+/// times (tokens, d), in f32 up to 512 MiB and in bf16 beyond; the shared heads, of all layers.
 ///
 /// ```
 /// use qcqa::Run;
@@ -109,7 +107,7 @@ pub(crate) fn refit_from<'a>(
     let n = model.n_layers();
     let mut texts = Texts::new(model, windows)?;
     let (mut layers, mut errors) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    let (mut touched, mut waiting) = (false, Vec::with_capacity(ABREAST));
+    let (mut touched, mut fitted) = (false, model.clone());
     for i in 0..n {
         run.step("refit", i as u64, n as u64)?;
         let partition = shared.groups(i);
@@ -155,17 +153,16 @@ pub(crate) fn refit_from<'a>(
         if i + 1 < n {
             texts.leave(model, &merged, i, touched)?;
         }
-        waiting.push((i, merged, pooled));
-        if waiting.len() == ABREAST || i + 1 == n {
-            let found = map_ordered(waiting.len(), |w| match &waiting[w] {
-                (_, _, Some(pooled)) => Ok(pooled.clone()),
-                (i, merged, None) => merged.stored_heads(*i),
-            });
-            layers.extend(found.into_iter().collect::<Result<Vec<_>, _>>()?);
-            waiting.clear();
+        match pooled {
+            Some(pooled) => layers.push(pooled),
+            None => fitted.take_layer(&merged, i)?,
         }
         errors.push(error);
     }
     run.step("refit", n as u64, n as u64)?;
-    Ok(Refitted { shared: shared.refitted(layers, level), errors })
+    let shared = match start {
+        Some(_) => shared.refitted(fitted, level),
+        None => shared.refitted(layers, level),
+    };
+    Ok(Refitted { shared, errors })
 }

@@ -108,7 +108,7 @@ impl Model {
 
     /// Whether layer `i` reads the keys and values of the layer below.
     pub(super) fn reads_below(&self, i: usize) -> bool {
-        self.attention[i].as_ref().map_or(self.specs[i].below.is_some(), |own| own.below.is_some())
+        self.attention[i].as_ref().map_or(self.specs[i].below.is_some(), |own| own.known().below.is_some())
     }
 
     /// Refuses a layer that reads the keys and values of the one below, for `what` has no place for these.

@@ -5,7 +5,7 @@ use candle_nn::ops::softmax_last_dim;
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
-use super::layer::{linear, normed, normed_backward};
+use super::layer::{biased, linear, normed, normed_backward};
 use super::model::numbers;
 use super::ops::{
     capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart, times,
@@ -36,6 +36,11 @@ impl Model {
         Ok(Array3::from_shape_vec((batch, len, self.width()), parts.concat()).map_err(Error::plugin)?)
     }
 
+    /// What the last layer gives, (N, d) → logits (N, vocabulary).
+    pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        Ok(self.logits_of(self.shelf.predicted(&self.last(x)?)?)?)
+    }
+
     /// What passes back through [`Model::last`], (N, d).
     pub(crate) fn last_backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
         normed_backward(&self.ends.norm, x, gradient)
@@ -43,7 +48,12 @@ impl Model {
 
     /// Logits (N, vocabulary) of what the output embedding reads, (N, d).
     pub(super) fn predicted(&self, x: &Tensor, head: &Tensor) -> Candle<Tensor> {
-        let logits = times(linear(x, head, &self.ends.head_bias)?, self.ends.logit_scale)?;
+        self.logits_of(linear(x, head, &None)?)
+    }
+
+    /// Logits of what the output embedding makes, (N, vocabulary), which nobody else may have.
+    fn logits_of(&self, made: Tensor) -> Candle<Tensor> {
+        let logits = times(biased(made, &self.ends.head_bias)?, self.ends.logit_scale)?;
         self.ends.logit_cap.map_or(Ok(logits.clone()), |cap| capped(&logits, cap))
     }
 

@@ -27,6 +27,7 @@
 //! # Ok::<(), qcqa::runtime::RuntimeError>(())
 //! ```
 
+mod aside;
 mod asked;
 mod attention;
 mod backward;

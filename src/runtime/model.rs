@@ -4,6 +4,7 @@ use candle_core::{DType, Device as Place, Tensor};
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
+use super::aside::Own;
 use super::attention::Attention;
 use super::device;
 use super::ends::Ends;
@@ -50,7 +51,7 @@ pub struct Model {
     /// Shared with all models made of this one.
     pub(super) shelf: Arc<Shelf>,
     /// In place of what is on the shelf.
-    pub(super) attention: Vec<Option<Attention>>,
+    pub(super) attention: Vec<Option<Own>>,
     pub(super) ends: Arc<Ends>,
 }
 
@@ -133,7 +134,9 @@ impl Model {
     /// KV heads that every layer computes and keeps.
     pub fn kv_heads(&self) -> Vec<usize> {
         let found = self.specs.iter().zip(&self.attention);
-        found.map(|(spec, own)| own.as_ref().map_or(spec.cached_heads(), Attention::kv_heads)).collect()
+        found
+            .map(|(spec, own)| own.as_ref().map_or(spec.cached_heads(), |own| own.known().kv_heads()))
+            .collect()
     }
 
     /// Bytes of keys and values that this model keeps for each token, at the four bytes of an f32.
@@ -252,14 +255,17 @@ impl Model {
 
     /// The attention of layer `i`.
     pub(super) fn attention(&self, i: usize) -> Result<Attention, RuntimeError> {
-        self.attention[i].clone().map_or_else(|| Ok(self.shelf.layer(i)?.attention), Ok)
+        match &self.attention[i] {
+            Some(own) => self.shelf.attention(own),
+            None => Ok(self.shelf.layer(i)?.attention),
+        }
     }
 
     /// Layer `i`.
     pub(super) fn whole(&self, i: usize) -> Result<Layer, RuntimeError> {
         let layer = self.shelf.layer(i)?;
         Ok(match &self.attention[i] {
-            Some(attention) => Layer { attention: attention.clone(), ..layer },
+            Some(own) => Layer { attention: self.shelf.attention(own)?, ..layer },
             None => layer,
         })
     }
@@ -305,11 +311,6 @@ impl Model {
     /// The output embedding, (vocabulary, d).
     pub(crate) fn output_embedding(&self) -> Result<Tensor, RuntimeError> {
         self.shelf.head()
-    }
-
-    /// What the last layer gives, (N, d) → logits (N, vocabulary).
-    pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.predicted(&self.last(x)?, &self.output_embedding()?)?)
     }
 }
 

@@ -1,5 +1,6 @@
 //! A plan, put on a model that is already there.
 
+use super::aside::Own;
 use super::attention::Attention;
 use super::norms::HeadNorms;
 use super::{Model, RuntimeError};
@@ -8,7 +9,7 @@ use crate::error::Error;
 use crate::files::FileError;
 use crate::heads::{Heads, Pooled, Projection};
 use crate::partition::Partition;
-use crate::plan::{SharedHeads, Sharing};
+use crate::plan::{Layers, SharedHeads, Sharing};
 use crate::run::{Run, map_ordered};
 
 /// Layers that are made side by side: what one thread does of one goes on beside what all do of another, and several
@@ -56,7 +57,8 @@ impl Model {
             });
             for (layer, found) in layers.into_iter().enumerate() {
                 for (model, attention) in all.iter_mut().zip(found?) {
-                    model.attention[first + layer] = Some(attention);
+                    model.attention[first + layer] = Some(Own::Held(Box::new(attention)));
+                    model.lay_aside(first + layer)?;
                 }
             }
         }
@@ -77,7 +79,7 @@ impl Model {
         pooled.check(heads, partition)?;
         let attention = self.shared_attention(heads, partition.into(), pooled)?;
         let mut model = self.clone();
-        model.attention[heads.layer()] = Some(attention);
+        model.attention[heads.layer()] = Some(Own::Held(Box::new(attention)));
         Ok(model)
     }
 
@@ -90,8 +92,15 @@ impl Model {
         pooled: Pooled,
     ) -> Result<Self, RuntimeError> {
         let mut model = self.clone();
-        model.attention[heads.layer()] = Some(self.shared_attention(heads, sharing, pooled)?);
+        let attention = self.shared_attention(heads, sharing, pooled)?;
+        model.attention[heads.layer()] = Some(Own::Held(Box::new(attention)));
         Ok(model)
+    }
+
+    /// Takes over layer `i` of another that is made of the same source, in as little memory as layers of this one take.
+    pub(crate) fn take_layer(&mut self, other: &Self, i: usize) -> Result<(), RuntimeError> {
+        self.attention[i].clone_from(&other.attention[i]);
+        self.lay_aside(i)
     }
 
     /// This model with layer `i` of another that is made of the same source.
@@ -129,6 +138,12 @@ impl Model {
             false => self.shelf.layer(i)?.attention.norms,
         };
         Ok(Attention::new(heads, Some((&pooled, sharing)), spec, norms, &self.device)?)
+    }
+}
+
+impl Layers for Model {
+    fn shared_heads(&self, layer: usize) -> Result<Pooled, Error> {
+        Ok(self.stored_heads(layer)?)
     }
 }
 

@@ -2,7 +2,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device as Place, Tensor};
 
-use super::layer::{Layer, Weights};
+use super::aside::{Aside, Own};
+use super::attention::Attention;
+use super::layer::{Layer, Weights, linear};
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::heads::HeadSource;
@@ -12,6 +14,8 @@ use crate::text::{RuntimeError, forward_of};
 
 /// Layers that are read side by side; as many are in memory in f32 on their way to a device.
 const ABREAST: usize = 4;
+/// Numbers of an output embedding that are in memory at a time where it is in files.
+const PART: usize = 1 << 23;
 
 /// Where the weights of a model are while it runs.
 #[derive(Debug)]
@@ -24,8 +28,14 @@ pub(super) enum Shelf {
         /// (vocabulary, d), of a model that predicts.
         head: Option<Tensor>,
     },
-    /// In the files of the checkpoint. One layer, or the output embedding, is in memory at a time.
-    Stored { checkpoint: Box<Checkpoint>, place: Place, recent: Mutex<Option<Recent>> },
+    /// In the files of the checkpoint. One layer, or the output embedding, is in memory at a time, and of what models have laid
+    /// aside one attention.
+    Stored {
+        checkpoint: Box<Checkpoint>,
+        place: Place,
+        recent: Mutex<Option<Recent>>,
+        aside: Mutex<Option<(Arc<Aside>, Arc<Attention>)>>,
+    },
 }
 
 /// What was read the last.
@@ -64,7 +74,12 @@ impl Shelf {
             checkpoint.check_tensor(name, &[forward.vocabulary, weights.width])?;
         }
         let checkpoint = Box::new(checkpoint.clone());
-        Ok(Self::Stored { checkpoint, place: place.clone(), recent: Mutex::new(None) })
+        Ok(Self::from_files(checkpoint, place))
+    }
+
+    fn from_files(checkpoint: Box<Checkpoint>, place: &Place) -> Self {
+        let (recent, aside) = (Mutex::new(None), Mutex::new(None));
+        Self::Stored { checkpoint, place: place.clone(), recent, aside }
     }
 
     /// These weights, where those in 16 bits round what they are multiplied with.
@@ -75,11 +90,7 @@ impl Shelf {
                 Self::Held { layers: layers.collect(), embedding: embedding.clone(), head: head.clone() }
             }
             // Read for every use, and on the CPU: nothing is held in 16 bits.
-            Self::Stored { checkpoint, place, .. } => Self::Stored {
-                checkpoint: checkpoint.clone(),
-                place: place.clone(),
-                recent: Mutex::new(None),
-            },
+            Self::Stored { checkpoint, place, .. } => Self::from_files(checkpoint.clone(), place),
         }
     }
 
@@ -87,7 +98,7 @@ impl Shelf {
     pub(super) fn layer(&self, i: usize) -> Result<Layer, RuntimeError> {
         let (checkpoint, place, recent) = match self {
             Self::Held { layers, .. } => return Ok(layers[i].clone()),
-            Self::Stored { checkpoint, place, recent } => (checkpoint, place, recent),
+            Self::Stored { checkpoint, place, recent, .. } => (checkpoint, place, recent),
         };
         let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Recent::Layer(n, layer)) = &*recent {
@@ -104,11 +115,30 @@ impl Shelf {
         Ok(Layer::clone(&layer))
     }
 
+    /// An attention that a model has of its own. Who asks for one that is being read waits for it.
+    pub(super) fn attention(&self, own: &Own) -> Result<Attention, RuntimeError> {
+        let (asked, aside) = match (own, self) {
+            (Own::Held(attention), _) => return Ok(Attention::clone(attention)),
+            (Own::Aside(asked), Self::Held { .. }) => return asked.whole(),
+            (Own::Aside(asked), Self::Stored { aside, .. }) => (asked, aside),
+        };
+        let mut recent = aside.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, attention)) = &*recent {
+            if Arc::ptr_eq(known, asked) {
+                return Ok(Attention::clone(attention));
+            }
+        }
+        *recent = None;
+        let attention = Arc::new(asked.whole()?);
+        *recent = Some((Arc::clone(asked), Arc::clone(&attention)));
+        Ok(Attention::clone(&attention))
+    }
+
     /// The output embedding, (vocabulary, d); none of an encoder.
     pub(super) fn head(&self) -> Result<Tensor, RuntimeError> {
         let (checkpoint, place, recent) = match self {
             Self::Held { head, .. } => return head.clone().ok_or(RuntimeError::NoPredictions),
-            Self::Stored { checkpoint, place, recent } => (checkpoint, place, recent),
+            Self::Stored { checkpoint, place, recent, .. } => (checkpoint, place, recent),
         };
         let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Recent::Head(head)) = &*recent {
@@ -121,6 +151,26 @@ impl Shelf {
         let head = weights.take(head, &[*vocabulary, weights.width])?;
         *recent = Some(Recent::Head(head.clone()));
         Ok(head)
+    }
+
+    /// What the output embedding makes of what it reads, (N, d) → (N, vocabulary); a part of it is in memory at a time where it is in
+    /// files.
+    pub(super) fn predicted(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        let (checkpoint, place) = match self {
+            Self::Held { .. } => return Ok(linear(x, &self.head()?, &None)?),
+            Self::Stored { checkpoint, place, .. } => (checkpoint, place),
+        };
+        let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
+        let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
+        let (n, width) = x.dims2()?;
+        let made = Tensor::zeros((n, *vocabulary), x.dtype(), place)?;
+        let most = (PART / width.max(1)).max(1);
+        for first in (0..*vocabulary).step_by(most) {
+            let rows: Vec<u32> = (first as u32..(first + most).min(*vocabulary) as u32).collect();
+            let part = Tensor::from_vec(checkpoint.rows_of(head, &rows)?, (rows.len(), width), place)?;
+            made.slice_set(&linear(x, &part, &None)?, 1, first)?;
+        }
+        Ok(made)
     }
 
     /// The input embeddings of tokens, all of which are of the vocabulary: (N, d).

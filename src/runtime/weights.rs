@@ -3,6 +3,7 @@
 use candle_core::{Result as Candle, Tensor};
 use ndarray::{Array1, Array2, Array3};
 
+use super::aside::Own;
 use super::attention::Attention;
 use super::backward::Backward;
 use super::ops::{combined, times};
@@ -116,7 +117,8 @@ impl Model {
         i: usize,
         weights: &AttentionWeights,
     ) -> Result<(), RuntimeError> {
-        self.attention[i] = Some(self.attention(i)?.with_weights(weights)?);
+        let attention = self.attention(i)?.with_weights(weights)?;
+        self.attention[i] = Some(Own::Held(Box::new(attention)));
         Ok(())
     }
 

@@ -37,7 +37,8 @@ pub(in crate::runtime) fn activated_backward(
     if x.device().is_cpu() {
         return x.apply_op2_no_bwd(gradient, &PlainBackward(activation));
     }
-    gradient * slope(activation, x)?
+    let [_, slope] = value_and_slope(activation, x)?;
+    gradient * slope
 }
 
 /// Of [`gated`]: x (N, 2m) and the gradient (N, m) → (N, 2m); on the CPU.
@@ -55,15 +56,7 @@ pub(in crate::runtime) fn gated_apart_backward(
     [gate, value]: &[Tensor; 2],
     gradient: &Tensor,
 ) -> Result<[Tensor; 2]> {
-    let (made, slope) = match activation {
-        Activation::Silu => {
-            let share = sigmoid(gate)?;
-            let made = (gate * &share)?;
-            let slope = (&made + (share * made.affine(-1.0, 1.0)?)?)?;
-            (made, slope)
-        }
-        _ => (of(activation, gate)?, slope(activation, gate)?),
-    };
+    let [made, slope] = value_and_slope(activation, gate)?;
     let of_gate = ((gradient * behind(activation, value)?)? * slope)?;
     let of_value = (gradient * made)?;
     let of_value = match activation {
@@ -100,35 +93,40 @@ fn behind(activation: Activation, value: &Tensor) -> Result<Tensor> {
 const CLIP: f64 = 7.0;
 const STEEP: f64 = 1.702;
 
-/// a'(x), of candle's operations.
-fn slope(activation: Activation, x: &Tensor) -> Result<Tensor> {
-    match activation {
+/// a(x) and a'(x), of candle's operations.
+fn value_and_slope(activation: Activation, x: &Tensor) -> Result<[Tensor; 2]> {
+    Ok(match activation {
         Activation::Silu => {
             let share = sigmoid(x)?;
-            &share + ((x * &share)? * (1.0 - &share)?)?
+            let made = (x * &share)?;
+            let slope = (&made + (share * made.affine(-1.0, 1.0)?)?)?;
+            [made, slope]
         }
         Activation::Gelu => {
-            let below = ((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? * 0.5)?;
+            let below = (((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
             let density = ((x.sqr()? * -0.5)?.exp()? * DENSITY)?;
-            (below + 0.5)? + (x * density)?
+            [(x * &below)?, (below + (x * density)?)?]
         }
         Activation::GeluTanh => {
             let [a, b] = TANH.map(f64::from);
             let t = ((x + (x.powf(3.0)? * b)?)? * a)?.tanh()?;
             let inner = ((x.sqr()? * (3.0 * a * b))? + a)?;
-            let bend = ((1.0 - t.sqr()?)? * inner)?;
-            ((t + 1.0)? + (x * bend)?)? * 0.5
+            let (bend, half) = (((1.0 - t.sqr()?)? * inner)?, ((t + 1.0)? * 0.5)?);
+            [(x * &half)?, (half + ((x * bend)? * 0.5)?)?]
         }
-        Activation::Relu => x.gt(0.0)?.to_dtype(x.dtype()),
-        Activation::ReluSquared => x.relu()? * 2.0,
+        Activation::Relu => [x.relu()?, x.gt(0.0)?.to_dtype(x.dtype())?],
+        Activation::ReluSquared => {
+            let above = x.relu()?;
+            [above.sqr()?, (above * 2.0)?]
+        }
         Activation::Clipped => {
             let below = x.le(CLIP)?.to_dtype(x.dtype())?;
             let x = x.minimum(CLIP)?;
             let share = sigmoid(&(&x * STEEP)?)?;
             let bend = (((&x * &share)? * (1.0 - &share)?)? * STEEP)?;
-            (share + bend)? * below
+            [(x * &share)?, ((share + bend)? * below)?]
         }
-    }
+    })
 }
 
 /// 1/√(2π).
@@ -302,7 +300,9 @@ mod tests {
             prop_assert!(apart(&gated_backward(a, &x, &gradient).unwrap(), &back) < 1e-3);
             let [_, value] = parts;
             prop_assert!(apart(&activated(a, &x).unwrap(), &of(a, &x).unwrap()) < 1e-5);
-            let back = (&gradient * slope(a, &value).unwrap()).unwrap();
+            let [made, slope] = value_and_slope(a, &value).unwrap();
+            prop_assert!(apart(&made, &of(a, &value).unwrap()) < 1e-5);
+            let back = (&gradient * slope).unwrap();
             let fast = activated_backward(a, &value, &gradient).unwrap();
             prop_assert!(apart(&fast, &back) < 1e-4);
         }

@@ -34,14 +34,11 @@ fn by_one_product(
     let less = worth.neg()?;
     let most = less.to_dtype(DType::BF16)?.to_dtype(less.dtype())?;
     let rest = (less - &most)?;
-    let beside = |of: &Tensor, fill: f64| {
-        let mut shape = of.dims().to_vec();
-        shape.iter_mut().last().into_iter().for_each(|last| *last = 2);
-        Tensor::full(fill as f32, shape, of.device())
-    };
-    let of_read = Tensor::cat(&[of_read, &most, &rest, &beside(of_read, 0.0)?], D::Minus1)?;
-    let ones = beside(values, 1.0)?;
-    let values = Tensor::cat(&[values, &ones, &ones], D::Minus1)?;
+    let nothing = most.zeros_like()?;
+    let of_read = Tensor::cat(&[of_read, &most, &rest, &nothing, &nothing], D::Minus1)?;
+    let (b, g, s, _) = values.dims4()?;
+    let values =
+        Tensor::cat(&[values, &Tensor::ones((b, g, s, 4), values.dtype(), values.device())?], D::Minus1)?;
     probabilities * of_read.matmul(&values.t()?)?
 }
 
