@@ -9,10 +9,10 @@ qcqa=$1 text=$2
 read -ra calibration <<< "$3"
 shift 3
 
-# How heads are shared, at the first of the shares. MQA and layers in pairs have caches of their own sizes.
+# How heads are shared.
 sharing() {
   printf '\n### Ways to share heads\n\n'
-  "$qcqa" compare "$model" --kv "${shares%%,*}" --refit output \
+  "$qcqa" compare "$model" --kv "$shares" --refit output \
     --method gqa,mqa,key-norm,dgqa,pgqa,qcqa-ec,qcqa-ac,cla,cla-low-rank,low-rank "${learn[@]}" "${reads[@]}"
 }
 
