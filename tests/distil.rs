@@ -11,12 +11,12 @@ use ndarray::{Array1, Array2};
 use qcqa::calibration::Calibration;
 use qcqa::checkpoint::Checkpoint;
 use qcqa::descent::Descent;
-use qcqa::distil::{Distill, Distilled, Effort, gradient};
+use qcqa::distil::{Distill, Distilled, Effort, Gradient, gradient};
 use qcqa::evaluation::evaluate_against;
 use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::partition::Partition;
 use qcqa::pipeline::{Compress, Preset};
-use qcqa::plan::SharedHeads;
+use qcqa::plan::{SharedHeads, Trained};
 use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
 use qcqa::text::Windows;
@@ -101,7 +101,8 @@ fn gradients_are_those_of_the_definition() {
         let mean = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
         let model = source.with_shared(&mean).unwrap();
         let windows = Windows::new((0..24u32).map(|t| (t * t * 5 + t) % 16).collect(), 8).unwrap();
-        let (found, gradients) = gradient(&source, &model, &windows).unwrap();
+        let Gradient { divergence: found, heads: gradients, .. } =
+            gradient(&source, &model, &windows, Trained::Attention).unwrap();
         assert!((found - divergence(&checkpoint, &mean, &windows)).abs() < 1e-5 * found, "{family}: {found}");
         // Mean pooling leaves queries and outputs as they are: say so.
         let start: Vec<Pooled> =
@@ -206,14 +207,16 @@ fn one_seed_one_result_on_any_number_of_threads() {
     let source = Model::load(&checkpoint).unwrap();
     let (fit, validation) = text(&checkpoint, &source);
     let plan = neighbours(&checkpoint, 4);
-    for descent in [Descent::Muon, Descent::AdamW] {
+    let both = [(Descent::Muon, Trained::All), (Descent::AdamW, Trained::Attention)];
+    for (descent, trained) in both {
         let [one, three] = [1, 3].map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let shared = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-                let distill = Distill::new(Effort::Tokens(8 * 3 * 64)).batch(3).descent(descent);
+                let distill =
+                    Distill::new(Effort::Tokens(8 * 3 * 64)).batch(3).descent(descent).train(trained);
                 let found = distil(&distill, &source, shared, (&fit, &validation));
-                (layers(&found.shared), found.course)
+                (layers(&found.shared), found.shared.others().cloned(), found.course)
             })
         });
         assert!(one == three);
@@ -265,9 +268,9 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
     let plan = neighbours(&checkpoint, 2);
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("state");
-    for descent in [Descent::Muon, Descent::AdamW] {
+    for (descent, trained) in [(Descent::Muon, Trained::All), (Descent::AdamW, Trained::Attention)] {
         let shared = || shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-        let distill = Distill::new(Effort::Tokens(12 * 4 * 64)).batch(4).descent(descent);
+        let distill = Distill::new(Effort::Tokens(12 * 4 * 64)).batch(4).descent(descent).train(trained);
         let whole = distil(&distill, &source, shared(), texts);
         let kept = distill.clone().state(file.clone());
         // Twice, so that what is read is written again.
@@ -276,6 +279,10 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
             assert!(part.interrupted && file.is_file());
             assert!(part.course.len() < whole.course.len());
         }
+        let of_other = if trained == Trained::All { Trained::Attention } else { Trained::All };
+        let other = kept.clone().train(of_other);
+        let other = other.run(&source, shared(), &fit, Some(&validation), Run::new(5));
+        assert!(other.unwrap_err().to_string().contains("not the state of this distillation"));
         let other = kept.clone().rate(0.5).run(&source, shared(), &fit, Some(&validation), Run::new(5));
         let message = other.unwrap_err().to_string();
         assert!(
@@ -288,6 +295,7 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
             assert!(!resumed.interrupted && file.is_file());
             assert_eq!((&resumed.course, &resumed.losses), (&whole.course, &whole.losses));
             assert!(layers(&resumed.shared) == layers(&whole.shared));
+            assert!(resumed.shared.others() == whole.shared.others());
         }
         kept.forget().unwrap();
         assert!(!file.exists());

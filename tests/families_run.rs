@@ -13,7 +13,7 @@ use qcqa::distil::gradient;
 use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::model::{NormOver, Part};
 use qcqa::partition::Partition;
-use qcqa::plan::{Refit, SharedHeads};
+use qcqa::plan::{Refit, SharedHeads, Trained};
 use qcqa::pooler::MeanPooler;
 use qcqa::refit::refit;
 use qcqa::runtime::{KvCache, Model};
@@ -53,7 +53,7 @@ fn every_family_passes_gradients_back() {
         let mean = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
         let model = source.with_shared(&mean).unwrap();
         let windows = text();
-        let (_, gradients) = gradient(&source, &model, &windows).unwrap();
+        let gradients = gradient(&source, &model, &windows, Trained::Attention).unwrap().heads;
         let start: Vec<Pooled> = (0..2).map(|i| whole(&checkpoint.heads(i).unwrap(), &mean, i)).collect();
         for layer in 0..2 {
             for part in Part::ALL {
@@ -66,7 +66,8 @@ fn every_family_passes_gradients_back() {
                     move_by(&mut layers[layer], part, &direction, step);
                     let given =
                         SharedHeads::with_pooler(&plan, &checkpoint, Box::new(Given(layers))).unwrap();
-                    gradient(&source, &source.with_shared(&given).unwrap(), &windows).unwrap().0
+                    let model = source.with_shared(&given).unwrap();
+                    gradient(&source, &model, &windows, Trained::Attention).unwrap().divergence
                 };
                 const STEP: f32 = 5e-3;
                 let slope = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);

@@ -50,7 +50,10 @@ impl Moments {
                 }
                 // What the last layer puts out is nobody's input.
                 if i + 1 < layers {
-                    texts = texts.par_iter().map(|x| model.layer(i, x, &pass)).collect::<Result<_, _>>()?;
+                    model.share_out(length, &mut texts, |x| {
+                        *x = model.layer(i, x, &pass)?;
+                        Ok(())
+                    })?;
                 }
                 done += 1;
             }
@@ -118,7 +121,10 @@ pub(super) fn cross_moments(
             }
             below = inputs;
             if i + 1 < layers {
-                texts = texts.par_iter().map(|x| model.layer(i, x, &pass)).collect::<Result<_, _>>()?;
+                model.share_out(length, &mut texts, |x| {
+                    *x = model.layer(i, x, &pass)?;
+                    Ok(())
+                })?;
             }
             done += 1;
         }

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Result, Tensor};
 
-use crate::runtime::{AttentionWeights, combined, times};
+use crate::runtime::{LayerWeights, combined, times};
 
 /// How weights follow their gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -21,6 +21,8 @@ pub enum Descent {
 /// Adam's forgetting of gradients and of their squares, and what keeps it from dividing by 0.
 const BETAS: [f64; 2] = [0.9, 0.95];
 const EPSILON: f64 = 1e-8;
+/// The rate of what is not attention, which goes by Adam, as a share of that of attention.
+const REST_RATE: f64 = 0.1;
 /// The share of the momentum that a new gradient takes; what is made orthogonal is a like mixture of both.
 const FRESH: f64 = 0.05;
 /// The root mean square of a step at rate 1, as Adam's steps have it (Liu et al. 2025, arXiv 2502.16982).
@@ -29,13 +31,13 @@ const MUON_STEP: f64 = 0.2;
 const ROUNDS: usize = 5;
 const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
-/// What an optimizer remembers of each tensor of a layer, in the order of [`AttentionWeights::tensors`]: momentum for a
+/// What an optimizer remembers of each tensor of a layer, in the order of [`LayerWeights::tensors`]: momentum for a
 /// matrix under Muon, else sums of gradients and of their squares, in which older ones fade: Adam's means but for a factor.
 pub(crate) type Memory = Vec<Vec<Tensor>>;
 
 impl Descent {
     /// Of a layer that has not moved yet.
-    pub(crate) fn memory(self, weights: &AttentionWeights) -> Result<Memory> {
+    pub(crate) fn memory(self, weights: &LayerWeights) -> Result<Memory> {
         let of = |(i, tensor): (usize, &Tensor)| {
             let n = if self.orthogonal(i) { 1 } else { 2 };
             (0..n).map(|_| tensor.zeros_like()).collect()
@@ -46,12 +48,12 @@ impl Descent {
     /// The weights of a layer after step number `step`, counted from 0, at `rate`.
     pub(crate) fn step(
         self,
-        weights: &AttentionWeights,
-        gradients: &AttentionWeights,
+        weights: &LayerWeights,
+        gradients: &LayerWeights,
         memory: &mut Memory,
         step: u64,
         rate: f64,
-    ) -> Result<AttentionWeights> {
+    ) -> Result<LayerWeights> {
         let memories = std::slice::from_mut(memory);
         let mut all = self.step_all(&[weights], std::slice::from_ref(gradients), memories, step, rate)?;
         Ok(all.swap_remove(0))
@@ -60,12 +62,12 @@ impl Descent {
     /// The weights of some layers after step number `step`, each as if it were alone; matrices of one shape are made orthogonal at once.
     pub(crate) fn step_all(
         self,
-        weights: &[&AttentionWeights],
-        gradients: &[AttentionWeights],
+        weights: &[&LayerWeights],
+        gradients: &[LayerWeights],
         memories: &mut [Memory],
         step: u64,
         rate: f64,
-    ) -> Result<Vec<AttentionWeights>> {
+    ) -> Result<Vec<LayerWeights>> {
         // What makes means of Adam's sums is left to the end, where it is one number.
         let [mean, square] = BETAS.map(|beta| (1.0 - beta) / (1.0 - beta.powf(step as f64 + 1.0)));
         let root = square.sqrt();
@@ -95,10 +97,13 @@ impl Descent {
             Self::AdamW => {}
         }
         let moved = weights.iter().zip(changes).map(|(weights, changes)| {
-            let mut changes = changes.iter().enumerate();
+            let (mut changes, attention) = (changes.iter().enumerate(), weights.of_attention());
             weights.map(|weight| match changes.next() {
                 Some((i, change)) if self.orthogonal(i) => combined(weight, 1.0, change, -rate),
-                Some((_, change)) => combined(weight, 1.0, change, -rate * mean / root),
+                Some((i, change)) => {
+                    let rate = if i < attention { rate } else { rate * REST_RATE };
+                    combined(weight, 1.0, change, -rate * mean / root)
+                }
                 None => Ok(weight.clone()),
             })
         });
@@ -265,9 +270,10 @@ mod tests {
     fn layers_side_by_side_are_what_each_is_alone() {
         let matrix =
             |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
-        let layer = |kv: usize, seed| AttentionWeights {
+        let layer = |kv: usize, seed| LayerWeights {
             matrices: [matrix(8, seed), matrix(kv, seed + 1), matrix(kv, seed + 2), matrix(8, seed + 3)],
             biases: [Some(Tensor::from_vec(numbers(8, seed), 8, &Device::Cpu).unwrap()), None, None, None],
+            rest: Vec::new(),
             head_dim: 2,
         };
         let (weights, gradients) = ([layer(4, 1), layer(2, 5)], [layer(4, 9), layer(2, 13)]);
@@ -292,9 +298,10 @@ mod tests {
     #[test]
     fn adam_is_its_definition() {
         let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap().reshape((1, 2)).unwrap();
-        let layer = |values: &[f32]| AttentionWeights {
+        let layer = |values: &[f32]| LayerWeights {
             matrices: [(); 4].map(|()| tensor(values)),
             biases: [None, None, None, None],
+            rest: vec![tensor(values)],
             head_dim: 1,
         };
         let (mut weights, mut memory) = (layer(&[1.0, -2.0]), Vec::new());

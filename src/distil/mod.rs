@@ -1,7 +1,7 @@
 //! Distillation: shared heads that learn from their source.
 //!
 //! Minimises the mean of KL(source ‖ shared) over the tokens of a calibration text by queries, keys, values and outputs of
-//! all layers, from wherever pooling and refits have left them (docs/method.md, "Distillation"). Memory is what enters
+//! all layers, or by their norms and MLPs, too ([`Trained`]), from wherever pooling and refits have left them (docs/method.md, "Distillation"). Memory is what enters
 //! every layer for a few windows, one layer's way back, and the descent's memory of what is trained; all weights that are not
 //! trained are the source's own.
 
@@ -17,11 +17,12 @@ use self::trainer::Trainer;
 use self::usual::Usual;
 use crate::descent::{Descent, Fall, Order, share};
 use crate::error::{Error, Result};
-use crate::heads::Pooled;
-use crate::plan::{Distillation, SharedHeads};
+use crate::plan::{Distillation, SharedHeads, Trained};
 use crate::run::{Precision, Run};
-use crate::runtime::{AttentionWeights, Model};
+use crate::runtime::Model;
 use crate::text::{RuntimeError, Windows};
+
+pub use trainer::{Gradient, gradient};
 
 /// Steps over which the rate rises, where there are ten times as many.
 const WARM_UP: u64 = 20;
@@ -63,6 +64,7 @@ pub struct Distill {
     descent: Option<Descent>,
     rate: Option<f64>,
     batch: Option<usize>,
+    trained: Trained,
     state: Option<PathBuf>,
 }
 
@@ -85,7 +87,8 @@ pub struct Distilled<'a> {
 impl Distill {
     /// A distillation of this length.
     pub fn new(effort: Effort) -> Self {
-        Self { effort, descent: None, rate: None, batch: None, state: None }
+        let trained = Trained::Attention;
+        Self { effort, descent: None, rate: None, batch: None, trained, state: None }
     }
 
     /// Replaces the descent; by the number of tokens unless said: [`Descent::AdamW`] for few, [`Descent::Muon`] for many.
@@ -101,6 +104,12 @@ impl Distill {
     /// Replaces the number of windows of a step; by the number of tokens unless said.
     pub fn batch(self, windows: usize) -> Self {
         Self { batch: Some(windows), ..self }
+    }
+
+    /// Trains this: the attention of all layers, or their norms and MLPs, too, which go by Adam at a tenth of the rate. What was trained
+    /// of these before stays as it is where attention alone is.
+    pub fn train(self, trained: Trained) -> Self {
+        Self { trained, ..self }
     }
 
     /// A file that holds the state every few minutes, and at the end. Where there is one, of the same distillation, it goes on from
@@ -143,7 +152,8 @@ impl Distill {
     /// ```
     ///
     /// # Errors
-    /// [`Error::PlanSource`] unless the heads are of this model; [`Error::Setting`] for a rate, batch or effort of 0; as
+    /// [`Error::PlanSource`] unless the heads are of this model; [`Error::Setting`] for a rate, batch or effort of 0, and for
+    /// [`Trained::All`] of a model with experts; as
     /// [`SharedHeads::layer`] and [`Model::with_shared`]; [`RuntimeError::NotFinite`]; [`FileError`](crate::files::FileError)
     /// where the state cannot be written or is of something else.
     pub fn run<'a>(
@@ -162,7 +172,10 @@ impl Distill {
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
-        let mut trainer = Trainer::new(source, model, work.descent)?;
+        if self.trained == Trained::All && source.has_experts()? {
+            return Err(Error::setting("train", "all", "attention: experts are not trained").into());
+        }
+        let mut trainer = Trainer::new(source, model, work.descent, self.trained)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
             None => work.begin(&mut trainer)?,
@@ -177,11 +190,16 @@ impl Distill {
         }
         let model = work.best(trainer, &state)?;
         let layers = (0..model.n_layers()).map(|i| model.pooled(i)).collect::<Result<_, _>>()?;
+        let before = shared.done().distilled.as_ref().map_or(Trained::Attention, |before| before.trained);
         let (tokens, steps) = (state.best_step * work.step_tokens(), state.best_step);
         let calibration = fit.fingerprint(source.id());
         let shared = match steps {
             0 => shared,
-            _ => shared.distilled(layers, Distillation::new(tokens, steps, calibration)),
+            _ => {
+                let distilled = Distillation::new(tokens, steps, calibration);
+                let distilled = distilled.with_trained(before.max(self.trained));
+                shared.distilled(layers, distilled).with_others(model.stored_rest()?)
+            }
         };
         let tokens_per_second =
             pace.steps as f64 * work.step_tokens() as f64 / pace.time.as_secs_f64().max(1e-9);
@@ -322,8 +340,10 @@ impl Work<'_> {
         let digest = |windows: &Windows| windows.fingerprint(&shared.plan().source);
         let texts = [Some(self.fit), self.validation].map(|windows| windows.map(digest));
         let (Distill { effort, .. }, descent) = (distill, self.descent);
+        // States of before there was a choice are of attention alone.
+        let all = if distill.trained == Trained::All { " all" } else { "" };
         Ok(format!(
-            "{STATES} {seed} {effort:?} {descent:?} {precision:?} {} {} {texts:?} {:?}",
+            "{STATES}{all} {seed} {effort:?} {descent:?} {precision:?} {} {} {texts:?} {:?}",
             self.batch,
             self.rate,
             shared.record()
@@ -362,29 +382,8 @@ impl Work<'_> {
     fn best(&self, trainer: Trainer<'_>, state: &SavedState) -> Result<Model, RuntimeError> {
         let mut model = trainer.model;
         for (i, weights) in state.best.iter().enumerate() {
-            model.set_attention_weights(i, weights)?;
+            model.set_weights(i, weights)?;
         }
         Ok(model)
     }
-}
-
-/// The mean of KL(source ‖ model) over all tokens of a text, in nats, and its gradient with respect to the shared heads of
-/// every layer of `model`, in their places: for those who bring an descent of their own.
-///
-/// # Errors
-/// [`RuntimeError::Vocabulary`] unless the two have one vocabulary; as [`Distill::run`].
-pub fn gradient(
-    source: &Model,
-    model: &Model,
-    windows: &Windows,
-) -> Result<(f64, Vec<Pooled>), RuntimeError> {
-    let (expected, found) = (source.vocabulary(), model.vocabulary());
-    if expected != found {
-        return Err(RuntimeError::Vocabulary { expected, found });
-    }
-    let trainer = Trainer::new(source, model.clone(), Descent::default())?;
-    let texts: Vec<&[u32]> = windows.batches(1).collect();
-    let (divergence, gradients) = trainer.gradients(&texts, 0.0)?;
-    let laid_out = |(i, of): (usize, &AttentionWeights)| model.laid_out(i, of);
-    Ok((divergence, gradients.iter().enumerate().map(laid_out).collect::<Result<_, _>>()?))
 }

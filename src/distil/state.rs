@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Distill;
 use super::trainer::Trainer;
 use crate::files::{FileError, Mapped, check_writable, is_there, parent_of, sync_directory, temporary};
-use crate::runtime::AttentionWeights;
+use crate::runtime::LayerWeights;
 use crate::text::RuntimeError;
 
 /// How far a distillation is, beside the trainer's weights and memory.
@@ -31,7 +31,7 @@ pub(super) struct SavedState {
     pub(super) best_step: u64,
     pub(super) worse: usize,
     #[serde(skip)]
-    pub(super) best: Vec<AttentionWeights>,
+    pub(super) best: Vec<LayerWeights>,
 }
 
 impl SavedState {

@@ -1,9 +1,13 @@
+use std::collections::BTreeMap;
+
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 use crate::descent::{Descent, Memory};
 use crate::error::Result;
-use crate::runtime::{AttentionWeights, Model, Pass, combined, squared_lengths, times, weighed};
+use crate::heads::Pooled;
+use crate::plan::Trained;
+use crate::runtime::{LayerWeights, Model, Pass, combined, squared_lengths, times, weighed};
 use crate::text::{RuntimeError, Windows};
 
 /// Layers that go a step together: on a GPU many small products are one, and of large ones not all changes are held.
@@ -15,16 +19,22 @@ pub(super) struct Trainer<'a> {
     pub(super) source: &'a Model,
     pub(super) model: Model,
     pub(super) descent: Descent,
+    trained: Trained,
     /// Those of the model, as they are trained.
-    pub(super) weights: Vec<AttentionWeights>,
+    pub(super) weights: Vec<LayerWeights>,
     pub(super) memory: Vec<Memory>,
     /// What the source's last layer gives for the windows of a validation, as far as there is room.
     theirs: Vec<Vec<Tensor>>,
 }
 
 impl<'a> Trainer<'a> {
-    pub(super) fn new(source: &'a Model, model: Model, descent: Descent) -> Result<Self, RuntimeError> {
-        let weights = (0..model.n_layers()).map(|i| model.attention_weights(i));
+    pub(super) fn new(
+        source: &'a Model,
+        model: Model,
+        descent: Descent,
+        trained: Trained,
+    ) -> Result<Self, RuntimeError> {
+        let weights = (0..model.n_layers()).map(|i| model.trained_weights(i, trained));
         let weights = weights.collect::<Result<Vec<_>, RuntimeError>>()?;
         let memory = weights.iter().map(|weights| descent.memory(weights));
         Ok(Self {
@@ -33,13 +43,14 @@ impl<'a> Trainer<'a> {
             weights,
             model,
             descent,
+            trained,
             theirs: Vec::new(),
         })
     }
 
     /// Puts weights into layer `i`.
-    pub(super) fn set(&mut self, i: usize, weights: AttentionWeights) -> Result<(), RuntimeError> {
-        self.model.set_attention_weights(i, &weights)?;
+    pub(super) fn set(&mut self, i: usize, weights: LayerWeights) -> Result<(), RuntimeError> {
+        self.model.set_weights(i, &weights)?;
         self.weights[i] = weights;
         Ok(())
     }
@@ -56,7 +67,7 @@ impl<'a> Trainer<'a> {
         let layers = self.model.n_layers();
         for first in (0..layers).step_by(TOGETHER) {
             let together = first..layers.min(first + TOGETHER);
-            let weights: Vec<&AttentionWeights> = self.weights[together.clone()].iter().collect();
+            let weights: Vec<&LayerWeights> = self.weights[together.clone()].iter().collect();
             let (of, memories) = (&gradients[together.clone()], &mut self.memory[together.clone()]);
             let moved = self.descent.step_all(&weights, of, memories, step, rate)?;
             together.zip(moved).try_for_each(|(i, weights)| self.set(i, weights))?;
@@ -72,9 +83,9 @@ impl<'a> Trainer<'a> {
         &self,
         windows: &[&[u32]],
         pull: f64,
-    ) -> Result<(f64, Vec<AttentionWeights>), RuntimeError> {
+    ) -> Result<(f64, Vec<LayerWeights>), RuntimeError> {
         let mut divergence = 0.0;
-        let mut sums: Vec<Option<AttentionWeights>> = vec![None; self.model.n_layers()];
+        let mut sums: Vec<Option<LayerWeights>> = vec![None; self.model.n_layers()];
         let length = windows.first().map_or(0, |window| window.len());
         let pass = self.model.pass(length, 0)?;
         let tokens: usize = windows.iter().map(|window| window.len()).sum();
@@ -94,7 +105,7 @@ impl<'a> Trainer<'a> {
         texts: &[&[u32]],
         pass: &Pass,
         [share, pull]: [f64; 2],
-        sums: &mut [Option<AttentionWeights>],
+        sums: &mut [Option<LayerWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
         let entered = texts.par_iter().map(|tokens| source.embed(tokens, pass));
@@ -123,7 +134,7 @@ impl<'a> Trainer<'a> {
         for (i, sum) in sums.iter_mut().enumerate().rev() {
             let layer = |(inputs, gradient): (&mut Vec<Tensor>, &Tensor)| {
                 inputs.truncate(i + 1);
-                model.backward(i, &inputs[i], gradient, pass, true)
+                model.backward(i, &inputs[i], gradient, pass, Some(self.trained))
             };
             let back = inputs.par_iter_mut().zip(&gradients).map(layer);
             let back = back.collect::<Result<Vec<_>, RuntimeError>>()?;
@@ -168,4 +179,45 @@ impl<'a> Trainer<'a> {
         }
         Ok(sum / tokens.max(1) as f64)
     }
+}
+
+/// How far a model is from its source on a text, and which way is up.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Gradient {
+    /// The mean of KL(source ‖ model) over all tokens, in nats.
+    pub divergence: f64,
+    /// Its gradient with respect to the shared heads of every layer, in their places.
+    pub heads: Vec<Pooled>,
+    /// And with respect to norms and MLPs, by tensor, as [`SharedHeads::with_others`](crate::plan::SharedHeads::with_others) takes them;
+    /// empty unless all are trained.
+    pub others: BTreeMap<String, Vec<f32>>,
+}
+
+/// The divergence of `model` from `source` and its gradient with respect to what is trained: for those who bring a descent of their
+/// own.
+///
+/// # Errors
+/// [`RuntimeError::Vocabulary`] unless the two have one vocabulary; as [`Distill::run`](super::Distill::run).
+pub fn gradient(
+    source: &Model,
+    model: &Model,
+    windows: &Windows,
+    trained: Trained,
+) -> Result<Gradient, RuntimeError> {
+    let (expected, found) = (source.vocabulary(), model.vocabulary());
+    if expected != found {
+        return Err(RuntimeError::Vocabulary { expected, found });
+    }
+    let trainer = Trainer::new(source, model.clone(), Descent::default(), trained)?;
+    let texts: Vec<&[u32]> = windows.batches(1).collect();
+    let (divergence, gradients) = trainer.gradients(&texts, 0.0)?;
+    let (mut heads, mut others) = (Vec::with_capacity(gradients.len()), BTreeMap::new());
+    for (i, of) in gradients.iter().enumerate() {
+        heads.push(model.laid_out(i, of)?);
+        if trained == Trained::All {
+            others.extend(model.stored_gradients(i, of)?);
+        }
+    }
+    Ok(Gradient { divergence, heads, others })
 }

@@ -136,7 +136,7 @@ impl Way {
         pass: &Pass,
     ) -> Result<Vec<f64>, RuntimeError> {
         let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
-        let back = model.backward(i, &x, &self.gradient, pass, false)?;
+        let back = model.backward(i, &x, &self.gradient, pass, None)?;
         let input = model.attention_input(i, &x)?;
         let below = match self.inputs.last().filter(|_| !above.is_empty()) {
             Some(below) => Some(model.attention_input(i - 1, below)?),

@@ -140,8 +140,11 @@ impl<'a> Reading<'a> {
 
     /// Goes through this layer of the model, to before the next.
     pub(super) fn pass_layer(&mut self, model: &Model) -> Result<(), RuntimeError> {
-        let outputs = self.inputs.par_iter().map(|x| model.layer(self.layer, x, &self.pass));
-        self.inputs = outputs.collect::<Result<_, _>>()?;
+        let (layer, pass) = (self.layer, &self.pass);
+        model.share_out(self.windows.length(), &mut self.inputs, |x| {
+            *x = model.layer(layer, x, pass)?;
+            Ok(())
+        })?;
         self.layer += 1;
         Ok(())
     }

@@ -1,3 +1,5 @@
+#[cfg(feature = "checkpoint")]
+use super::Linear;
 use super::{FeedForward, Norm};
 
 /// A forward pass besides attention: the tensors that it reads, by name, and what it does with them.
@@ -170,6 +172,23 @@ impl Block {
         let [a, b] = [&self.attention_norm, &self.attention_output_norm];
         let [c, d] = [&self.mlp_norm, &self.mlp_output_norm];
         [a, b, c, d].into_iter().chain(&self.sum_norms).flatten()
+    }
+
+    /// Names of tensors that are this layer's and no attention's, and of one use alone: those of norms, and of an MLP; of experts none.
+    #[cfg(feature = "checkpoint")]
+    pub(crate) fn own_tensors(&self) -> Vec<&str> {
+        let norms: Vec<&str> = self.norms().flat_map(Norm::tensors).collect();
+        let once = |name: &&str| norms.iter().filter(|other| other == &name).count() == 1;
+        let mut own: Vec<&str> = norms.iter().copied().filter(once).collect();
+        if let FeedForward::Mlp(mlp) = &self.mlp {
+            let linears: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up, &mlp.down]).collect();
+            let parts =
+                |linear: &Linear| linears.iter().filter(|other| other.weight == linear.weight).count();
+            for linear in linears.iter().filter(|of| of.stacked.is_none() && parts(of) == of.part.1) {
+                own.extend([Some(linear.weight.as_str()), linear.bias.as_deref()].into_iter().flatten());
+            }
+        }
+        own
     }
 
     fn tensors(&self) -> impl Iterator<Item = &str> {

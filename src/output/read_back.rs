@@ -8,13 +8,13 @@ use serde_json::Value;
 
 use super::conversion::checked;
 use super::copy::PROVENANCE;
-use super::{Content, OutputTensor, Slot, Target};
+use super::{Content, OutputModel, OutputTensor, Slot, Target};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::files::{FileError, is_there, read_bounded, without_mark};
 use crate::heads::{HeadSource, Pooled, Projection};
-use crate::model::{AttentionSpec, Axis, Part};
-use crate::plan::{PLAN_LIMIT, Plan, SharedHeads, parse_plan};
+use crate::model::{AttentionSpec, Axis, Block, Part};
+use crate::plan::{Others, PLAN_LIMIT, Plan, SharedHeads, Trained, parse_plan};
 
 /// What a converted directory says of how it was made.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,7 +85,27 @@ pub fn read_back<'a>(
         }
         layers.push(layer.pooled()?);
     }
-    Ok(SharedHeads::made(plan, source, layers)?)
+    let others = match plan.pooling.distilled.as_ref().map(|distilled| distilled.trained) {
+        Some(Trained::All) => Some(others(source, written, &output)?),
+        _ => None,
+    };
+    Ok(SharedHeads::made(plan, source, layers)?.with_others(others))
+}
+
+/// What has become of the tensors beside the heads that a distillation of all weights trains.
+fn others(source: &Checkpoint, written: &Checkpoint, output: &OutputModel) -> Result<Others, FileError> {
+    let blocks = source.architecture().forward.iter().flat_map(|forward| &forward.blocks);
+    let mut others = Others::new();
+    for name in blocks.flat_map(Block::own_tensors) {
+        let copy = output
+            .tensors
+            .iter()
+            .find(|tensor| matches!(&tensor.content, Content::Copied(from) if from == name));
+        let shape = source.tensors().shape(name).unwrap_or_default();
+        let numbers = written.tensor_of(copy.map_or(name, |copy| &copy.name), shape)?;
+        others.insert(name.to_string(), numbers.into_raw_vec_and_offset().0);
+    }
+    Ok(others)
 }
 
 /// The heads of one layer on their way back, of each part (n, h, d), and their biases (n, h).

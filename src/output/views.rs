@@ -145,6 +145,11 @@ impl Tensor<'_> {
         let (dtype, layer, made) = match &self.numbers {
             Numbers::Stored(name, entry) => {
                 let files = self.job.source.files();
+                if let Some(numbers) = self.job.shared.others().and_then(|others| others.get(*name)) {
+                    let dtype = Dtype::from_stored(self.dtype).unwrap_or(self.job.source.float(name, entry)?);
+                    let bytes = self.encode(dtype, numbers.iter().copied())?;
+                    return self.sized(dtype, bytes);
+                }
                 if self.data_len() > LARGE {
                     // Those before are written.
                     files.forget_all();
@@ -188,7 +193,11 @@ impl Tensor<'_> {
                 Made::By(make) => self.encode(dtype, self.checked(make(heads, pooled)?)?.iter().copied()),
             }
         })?;
-        // More or fewer would move all tensors behind it.
+        self.sized(dtype, bytes)
+    }
+
+    /// What was encoded as this type, if it is as long as was said: more or fewer would move all tensors behind it.
+    fn sized(&self, dtype: Dtype, bytes: Vec<u8>) -> Result<Cow<'_, [u8]>, FileError> {
         if bytes.len() != self.data_len() {
             let [expected, found] = [self.data_len(), bytes.len()].map(|len| len / dtype.bytes());
             return Err(Error::shape(self.name, &[expected], &[found]).into());

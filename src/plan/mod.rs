@@ -27,6 +27,8 @@ pub use file::{read_plan, write_plan};
 pub use method::Method;
 #[cfg(feature = "runtime")]
 pub(crate) use shared::Layers;
+#[cfg(feature = "checkpoint")]
+pub(crate) use shared::Others;
 pub use shared::SharedHeads;
 
 /// A partition for every layer, with what made it and what makes shared heads of it.
@@ -83,12 +85,38 @@ pub struct Distillation {
     pub steps: u64,
     /// Fingerprint of the text.
     pub text: String,
+    /// What it has trained.
+    #[serde(default, skip_serializing_if = "Trained::is_attention")]
+    pub trained: Trained,
+}
+
+/// What a distillation trains of every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Trained {
+    /// Queries, keys, values and outputs, and their biases.
+    #[default]
+    Attention,
+    /// Its MLP and its norms, too, but for those of queries and keys.
+    All,
+}
+
+impl Trained {
+    fn is_attention(&self) -> bool {
+        *self == Self::Attention
+    }
 }
 
 impl Distillation {
     /// So many tokens of a text of this fingerprint, in so many steps.
     pub fn new(tokens: u64, steps: u64, text: impl Into<String>) -> Self {
-        Self { tokens, steps, text: text.into() }
+        Self { tokens, steps, text: text.into(), trained: Trained::Attention }
+    }
+
+    /// Says what it has trained.
+    pub fn with_trained(self, trained: Trained) -> Self {
+        Self { trained, ..self }
     }
 }
 

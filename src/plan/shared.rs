@@ -1,3 +1,5 @@
+#[cfg(feature = "checkpoint")]
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 #[cfg(feature = "runtime")]
@@ -45,7 +47,13 @@ pub struct SharedHeads<'a> {
     source: &'a dyn HeadSource,
     made: Made,
     done: Pooling,
+    #[cfg(feature = "checkpoint")]
+    others: Option<Arc<Others>>,
 }
+
+/// Tensors of the source that became others, by their names: numbers in the order in which they are stored.
+#[cfg(feature = "checkpoint")]
+pub(crate) type Others = BTreeMap<String, Vec<f32>>;
 
 /// Where shared heads come from.
 #[derive(Debug, Clone)]
@@ -107,7 +115,15 @@ impl<'a> SharedHeads<'a> {
         check(plan, source)?;
         let calibration = source.calibration().filter(|_| pooler.needs().moment);
         let done = Pooling::new(pooler.spec()).with_calibration(calibration);
-        Ok(Self { plan: plan.clone(), source, made: Made::By(Arc::from(pooler)), done })
+        let made = Made::By(Arc::from(pooler));
+        Ok(Self {
+            plan: plan.clone(),
+            source,
+            made,
+            done,
+            #[cfg(feature = "checkpoint")]
+            others: None,
+        })
     }
 
     /// Shared heads that a plan's pooling has made before, one [`Pooled`] a layer.
@@ -115,7 +131,7 @@ impl<'a> SharedHeads<'a> {
     pub(crate) fn made(plan: &Plan, source: &'a dyn HeadSource, layers: Vec<Pooled>) -> Result<Self> {
         check(plan, source)?;
         let done = plan.pooling.clone();
-        Ok(Self { plan: plan.clone(), source, made: Made::Given(Arc::new(layers)), done })
+        Ok(Self { plan: plan.clone(), source, made: Made::Given(Arc::new(layers)), done, others: None })
     }
 
     /// These layers in the place of what the pooler makes, with the refit that made them.
@@ -138,6 +154,22 @@ impl<'a> SharedHeads<'a> {
             done: self.done.with_distillation(Some(distilled)),
             ..self
         }
+    }
+
+    /// Other numbers for tensors of the source's norms and MLPs, by name and in the order in which they are stored: what a distillation
+    /// of all weights ([`Trained::All`](super::Trained::All)) has made of them. Whatever runs or writes these heads takes them, and
+    /// refuses names and sizes that do not fit.
+    #[cfg(feature = "checkpoint")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+    pub fn with_others(self, others: Option<BTreeMap<String, Vec<f32>>>) -> Self {
+        Self { others: others.map(Arc::new), ..self }
+    }
+
+    /// Tensors of the source beside the heads that have become others, as [`SharedHeads::with_others`] takes them.
+    #[cfg(feature = "checkpoint")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "checkpoint")))]
+    pub fn others(&self) -> Option<&BTreeMap<String, Vec<f32>>> {
+        self.others.as_deref()
     }
 
     /// The plan.

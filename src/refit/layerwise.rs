@@ -6,7 +6,7 @@ use super::texts::Texts;
 use crate::descent::{Descent, Fall, Order, share};
 use crate::error::Result;
 use crate::run::Run;
-use crate::runtime::{Asked, AttentionWeights, LONGEST_WINDOW, Model, combined, weighed};
+use crate::runtime::{Asked, LONGEST_WINDOW, LayerWeights, Model, combined, weighed};
 use crate::text::RuntimeError;
 
 /// Windows of a step, of which longer ones count by their tokens, and the highest rate; below so many windows in all half as many make
@@ -48,10 +48,10 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Res
                 weighed(&combined(output, 1.0, &at(&text.target)?, -1.0)?, &at(&text.weight)?)
             })
         })?;
-        if let Some(gradients) = AttentionWeights::sum(gradients)? {
+        if let Some(gradients) = LayerWeights::sum(gradients)? {
             let rate = RATE * share(step, Some(steps), WARM_UP, Fall::Line);
             weights = descent.step(&weights, &gradients, &mut memory, step, rate)?;
-            model.set_attention_weights(i, &weights)?;
+            model.set_weights(i, &weights)?;
         }
     }
     Ok(model)

@@ -65,7 +65,7 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
         weights.biases[3] = Some(Tensor::from_vec(numbers, d, model.place())?);
     }
     let mut model = model.clone();
-    model.set_attention_weights(i, &weights)?;
+    model.set_weights(i, &weights)?;
     Ok(model)
 }
 

@@ -59,9 +59,15 @@ impl Texts {
     /// The numbers of all windows, in parts of as many as are computed at once.
     pub(super) fn parts(&self, model: &Model) -> impl Iterator<Item = Vec<usize>> + use<> {
         let abreast = model.abreast(self.pass.positions().len());
-        let at_once = if model.shares_out() { abreast * rayon::current_num_threads() } else { abreast };
-        let count = self.count();
+        let (at_once, count) =
+            (self.at_once(model).min(abreast * rayon::current_num_threads()), self.count());
         (0..count).step_by(at_once).map(move |first| (first..count.min(first + at_once)).collect())
+    }
+
+    /// Windows that are computed at the same time.
+    fn at_once(&self, model: &Model) -> usize {
+        let length = self.pass.positions().len();
+        model.abreast(length).saturating_mul(if model.shares_out() { model.at_once(length) } else { 1 })
     }
 
     /// Lets the source go through the attention of layer `i`.
@@ -108,11 +114,11 @@ impl Texts {
         model: &Model,
         change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync,
     ) -> Result<(), RuntimeError> {
+        let at_once = self.at_once(model);
         let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
-        match model.shares_out() {
-            true => self.windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held)),
-            false => self.windows.chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held)),
-        }
+        self.windows.chunks_mut(at_once).try_for_each(|windows| {
+            windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held))
+        })
     }
 
     /// What is made of each of the windows with these numbers as layer `i`, which was entered, meets them; some at a time, in
@@ -147,10 +153,12 @@ impl Texts {
             make(&Text { input: model.attention_input(i, &stream)?, target, weight })
         };
         let abreast = model.abreast(self.pass.positions().len());
-        match model.shares_out() {
-            true => windows.par_chunks(abreast).map(text).collect(),
-            false => windows.chunks(abreast).map(text).collect(),
+        let mut made = Vec::with_capacity(windows.len().div_ceil(abreast));
+        for windows in windows.chunks(self.at_once(model)) {
+            let part = windows.par_chunks(abreast).map(text);
+            made.extend(part.collect::<Result<Vec<_>, RuntimeError>>()?);
         }
+        Ok(made)
     }
 
     /// The error of the attention output of layer `i` on at most [`JUDGED`] windows, as a share of the energy of what it should be, by the

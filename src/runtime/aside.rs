@@ -99,7 +99,7 @@ mod tests {
         for i in 0..2 {
             let weights = model.attention_weights(i)?;
             let changed = weights.map(|w| w.affine(1.5, 0.01))?;
-            model.set_attention_weights(i, &changed)?;
+            model.set_weights(i, &changed)?;
         }
         let ran = |model: &Model| -> Result<Vec<f32>, RuntimeError> {
             numbers(&model.through(0, vec![model.embed(&tokens, &pass)?], &pass)?[0])
@@ -116,7 +116,7 @@ mod tests {
         }
         // Who holds all of its weights holds these, too.
         let mut whole = Model::load(&Checkpoint::open("tests/data/novels-1m")?)?;
-        whole.set_attention_weights(0, &held.attention_weights(0)?)?;
+        whole.set_weights(0, &held.attention_weights(0)?)?;
         whole.lay_aside(0)?;
         assert!(matches!(whole.attention[0], Some(Own::Held(_))));
         Ok(())

@@ -7,7 +7,7 @@ use super::layer::linear;
 use super::ops::{KeptMask, times};
 use super::pass::Pass;
 use super::rope::Rope;
-use super::weights::AttentionWeights;
+use super::weights::LayerWeights;
 use super::{Model, RuntimeError};
 
 /// Every n-th token of a window, from one on: those whose queries are computed, while all tokens have keys and values.
@@ -48,7 +48,7 @@ impl Attention {
         pass: &Pass,
         rope: &Rope,
         gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
-    ) -> Candle<AttentionWeights> {
+    ) -> Candle<LayerWeights> {
         let (n_q, k, h) = (self.query_heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim);
         let (len, turn) = (pass.positions().len(), rope.at(&asked.places)?);
         let own = asked.rows(x, pass)?;
@@ -102,7 +102,7 @@ impl Model {
         asked: &Asked,
         pass: &Pass,
         gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
-    ) -> Result<AttentionWeights, RuntimeError> {
+    ) -> Result<LayerWeights, RuntimeError> {
         Ok(self.attention(i)?.backward_at(input, asked, pass, pass.rope(i), gradient)?)
     }
 }
@@ -129,7 +129,7 @@ mod tests {
         asked: &Asked,
         pass: &Pass,
         rope: &Rope,
-    ) -> Candle<AttentionWeights> {
+    ) -> Candle<LayerWeights> {
         let (kept, output) = attention.kept(input, pass, rope)?;
         let len = pass.positions().len();
         let share = |row: usize| if asked.places.contains(&((row % len) as u32)) { 1.0f32 } else { 0.0 };

@@ -6,15 +6,17 @@
 use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, joined};
-use super::layer::{Layer, Normed, normed, normed_backward};
+use super::layer::{Layer, Normed, normed};
 use super::ops::{
     CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, scores_backward, times,
 };
 use super::pass::Pass;
+use super::rest::Rest;
 use super::rope::Rope;
 use super::tiles::Tile;
-use super::weights::AttentionWeights;
-use crate::model::NormKind;
+use super::weights::LayerWeights;
+use crate::model::{Block, NormKind};
+use crate::plan::Trained;
 
 /// What a layer passes back.
 #[derive(Debug)]
@@ -25,8 +27,8 @@ pub(crate) struct Backward {
     pub(crate) attention: Tensor,
     /// What its attention puts out, (N, d).
     pub(crate) output: Tensor,
-    /// Gradients of the weights of its attention, where they were asked for.
-    pub(crate) weights: Option<AttentionWeights>,
+    /// Gradients of the weights, where they were asked for.
+    pub(crate) weights: Option<LayerWeights>,
 }
 
 impl Normed {
@@ -37,51 +39,98 @@ impl Normed {
             NormKind::Layer => layer_norm_backward(x, &self.weight, self.epsilon, gradient),
         }
     }
+
+    /// Gradients of its weights, which lie as they do.
+    fn weights_backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Self> {
+        let plain = Self { weight: self.weight.ones_like()?, bias: self.bias.zeros_like()?, ..self.clone() };
+        Ok(Self { weight: (plain.of(x)? * gradient)?.sum(0)?, bias: gradient.sum(0)?, ..plain })
+    }
+}
+
+/// What passes back through a norm that may not be there; the gradients of its weights go to `of`, where they are asked for.
+fn through(
+    norm: &Option<Normed>,
+    of: Option<&mut Option<Normed>>,
+    x: &Tensor,
+    gradient: &Tensor,
+) -> Result<Tensor> {
+    let Some(norm) = norm else { return Ok(gradient.clone()) };
+    if let Some(of) = of {
+        *of = Some(norm.weights_backward(x, gradient)?);
+    }
+    norm.backward(x, gradient)
 }
 
 impl Layer {
-    /// Layer number `i` on x (N, d), where `gradient` (N, d) is that of what it gives.
+    /// Layer number `i` on x (N, d), where `gradient` (N, d) is that of what it gives; with gradients of the weights of its attention,
+    /// or of all of `block`, if any.
     pub(super) fn backward(
         &self,
-        i: usize,
+        (i, block): (usize, &Block),
         x: &Tensor,
         gradient: &Tensor,
         pass: &Pass,
-        weights: bool,
+        trained: Option<Trained>,
     ) -> Result<Backward> {
-        let input = self.attention_input(x)?;
+        let rest = &self.rest;
+        let mut of = (trained == Some(Trained::All)).then(|| rest.clone());
+        let input = rest.attention_input(x)?;
         let (kept, output) = self.attention.kept(&input, pass, pass.rope(i))?;
-        let sum = self.attention_sum(x, &output)?;
-        let y = self.behind(&sum)?;
-        let read = if self.parallel { x } else { &y };
-        let gradient = match &self.sum_norms[1] {
+        let sum = rest.attention_sum(x, &output)?;
+        let y = rest.behind(&sum)?;
+        let read = if rest.parallel { x } else { &y };
+        let gradient = match &rest.sum_norms[1] {
             None => gradient.clone(),
-            Some(norm) => norm.backward(&self.mlp_sum(&y, read)?, gradient)?,
+            norm => {
+                let of = of.as_mut().map(|of| &mut of.sum_norms[1]);
+                through(norm, of, &rest.mlp_sum(&y, read)?, gradient)?
+            }
         };
-        let of_read = self.feed_forward_backward(read, &gradient)?;
+        let of_read = rest.feed_forward_backward(read, &gradient, of.as_mut())?;
         // What the sum behind the attention, and the stream before it, are given.
-        let of_y = if self.parallel { gradient } else { combined(&gradient, 1.0, &of_read, 1.0)? };
-        let of_sum = normed_backward(&self.sum_norms[0], &sum, &of_y)?;
-        let of_x = if self.parallel { combined(&of_sum, 1.0, &of_read, 1.0)? } else { of_sum.clone() };
-        let of_added = times(of_sum, self.residual)?;
-        let attention = normed_backward(&self.attention_output_norm, &output, &of_added)?;
+        let of_y = if rest.parallel { gradient } else { combined(&gradient, 1.0, &of_read, 1.0)? };
+        let of_sum = through(&rest.sum_norms[0], of.as_mut().map(|of| &mut of.sum_norms[0]), &sum, &of_y)?;
+        let of_x = if rest.parallel { combined(&of_sum, 1.0, &of_read, 1.0)? } else { of_sum.clone() };
+        let of_added = times(of_sum, rest.residual)?;
+        let of_norm = of.as_mut().map(|of| &mut of.attention_output_norm);
+        let attention = through(&rest.attention_output_norm, of_norm, &output, &of_added)?;
         let of_all = self.attention.backward(&kept, &attention, pass.rope(i))?;
-        let weights = weights.then(|| self.attention.weights_backward(&input, &kept, &of_all, &attention));
+        let mut weights = trained
+            .map(|_| self.attention.weights_backward(&input, &kept, &of_all, &attention))
+            .transpose()?;
         let of_input = of_all.matmul(&self.attention.qkv)?;
-        let input = combined(&of_x, 1.0, &normed_backward(&self.attention_norm, x, &of_input)?, 1.0)?;
-        let weights = weights.transpose()?;
-        Ok(Backward { input, attention, output, weights })
+        let of_norm = of.as_mut().map(|of| &mut of.attention_norm);
+        let of_input = through(&rest.attention_norm, of_norm, x, &of_input)?;
+        if let (Some(weights), Some(of)) = (&mut weights, of) {
+            weights.rest = of.trained(block)?;
+        }
+        Ok(Backward { input: combined(&of_x, 1.0, &of_input, 1.0)?, attention, output, weights })
     }
+}
 
-    /// What passes back through the MLP and its norms, (N, d), from the gradient of the stream that it is added to.
-    fn feed_forward_backward(&self, read: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+impl Rest {
+    /// What passes back through the MLP and its norms, (N, d), from the gradient of the stream that it is added to; gradients of weights
+    /// go to `of`, where they are asked for.
+    fn feed_forward_backward(
+        &self,
+        read: &Tensor,
+        gradient: &Tensor,
+        mut of: Option<&mut Self>,
+    ) -> Result<Tensor> {
         let input = normed(&self.mlp_norm, read)?;
         let of_added = times(gradient.clone(), self.residual)?;
         let of_made = match &self.mlp_output_norm {
             None => of_added,
-            Some(norm) => norm.backward(&self.mlp.forward(&input)?, &of_added)?,
+            norm => {
+                let of = of.as_deref_mut().map(|of| &mut of.mlp_output_norm);
+                through(norm, of, &self.mlp.forward(&input)?, &of_added)?
+            }
         };
-        normed_backward(&self.mlp_norm, read, &self.mlp.backward(&input, &of_made)?)
+        let (of_input, of_mlp) = self.mlp.backward(&input, &of_made, of.is_some())?;
+        if let Some(of) = of.as_deref_mut() {
+            of.mlp = of_mlp;
+        }
+        through(&self.mlp_norm, of.map(|of| &mut of.mlp_norm), read, &of_input)
     }
 }
 
@@ -209,7 +258,7 @@ impl Attention {
         kept: &Kept,
         of_all: &Tensor,
         of_output: &Tensor,
-    ) -> Result<AttentionWeights> {
+    ) -> Result<LayerWeights> {
         let bias = self.bias.as_ref().map(|_| of_all.sum(0)).transpose()?;
         let output_bias = self.output_bias.as_ref().map(|_| of_output.sum(0)).transpose()?;
         let qkv = of_all.t()?.matmul(x)?;

@@ -5,28 +5,22 @@ use super::RuntimeError;
 use super::attention::Attention;
 use super::cache::Past;
 use super::handed::Handed;
-use super::mlp::Hidden;
 use super::norms::HeadNorms;
-use super::ops::{add_to_rows, combined};
+use super::ops::add_to_rows;
 use super::pass::Pass;
+use super::rest::Rest;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::files::FileError;
 use crate::heads::HeadSource;
 use crate::model::{Block, Norm, NormKind};
+use crate::plan::Others;
 
 /// One layer, as [`Block`] has it.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     pub(super) attention: Attention,
-    pub(super) attention_norm: Option<Normed>,
-    pub(super) attention_output_norm: Option<Normed>,
-    pub(super) mlp_norm: Option<Normed>,
-    pub(super) mlp_output_norm: Option<Normed>,
-    pub(super) mlp: Hidden,
-    pub(super) parallel: bool,
-    pub(super) residual: f64,
-    pub(super) sum_norms: [Option<Normed>; 2],
+    pub(super) rest: Rest,
 }
 
 /// A norm and its weights, (d) each.
@@ -76,16 +70,22 @@ pub(super) struct Weights<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) width: usize,
     pub(super) device: &'a Device,
+    /// In the place of the checkpoint's.
+    pub(super) others: Option<&'a Others>,
 }
 
 impl<'a> Weights<'a> {
     pub(super) fn of(checkpoint: &'a Checkpoint, device: &'a Device) -> Self {
-        Self { checkpoint, width: checkpoint.architecture().hidden, device }
+        Self { checkpoint, width: checkpoint.architecture().hidden, device, others: None }
     }
 
     /// A tensor, of that shape.
     pub(super) fn take(&self, name: &str, shape: &[usize]) -> Result<Tensor, RuntimeError> {
-        let (numbers, _) = self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset();
+        let numbers = match self.others.and_then(|others| others.get(name)) {
+            Some(numbers) if numbers.len() == shape.iter().product::<usize>() => numbers.clone(),
+            Some(numbers) => return Err(Error::shape(name, shape, &[numbers.len()]).into()),
+            None => self.checkpoint.tensor_of(name, shape)?.into_raw_vec_and_offset().0,
+        };
         Ok(Tensor::from_vec(numbers, shape, self.device)?)
     }
 
@@ -102,35 +102,15 @@ impl Layer {
         let layers = &checkpoint.architecture().layers;
         let spec = layers.get(i).ok_or(Error::NoLayer { layer: i, layers: layers.len() })?;
         let norms = HeadNorms::load(weights, spec)?;
-        let norm = |norm: &Option<Norm>| {
-            norm.as_ref().map(|norm| Normed::load(weights, norm, weights.width)).transpose()
-        };
-        Ok(Self {
-            attention: Attention::new(&checkpoint.heads(i)?, None, spec, norms, weights.device)?,
-            attention_norm: norm(&block.attention_norm)?,
-            attention_output_norm: norm(&block.attention_output_norm)?,
-            mlp_norm: norm(&block.mlp_norm)?,
-            mlp_output_norm: norm(&block.mlp_output_norm)?,
-            mlp: Hidden::load(weights, &block.mlp)?,
-            parallel: block.parallel,
-            residual: block.residual,
-            sum_norms: [norm(&block.sum_norms[0])?, norm(&block.sum_norms[1])?],
-        })
+        let attention = Attention::new(&checkpoint.heads(i)?, None, spec, norms, weights.device)?;
+        Ok(Self { attention, rest: Rest::load(weights, block)? })
     }
 
     /// Whether what [`Layer::load`] reads beside the heads, which every checkpoint has, is there and of its shape.
     pub(super) fn check(weights: &Weights<'_>, block: &Block, i: usize) -> Result<(), FileError> {
-        let (checkpoint, d) = (weights.checkpoint, weights.width);
-        Hidden::check(weights, &block.mlp)?;
-        let norms = block.norms().flat_map(Norm::tensors);
-        norms.into_iter().try_for_each(|name| checkpoint.check_tensor(name, &[d]))?;
-        let spec = checkpoint.architecture().layers.get(i);
+        Rest::check(weights, block)?;
+        let spec = weights.checkpoint.architecture().layers.get(i);
         spec.map_or(Ok(()), |spec| HeadNorms::check(weights, spec))
-    }
-
-    /// What the attention reads, (N, d), after the norm.
-    pub(super) fn attention_input(&self, x: &Tensor) -> Candle<Tensor> {
-        normed(&self.attention_norm, x)
     }
 
     /// The layer with number `i`, (N, d) → (N, d), and the keys and values that it read.
@@ -142,39 +122,9 @@ impl Layer {
         past: Option<&mut Past>,
         below: Option<&Handed>,
     ) -> Candle<(Tensor, Handed)> {
-        let input = self.attention_input(x)?;
+        let input = self.rest.attention_input(x)?;
         let (attended, handed) = self.attention.forward(&input, pass, pass.rope(i), past, below)?;
-        Ok((self.finish(x, &attended)?, handed))
-    }
-
-    /// x and what the attention makes of it, both (N, d): the layer's output, (N, d).
-    pub(super) fn finish(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
-        let y = self.joined(x, attended)?;
-        self.added(&y, if self.parallel { x } else { &y })
-    }
-
-    /// The stream with what the attention gives, (N, d).
-    pub(super) fn joined(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
-        self.behind(&self.attention_sum(x, attended)?)
-    }
-
-    /// The stream with what the MLP makes of `read`, (N, d).
-    pub(super) fn added(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
-        normed(&self.sum_norms[1], &self.mlp_sum(stream, read)?)
-    }
-
-    /// What the norm behind the attention's sum makes of it.
-    pub(super) fn behind(&self, sum: &Tensor) -> Candle<Tensor> {
-        normed(&self.sum_norms[0], sum)
-    }
-
-    pub(super) fn attention_sum(&self, x: &Tensor, attended: &Tensor) -> Candle<Tensor> {
-        combined(x, 1.0, &normed(&self.attention_output_norm, attended)?, self.residual)
-    }
-
-    pub(super) fn mlp_sum(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
-        let made = self.mlp.forward(&normed(&self.mlp_norm, read)?)?;
-        combined(stream, 1.0, &normed(&self.mlp_output_norm, &made)?, self.residual)
+        Ok((self.rest.finish(x, &attended)?, handed))
     }
 }
 

@@ -83,11 +83,15 @@ impl Hidden {
         }
     }
 
-    /// From what it read, (N, d), and the gradient of what it gave to that of what it read.
-    pub(super) fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+    /// From what it read, (N, d), and the gradient of what it gave to that of what it read and, where asked for, of the weights of an
+    /// MLP.
+    pub(super) fn backward(&self, x: &Tensor, gradient: &Tensor, weights: bool) -> Candle<(Tensor, Self)> {
         match self {
-            Self::Dense(dense) => dense.backward(x, gradient),
-            Self::Experts(mixture) => mixture.backward(x, gradient),
+            Self::Dense(dense) => {
+                let (input, of_weights) = dense.backward(x, gradient, weights)?;
+                Ok((input, of_weights.map_or_else(|| self.clone(), Self::Dense)))
+            }
+            Self::Experts(mixture) => Ok((mixture.backward(x, gradient)?, self.clone())),
         }
     }
 }
@@ -168,17 +172,36 @@ impl Dense {
         biased(product(&hidden, &self.ready(&self.down, x)?.t()?)?, &self.down_bias)
     }
 
-    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
+    /// The gradient of what it read, and of its weights, which lie as they do.
+    fn backward(&self, x: &Tensor, gradient: &Tensor, weights: bool) -> Candle<(Tensor, Option<Self>)> {
         let up = self.ready(&self.up, x)?;
         let of_hidden = product(gradient, &self.ready(&self.down, gradient)?)?;
-        if self.has_gate && !x.device().is_cpu() {
+        let (input, hidden, of_above) = if self.has_gate && !x.device().is_cpu() {
             let halves = Self::halves(&up)?;
             let above = self.widened_apart(x, &halves)?;
             let [of_gate, of_value] = gated_apart_backward(self.activation, &above, &of_hidden)?;
-            return product(&of_gate, &halves[0])? + product(&of_value, &halves[1])?;
-        }
-        let back = if self.has_gate { gated_backward } else { activated_backward };
-        product(&back(self.activation, &self.widened(x, &up)?, &of_hidden)?, &up)
+            let input = (product(&of_gate, &halves[0])? + product(&of_value, &halves[1])?)?;
+            let hidden = weights.then(|| gated_apart(self.activation, &above)).transpose()?;
+            (input, hidden, vec![of_gate, of_value])
+        } else {
+            let above = self.widened(x, &up)?;
+            let (forward, back): (fn(_, &_) -> _, fn(_, &_, &_) -> _) =
+                if self.has_gate { (gated, gated_backward) } else { (activated, activated_backward) };
+            let of_above = back(self.activation, &above, &of_hidden)?;
+            let hidden = weights.then(|| forward(self.activation, &above)).transpose()?;
+            (product(&of_above, &up)?, hidden, vec![of_above])
+        };
+        let Some(hidden) = hidden else { return Ok((input, None)) };
+        let ups = of_above.iter().map(|of| of.t()?.matmul(x)).collect::<Candle<Vec<_>>>()?;
+        let biases = of_above.iter().map(|of| of.sum(0)).collect::<Candle<Vec<_>>>()?;
+        let of_weights = Self {
+            up: Tensor::cat(&ups, 0)?,
+            up_bias: self.up_bias.as_ref().map(|_| Tensor::cat(&biases, 0)).transpose()?,
+            down: gradient.t()?.matmul(&hidden)?,
+            down_bias: self.down_bias.as_ref().map(|_| gradient.sum(0)).transpose()?,
+            ..self.clone()
+        };
+        Ok((input, Some(of_weights)))
     }
 }
 
@@ -258,7 +281,7 @@ impl Mixture {
             let (read, of_made) = (x.index_select(&tokens, 0)?, gradient.index_select(&tokens, 0)?);
             let worth = (expert.forward(&read)? * &of_made)?.sum(D::Minus1)?.to_vec1::<f32>()?;
             places.iter().zip(worth).for_each(|(&(token, slot), worth)| of_shares[token][slot] = worth);
-            let back = expert.backward(&read, &of_made.broadcast_mul(&shares)?)?;
+            let (back, _) = expert.backward(&read, &of_made.broadcast_mul(&shares)?, false)?;
             sum = sum.index_add(&tokens, &back, 0)?;
         }
         sum + self.scores_backward(&choice, &of_shares, x)?.matmul(&self.router)?

@@ -44,6 +44,7 @@ mod model;
 mod norms;
 mod ops;
 mod pass;
+mod rest;
 mod rope;
 mod shared;
 mod shelf;
@@ -66,4 +67,4 @@ pub(crate) use ops::{
     combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,
 };
 pub(crate) use pass::Pass;
-pub(crate) use weights::AttentionWeights;
+pub(crate) use weights::LayerWeights;

@@ -11,11 +11,12 @@ use super::ends::Ends;
 use super::handed::Handed;
 use super::layer::{Layer, Weights};
 use super::pass::Pass;
+use super::rest::Rest;
 use super::shelf::Shelf;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::{AttentionSpec, ModelId};
+use crate::model::{AttentionSpec, Block, FeedForward, ModelId};
 use crate::run::{Device, Precision};
 use crate::text::{RuntimeError, forward_of, within};
 
@@ -52,6 +53,9 @@ pub struct Model {
     pub(super) shelf: Arc<Shelf>,
     /// In place of what is on the shelf.
     pub(super) attention: Vec<Option<Own>>,
+    pub(super) rest: Vec<Option<Arc<Rest>>>,
+    /// What the shelf was filled from.
+    pub(super) checkpoint: Arc<Checkpoint>,
     pub(super) ends: Arc<Ends>,
 }
 
@@ -109,6 +113,8 @@ impl Model {
         Ok(Self {
             shelf: Arc::new(shelf(checkpoint, &device)?),
             attention: vec![None; expected],
+            rest: vec![None; expected],
+            checkpoint: Arc::new(checkpoint.clone()),
             specs: architecture.layers.clone().into(),
             ends: Arc::new(Ends::load(&Weights::of(checkpoint, &device), forward)?),
             vocabulary: forward.vocabulary,
@@ -201,9 +207,9 @@ impl Model {
     ) -> Result<Vec<Tensor>, RuntimeError> {
         let mut texts: Vec<(Tensor, Option<Handed>)> = texts.into_iter().map(|x| (x, None)).collect();
         for i in from..self.n_layers() {
-            texts.par_iter_mut().try_for_each(|(x, below)| {
+            self.share_out(pass.positions.len(), &mut texts, |(x, below)| {
                 *x = self.step(i, x, pass, None, below)?;
-                Ok::<_, RuntimeError>(())
+                Ok(())
             })?;
         }
         Ok(texts.into_iter().map(|(x, _)| x).collect())
@@ -263,25 +269,48 @@ impl Model {
 
     /// Layer `i`.
     pub(super) fn whole(&self, i: usize) -> Result<Layer, RuntimeError> {
-        let layer = self.shelf.layer(i)?;
-        Ok(match &self.attention[i] {
-            Some(own) => Layer { attention: self.shelf.attention(own)?, ..layer },
-            None => layer,
-        })
+        let mut layer = self.shelf.layer(i)?;
+        if let Some(own) = &self.attention[i] {
+            layer.attention = self.shelf.attention(own)?;
+        }
+        if let Some(rest) = &self.rest[i] {
+            layer.rest = Rest::clone(rest);
+        }
+        Ok(layer)
+    }
+
+    /// Layer `i` without its attention.
+    pub(super) fn rest(&self, i: usize) -> Result<Rest, RuntimeError> {
+        match &self.rest[i] {
+            Some(rest) => Ok(Rest::clone(rest)),
+            None => Ok(self.shelf.layer(i)?.rest),
+        }
+    }
+
+    /// Whether any layer has a mixture of experts.
+    pub(crate) fn has_experts(&self) -> Result<bool, RuntimeError> {
+        let blocks = &forward_of(&self.checkpoint)?.blocks;
+        Ok(blocks.iter().any(|block| matches!(block.mlp, FeedForward::Experts(_))))
+    }
+
+    /// What layer `i` is besides attention, by its tensors' names.
+    pub(super) fn block(&self, i: usize) -> Result<&Block, RuntimeError> {
+        let block = forward_of(&self.checkpoint)?.blocks.get(i);
+        Ok(block.ok_or(Error::NoLayer { layer: i, layers: self.n_layers() })?)
     }
 
     /// What the attention of layer `i` reads, (N, d), after the norm.
     pub(crate) fn attention_input(&self, i: usize, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.shelf.layer(i)?.attention_input(x)?)
+        Ok(self.rest(i)?.attention_input(x)?)
     }
 
     /// How what the attention of layer `i` gives comes into the stream.
     pub(crate) fn joint(&self, i: usize) -> Result<Joint, RuntimeError> {
-        let layer = self.shelf.layer(i)?;
-        Ok(match (layer.parallel, &layer.attention_output_norm) {
+        let rest = self.rest(i)?;
+        Ok(match (rest.parallel, &rest.attention_output_norm) {
             (_, Some(_)) => Joint::Normed,
-            (true, None) => Joint::Parallel(layer.residual),
-            (false, None) => Joint::Added(layer.residual),
+            (true, None) => Joint::Parallel(rest.residual),
+            (false, None) => Joint::Added(rest.residual),
         })
     }
 
@@ -293,12 +322,12 @@ impl Model {
         stream: &Tensor,
         attended: Option<&Tensor>,
     ) -> Result<Tensor, RuntimeError> {
-        let layer = self.shelf.layer(i)?;
+        let rest = self.rest(i)?;
         Ok(match attended {
-            Some(attended) => layer.finish(stream, attended)?,
+            Some(attended) => rest.finish(stream, attended)?,
             None => {
-                let stream = layer.behind(stream)?;
-                layer.added(&stream, &stream)?
+                let stream = rest.behind(stream)?;
+                rest.added(&stream, &stream)?
             }
         })
     }

@@ -37,7 +37,8 @@ impl Model {
             let (heads, pooled) = shared.layer(i)?;
             Ok((heads, vec![(shared.sharing(i), pooled)]))
         };
-        Ok(self.with_each(1, made, run)?.swap_remove(0))
+        let model = self.with_each(1, made, run)?.swap_remove(0);
+        shared.others().map_or(Ok(model.clone()), |others| model.with_rest(others))
     }
 
     /// As many models as `made` gives shared heads for a layer. Progress is stage `"pool"`.
@@ -99,7 +100,7 @@ impl Model {
 
     /// Takes over layer `i` of another that is made of the same source, in as little memory as layers of this one take.
     pub(crate) fn take_layer(&mut self, other: &Self, i: usize) -> Result<(), RuntimeError> {
-        self.attention[i].clone_from(&other.attention[i]);
+        *self = self.with_layer_of(other, i);
         self.lay_aside(i)
     }
 
@@ -107,6 +108,7 @@ impl Model {
     pub(crate) fn with_layer_of(&self, other: &Self, i: usize) -> Self {
         let mut model = self.clone();
         model.attention[i].clone_from(&other.attention[i]);
+        model.rest[i].clone_from(&other.rest[i]);
         model
     }
 

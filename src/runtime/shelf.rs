@@ -86,7 +86,8 @@ impl Shelf {
     pub(super) fn rounding(&self) -> Self {
         match self {
             Self::Held { layers, embedding, head } => {
-                let layers = layers.iter().cloned().map(|layer| Layer { mlp: layer.mlp.rounding(), ..layer });
+                let layers =
+                    layers.iter().cloned().map(|layer| Layer { rest: layer.rest.rounding(), ..layer });
                 Self::Held { layers: layers.collect(), embedding: embedding.clone(), head: head.clone() }
             }
             // Read for every use, and on the CPU: nothing is held in 16 bits.

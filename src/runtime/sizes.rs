@@ -1,7 +1,9 @@
 //! How much of a text is computed at once.
 
-use super::Model;
+use rayon::prelude::*;
+
 use super::shelf::Shelf;
+use super::{Model, RuntimeError};
 use crate::run::Device;
 
 /// Tokens computed at once, and numbers of logits held at once.
@@ -12,6 +14,9 @@ const GPU_BATCH_TOKENS: usize = 1 << 14;
 const GPU_BATCH_LOGITS: usize = 1 << 28;
 /// Tokens that go through a layer together where it has to be read for them.
 const STORED_TOKENS: usize = 1 << 14;
+/// Numbers of the stream that go through such a layer at the same time: a layer makes some 16 of each on the way, and products with
+/// weights of that size are work for several threads.
+const STORED_AT_ONCE: usize = 1 << 22;
 /// Windows whose inputs of all layers are held for the way back, on the CPU.
 const HELD_WINDOWS: usize = 4;
 /// Numbers of the source that are kept for the next time.
@@ -51,6 +56,25 @@ impl Model {
     /// Whether texts share out over the threads. On a GPU they queue up one behind the other, and each that waits takes memory.
     pub(crate) fn shares_out(&self) -> bool {
         self.device.is_cpu()
+    }
+
+    /// Rows of `len` tokens that are computed at the same time: as many as there are, unless the weights stay in files: then the model
+    /// is so large that a few rows are work for all threads.
+    pub(crate) fn at_once(&self, len: usize) -> usize {
+        match *self.shelf {
+            Shelf::Held { .. } => usize::MAX,
+            Shelf::Stored { .. } => (STORED_AT_ONCE / (len * self.width()).max(1)).max(1),
+        }
+    }
+
+    /// Changes all of some texts, each of as many rows of `len` tokens as are computed as one.
+    pub(crate) fn share_out<T: Send>(
+        &self,
+        len: usize,
+        texts: &mut [T],
+        change: impl Fn(&mut T) -> Result<(), RuntimeError> + Sync,
+    ) -> Result<(), RuntimeError> {
+        texts.chunks_mut(self.at_once(len)).try_for_each(|texts| texts.par_iter_mut().try_for_each(&change))
     }
 
     /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::Done;
 use crate::args::{AUTO, SearchOptions, Writing, path, runtimes, target, targets_parser};
 use crate::calibrated::{CalibrationArgs, plan_for, shared};
-use crate::distill::{beside, effort, state, told};
+use crate::distill::{TrainArgs, beside, effort, state, told};
 use crate::hints::{CliError, about};
 use crate::report::{Output, bytes, file_bytes, percent, shown};
 use crate::roles::{limit_cost, limit_cost_json, outcome, outcome_json, rests_on, rests_on_json};
@@ -43,6 +43,8 @@ pub(super) struct CompressArgs {
     /// writes what is best so far, or a crash the same command goes on from there.
     #[arg(long, value_name = "EFFORT", value_parser = effort, help_heading = "Calibration")]
     distill: Option<Effort>,
+    #[command(flatten)]
+    train: TrainArgs,
     /// Say what the limits of --target cost, of a large model, too
     ///
     /// The plan of the same budget without them is searched as well, and both are measured before refits. Done unasked for models of at most 8 KV heads a
@@ -107,8 +109,17 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let checkpoint = Checkpoint::open(&args.asked.model)?;
     let written = &args.output.written;
     written.check(&[&checkpoint], &args.asked.inputs())?;
+    if args.train.train.is_some() && args.distill.is_none() {
+        return Err(CliError::usage(
+            "--train says what a distillation trains: it needs --distill EFFORT, such as 2M",
+        ));
+    }
     if let Some(effort) = args.distill {
-        written.check_state(&beside(effort, &written.out), &[&checkpoint], &args.asked.inputs())?;
+        written.check_state(
+            &beside(effort, &args.train, &written.out),
+            &[&checkpoint],
+            &args.asked.inputs(),
+        )?;
     }
     let runtime = args.output.runtime()?;
     let target = runtime.map_or_else(|| target(&args.output.target), |runtime| Ok(runtime.widest()))?;
@@ -124,7 +135,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     }
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
     if let Some(effort) = args.distill {
-        compress = compress.distil(beside(effort, &written.out));
+        compress = compress.distil(beside(effort, &args.train, &written.out));
     }
     if args.limit_cost || is_small(&checkpoint) {
         compress = compress.weighing_limits();
@@ -135,7 +146,7 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let run = if args.distill.is_some() { run.to_the_end() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
     if let (false, Some(effort)) = (compressed.interrupted, args.distill) {
-        beside(effort, &written.out).forget()?;
+        beside(effort, &args.train, &written.out).forget()?;
     }
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;

@@ -8,7 +8,7 @@ use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::{Distill, Effort};
 use qcqa::evaluation::{Evaluation, Reference};
 use qcqa::output::{Provenance, convert, read_back};
-use qcqa::plan::SharedHeads;
+use qcqa::plan::{SharedHeads, Trained};
 use qcqa::runtime::Model;
 use qcqa::{Error, Run};
 use serde_json::json;
@@ -33,9 +33,29 @@ pub(super) struct DistillArgs {
     #[arg(long = "for", value_name = "EFFORT", value_parser = effort)]
     effort: Effort,
     #[command(flatten)]
+    train: TrainArgs,
+    #[command(flatten)]
     pub(super) calibration: CalibrationArgs,
     #[command(flatten)]
     written: Written,
+}
+
+/// What a distillation trains.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Calibration")]
+pub(super) struct TrainArgs {
+    /// What is distilled: the attention, or norms and MLPs, too [default: attention]
+    ///
+    /// All weights end nearer to the source after as many tokens, which take longer; every layer is then written anew, not its attention
+    /// alone. Experts are not trained.
+    #[arg(long, value_name = "WHAT", value_parser = ["attention", "all"], hide_short_help = true)]
+    pub(super) train: Option<String>,
+}
+
+impl TrainArgs {
+    fn trained(&self) -> Trained {
+        if self.train.as_deref() == Some("all") { Trained::All } else { Trained::Attention }
+    }
 }
 
 /// Tokens or time: 500k, 2M, 90s, 30min, 2h.
@@ -66,8 +86,8 @@ pub(super) fn effort(text: &str) -> Result<Effort, String> {
 }
 
 /// A distillation whose state lies beside the output while it goes on.
-pub(super) fn beside(effort: Effort, out: &Path) -> Distill {
-    Distill::new(effort).state(state(out))
+pub(super) fn beside(effort: Effort, train: &TrainArgs, out: &Path) -> Distill {
+    Distill::new(effort).train(train.trained()).state(state(out))
 }
 
 pub(super) fn state(out: &Path) -> PathBuf {
@@ -118,7 +138,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let written = Checkpoint::open(&args.model)?;
     let read = args.calibration.files().collect::<Vec<_>>();
     args.written.check(&[&source, &written], &read)?;
-    args.written.check_state(&beside(args.effort, out), &[&source, &written], &read)?;
+    args.written.check_state(&beside(args.effort, &args.train, out), &[&source, &written], &read)?;
     let shared = read_back(&source, &written, &plan, target).map_err(|e| about(&args.model, e))?;
     let (model, texts) = args.calibration.texts(&source, run)?;
 
@@ -131,7 +151,7 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         let (text, json) = tell(&args.written, target, &report);
         return Ok(Output { text, json }.noting(&source));
     }
-    let work = beside(args.effort, out);
+    let work = beside(args.effort, &args.train, out);
     let found = work.run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever breaks off from here on wants what there is.
     let run = run.to_the_end();
