@@ -54,7 +54,7 @@ fn energies_are_their_definition() {
             // Their mean over the windows is what the moment says.
             for (head, mean) in found.energies().mean_axis(Axis(0)).unwrap().into_iter().enumerate() {
                 let rows = rows.slice(s![head * h..(head + 1) * h, ..]);
-                let expected = (&rows.dot(moment.matrix()) * &rows).sum();
+                let expected = (&rows.dot(&moment.matrix()) * &rows).sum();
                 assert!((mean - expected).abs() <= 1e-4 * expected, "{i} {head}: {mean} {expected}");
             }
         }
@@ -74,7 +74,7 @@ fn energies_of_shared_heads_are_in_the_order_of_groups() {
     let (rows, h) = (key.augmented(0..key.head_dim(), f64::from), key.head_dim());
     for (group, mean) in of_first.energies().mean_axis(Axis(0)).unwrap().into_iter().enumerate() {
         let rows = rows.slice(s![group * h..(group + 1) * h, ..]);
-        let expected = (&rows.dot(moment) * &rows).sum();
+        let expected = (&rows.dot(&moment) * &rows).sum();
         assert!((mean - expected).abs() <= 1e-4 * expected, "{group}: {mean} {expected}");
     }
 }

@@ -65,8 +65,8 @@ impl<'a> Calibration<'a> {
             return Err(Error::LayerCount { what: "moments", expected, found });
         }
         let size = source.architecture().hidden + 1;
-        match moments.layers().iter().find(|moment| moment.matrix().nrows() != size) {
-            Some(other) => Err(Error::shape("input moment", &[size, size], other.matrix().shape())),
+        match moments.layers().iter().find(|moment| moment.size() != size) {
+            Some(other) => Err(Error::shape("input moment", &[size, size], &[other.size(); 2])),
             None => Ok(Self {
                 source,
                 moments,

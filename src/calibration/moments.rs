@@ -142,23 +142,36 @@ impl Moments {
 }
 
 /// A matrix as bytes, made when they are asked for.
-struct Stored<'a>(ArrayView2<'a, f64>);
+struct Stored<'a> {
+    shape: [usize; 2],
+    numbers: Numbers<'a>,
+}
+
+enum Numbers<'a> {
+    Moment(&'a Moment),
+    Energies(&'a KeyEnergies),
+}
 
 impl Stored<'_> {
     fn bytes(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|v| v.to_le_bytes()).collect()
+        let bytes = |matrix: ArrayView2<'_, f64>| matrix.iter().flat_map(|v| v.to_le_bytes()).collect();
+        match self.numbers {
+            Numbers::Moment(moment) => bytes(moment.matrix().view()),
+            Numbers::Energies(energies) => bytes(energies.energies()),
+        }
     }
 }
 
 impl<'a> From<&'a Moment> for Stored<'a> {
     fn from(moment: &'a Moment) -> Self {
-        Self(moment.matrix().view())
+        Self { shape: [moment.size(); 2], numbers: Numbers::Moment(moment) }
     }
 }
 
 impl<'a> From<&'a KeyEnergies> for Stored<'a> {
     fn from(energies: &'a KeyEnergies) -> Self {
-        Self(energies.energies())
+        let (windows, heads) = energies.energies().dim();
+        Self { shape: [windows, heads], numbers: Numbers::Energies(energies) }
     }
 }
 
@@ -179,7 +192,7 @@ impl View for Tensor<'_> {
     fn shape(&self) -> &[usize] {
         match self {
             Self::Small(view) => view.shape(),
-            Self::Layer(Stored(matrix)) => matrix.shape(),
+            Self::Layer(stored) => &stored.shape,
         }
     }
 
@@ -193,7 +206,7 @@ impl View for Tensor<'_> {
     fn data_len(&self) -> usize {
         match self {
             Self::Small(view) => view.data().len(),
-            Self::Layer(Stored(matrix)) => size_of::<f64>() * matrix.len(),
+            Self::Layer(stored) => size_of::<f64>() * stored.shape.iter().product::<usize>(),
         }
     }
 }

@@ -231,7 +231,7 @@ fn energy(heads: &Heads) -> f64 {
     let of = |projection: &Projection| {
         let rows = projection.augmented(0..projection.head_dim(), f64::from);
         match heads.moment() {
-            Some(moment) => (&rows.dot(moment.matrix()) * &rows).sum(),
+            Some(moment) => (&rows.dot(&moment.matrix()) * &rows).sum(),
             None => (&rows * &rows).sum(),
         }
     };

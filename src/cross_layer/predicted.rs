@@ -144,7 +144,7 @@ mod tests {
         let seen = Inputs::new(&below, &above, &cross).unwrap();
         let found = seen.weighing(above.query().unwrap()).unwrap();
         let ridged = |moment: &Moment| {
-            let mut moment = moment.matrix().clone();
+            let mut moment = moment.matrix();
             let added = RIDGE * moment.diag().slice(s![..4]).sum() / 4.0;
             (0..4).for_each(|i| moment[[i, i]] += added);
             moment

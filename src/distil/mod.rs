@@ -172,9 +172,7 @@ impl Distill {
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
-        if self.trained == Trained::All && source.has_experts()? {
-            return Err(Error::setting("train", "all", "attention: experts are not trained").into());
-        }
+        self.check_model(source)?;
         let mut trainer = Trainer::new(source, model, work.descent, self.trained)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
@@ -204,6 +202,14 @@ impl Distill {
         let tokens_per_second =
             pace.steps as f64 * work.step_tokens() as f64 / pace.time.as_secs_f64().max(1e-9);
         Ok(Distilled { shared, course: state.course, losses: state.losses, tokens_per_second, interrupted })
+    }
+
+    /// Refuses a model of which this cannot train what it is asked to.
+    pub(crate) fn check_model(&self, source: &Model) -> Result<(), RuntimeError> {
+        if self.trained == Trained::All && source.has_experts()? {
+            return Err(Error::setting("train", "all", "attention: experts are not trained").into());
+        }
+        Ok(())
     }
 
     /// Goes on until the end, or until it is broken off.

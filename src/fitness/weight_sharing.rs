@@ -66,7 +66,7 @@ impl WeightSharingError {
         let mut gram = Array2::<f64>::zeros((n, n));
         for projection in [heads.key(), heads.value()] {
             let rows = projection.augmented(0..projection.head_dim(), f64::from);
-            let weighted = rows.dot(moment.matrix());
+            let weighted = rows.dot(&moment.matrix());
             let of_heads = |rows: &Array2<f64>| rows.to_shape((n, rows.len() / n)).map(|r| r.into_owned());
             let (rows, weighted) = (of_heads(&rows), of_heads(&weighted));
             gram += &weighted.map_err(Error::plugin)?.dot(&rows.map_err(Error::plugin)?.t());

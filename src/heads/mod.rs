@@ -147,8 +147,8 @@ impl Heads {
     /// [`Error::Shape`] when it is of inputs of another width.
     pub fn with_moment(self, moment: Moment) -> Result<Self> {
         let size = self.key.inputs() + 1;
-        if moment.matrix().dim() != (size, size) {
-            return Err(Error::shape("input moment", &[size, size], moment.matrix().shape()));
+        if moment.size() != size {
+            return Err(Error::shape("input moment", &[size, size], &[moment.size(); 2]));
         }
         Ok(Self { moment: Some(moment), ..self })
     }

@@ -10,7 +10,7 @@ const ROUNDING: f64 = 1e-6;
 /// The second moment `C̃ = E[x̃ x̃ᵀ]` of a layer's inputs with a constant 1 appended, `x̃ = (x, 1)`: (d+1, d+1), symmetric.
 ///
 /// What is no moment cannot be one of these, but for negative eigenvalues, which show only where they are computed.
-/// Cloning shares the numbers.
+/// Cloning shares the numbers, of which half are held.
 ///
 /// ```
 /// use qcqa::heads::Moment;
@@ -21,7 +21,12 @@ const ROUNDING: f64 = 1e-6;
 /// assert!(Moment::new(array![[5.0, 2.0], [7.0, 1.0]]).is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq)]
-pub struct Moment(Arc<Array2<f64>>);
+pub struct Moment {
+    /// d + 1.
+    size: usize,
+    /// Row i up to the diagonal, for every i.
+    half: Arc<[f64]>,
+}
 
 impl Moment {
     /// A moment, made exactly symmetric.
@@ -50,13 +55,26 @@ impl Moment {
         ];
         match rules.into_iter().find(|(broken, _)| *broken) {
             Some((_, rule)) => Err(Error::Moment { layer: None, rule }),
-            None => Ok(Self(Arc::new((&matrix + &matrix.t()) * 0.5))),
+            None => {
+                let half = (0..n).flat_map(|i| (0..=i).map(move |j| (i, j)));
+                let half = half.map(|(i, j)| (matrix[[i, j]] + matrix[[j, i]]) * 0.5).collect();
+                Ok(Self { size: n, half })
+            }
         }
     }
 
+    /// Inputs with the constant, d + 1.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// The numbers, (d+1, d+1).
-    pub fn matrix(&self) -> &Array2<f64> {
-        &self.0
+    pub fn matrix(&self) -> Array2<f64> {
+        let at = |(i, j): (usize, usize)| {
+            let (row, column) = (i.max(j), i.min(j));
+            self.half[row * (row + 1) / 2 + column]
+        };
+        Array2::from_shape_fn((self.size, self.size), at)
     }
 }
 

@@ -331,12 +331,13 @@ impl<'a> Compress<'a> {
             });
         }
         #[cfg(feature = "runtime")]
-        if self.distil.is_some() {
+        if let Some(distil) = &self.distil {
             let text = self.calibration.and_then(|calibration| calibration.text());
             let (model, _) = text.ok_or(Error::NeedsText { what: "distillation" })?;
             if !model.predicts() {
                 return Err(crate::text::RuntimeError::NoPredictions.into());
             }
+            distil.check_model(model)?;
         }
         Ok(())
     }

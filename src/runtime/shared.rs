@@ -3,6 +3,7 @@
 use super::aside::Own;
 use super::attention::Attention;
 use super::norms::HeadNorms;
+use super::shelf::Shelf;
 use super::{Model, RuntimeError};
 use crate::checkpoint::Dtype;
 use crate::error::Error;
@@ -13,7 +14,7 @@ use crate::plan::{Layers, SharedHeads, Sharing};
 use crate::run::{Run, map_ordered};
 
 /// Layers that are made side by side: what one thread does of one goes on beside what all do of another, and several
-/// layers in f64 are in memory.
+/// layers in f64 are in memory; of a model whose weights stay in files one.
 const ABREAST: usize = 4;
 
 impl Model {
@@ -49,9 +50,10 @@ impl Model {
         run: Run<'_>,
     ) -> Result<Vec<Self>, RuntimeError> {
         let (n, mut all) = (self.n_layers(), vec![self.clone(); models]);
-        for first in (0..n).step_by(ABREAST) {
+        let abreast = if matches!(*self.shelf, Shelf::Stored { .. }) { 1 } else { ABREAST };
+        for first in (0..n).step_by(abreast) {
             run.step("pool", first as u64, n as u64)?;
-            let layers = map_ordered(ABREAST.min(n - first), |layer| {
+            let layers = map_ordered(abreast.min(n - first), |layer| {
                 let (heads, pooled) = made(first + layer)?;
                 let own = |(sharing, pooled)| self.shared_attention(&heads, sharing, pooled);
                 pooled.into_iter().map(own).collect::<Result<Vec<_>, RuntimeError>>()

@@ -157,6 +157,11 @@ impl Shelf {
     /// What the output embedding makes of what it reads, (N, d) → (N, vocabulary); a part of it is in memory at a time where it is in
     /// files.
     pub(super) fn predicted(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        self.predicted_in_parts(x, PART)
+    }
+
+    /// As [`Shelf::predicted`], in parts of at most so many numbers, or of one row.
+    fn predicted_in_parts(&self, x: &Tensor, most: usize) -> Result<Tensor, RuntimeError> {
         let (checkpoint, place) = match self {
             Self::Held { .. } => return Ok(linear(x, &self.head()?, &None)?),
             Self::Stored { checkpoint, place, .. } => (checkpoint, place),
@@ -165,7 +170,7 @@ impl Shelf {
         let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
         let (n, width) = x.dims2()?;
         let made = Tensor::zeros((n, *vocabulary), x.dtype(), place)?;
-        let most = (PART / width.max(1)).max(1);
+        let most = (most / width.max(1)).max(1);
         for first in (0..*vocabulary).step_by(most) {
             let rows: Vec<u32> = (first as u32..(first + most).min(*vocabulary) as u32).collect();
             let part = Tensor::from_vec(checkpoint.rows_of(head, &rows)?, (rows.len(), width), place)?;
@@ -187,5 +192,26 @@ impl Shelf {
                 Ok(Tensor::from_vec(rows, (tokens.len(), width), place)?)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Model;
+
+    #[test]
+    fn parts_of_an_output_embedding_are_the_whole_of_it() -> Result<(), RuntimeError> {
+        let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
+        let (held, read) = (Model::load(&checkpoint)?, Model::open_by_layers(&checkpoint)?);
+        let x = Tensor::randn(0f32, 1.0, (3, held.width()), &Place::Cpu)?;
+        let whole = held.shelf.predicted(&x)?.to_vec2::<f32>()?;
+        for rows in [1, 7, held.vocabulary() - 1, held.vocabulary(), 2 * held.vocabulary()] {
+            let parts = read.shelf.predicted_in_parts(&x, rows * held.width())?;
+            for (whole, part) in whole.iter().flatten().zip(parts.to_vec2::<f32>()?.iter().flatten()) {
+                assert!((whole - part).abs() < 1e-5 * (1.0 + whole.abs()), "{rows}");
+            }
+        }
+        Ok(())
     }
 }

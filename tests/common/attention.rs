@@ -102,7 +102,7 @@ pub fn moment(inputs: &Array2<f64>) -> Array2<f64> {
 /// The moment of a layer, or that of white inputs, with a ridge.
 pub fn second(heads: &Heads, ridge: f64) -> Array2<f64> {
     let d = heads.key().inputs();
-    let mut c = heads.moment().map_or_else(|| Array2::eye(d + 1), |c| c.matrix().clone());
+    let mut c = heads.moment().map_or_else(|| Array2::eye(d + 1), |c| c.matrix());
     if heads.moment().is_some() {
         let added = ridge * (0..d).map(|i| c[[i, i]]).sum::<f64>() / d as f64;
         (0..d).for_each(|i| c[[i, i]] += added);
