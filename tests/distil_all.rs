@@ -8,13 +8,11 @@ mod running;
 use std::collections::BTreeMap;
 
 use made::{VOCABULARY, kinds, made};
-use ndarray::Array1;
 use qcqa::Run;
 use qcqa::checkpoint::Checkpoint;
-use qcqa::distil::{Distill, Distilled, Effort, gradient};
+use qcqa::distil::{Distill, Distilled, Effort};
 use qcqa::evaluation::evaluate_against;
 use qcqa::files::WriteOptions;
-use qcqa::heads::HeadSource;
 use qcqa::output::{Target, convert, read_back};
 use qcqa::partition::Partition;
 use qcqa::plan::{SharedHeads, Trained};
@@ -25,42 +23,6 @@ use qcqa::text::Windows;
 use running::{calibration_text, neighbours, novels, shared_by, windows};
 
 type Tensors = BTreeMap<String, Vec<f32>>;
-
-/// The gradient of every tensor beside the heads, as files store it, is the difference quotient of the divergence along it.
-#[test]
-fn every_family_passes_gradients_to_norms_and_mlps() {
-    for (kind, differs) in kinds() {
-        let checkpoint = made(kind, &differs, 6);
-        let heads = checkpoint.architecture().kv_heads()[0];
-        let source = Model::load(&checkpoint).unwrap();
-        let equal = Partition::from_labels(&(0..heads).map(|i| i % 3).collect::<Vec<_>>()).unwrap();
-        let plan = models::plan(&checkpoint, &vec![equal; 2]);
-        let shared = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
-        let text = (0..24u32).map(|t| (t * t * 5 + 3 * t) % VOCABULARY as u32).collect();
-        let windows = Windows::new(text, 12).unwrap();
-        let with = |others: Option<Tensors>| source.with_shared(&shared.clone().with_others(others)).unwrap();
-        let gradients = gradient(&source, &with(None), &windows, Trained::All).unwrap().others;
-        let experts = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"].contains(&kind);
-        let mut mlps = 0;
-        for (name, gradient_of) in &gradients {
-            mlps += usize::from(checkpoint.tensors().shape(name).unwrap().len() == 2);
-            let along = Array1::from(gradient_of.clone());
-            let norm = along.dot(&along).sqrt();
-            assert!(norm > 1e-7, "{kind}: no gradient of {name}");
-            let stored: Array1<f32> = checkpoint.tensor(name).unwrap().into_iter().collect();
-            let at = |step: f32| {
-                let moved = (&stored + &(&along * (step / norm))).to_vec();
-                let model = with(Some(Tensors::from([(name.clone(), moved)])));
-                gradient(&source, &model, &windows, Trained::Attention).unwrap().divergence
-            };
-            const STEP: f32 = 5e-3;
-            let slope = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);
-            let close = (slope - f64::from(norm)).abs() < 2e-2 * f64::from(norm) + 2e-4;
-            assert!(close, "{kind}, {name}: {slope} by differences, {norm} found");
-        }
-        assert_eq!(mlps == 0, experts, "{kind}: {:?}", gradients.keys());
-    }
-}
 
 /// Some windows of novels-1m to train on, and some to validate.
 fn text(checkpoint: &Checkpoint, model: &Model) -> (Windows, Windows) {

@@ -6,14 +6,17 @@ mod made;
 mod models;
 mod running;
 
+use std::collections::BTreeMap;
+
 use made::{HEAD, QUERIES, VOCABULARY, kinds, made};
 use ndarray::{Array1, s};
 use qcqa::Run;
+use qcqa::checkpoint::Checkpoint;
 use qcqa::distil::gradient;
 use qcqa::heads::{HeadSource, Heads, Pooled, Projection};
 use qcqa::model::{NormOver, Part};
 use qcqa::partition::Partition;
-use qcqa::plan::{Refit, SharedHeads, Trained};
+use qcqa::plan::{Plan, Refit, SharedHeads, Trained};
 use qcqa::pooler::MeanPooler;
 use qcqa::refit::refit;
 use qcqa::runtime::{KvCache, Model};
@@ -46,11 +49,8 @@ fn every_family_reads_through_its_cache() {
 fn every_family_passes_gradients_back() {
     for (kind, differs) in kinds() {
         let checkpoint = made(kind, &differs, 6);
-        let heads = checkpoint.architecture().kv_heads()[0];
         let source = Model::load(&checkpoint).unwrap();
-        let equal = Partition::from_labels(&(0..heads).map(|i| i % 3).collect::<Vec<_>>()).unwrap();
-        let plan = models::plan(&checkpoint, &vec![equal; 2]);
-        let mean = shared_by(&plan, &checkpoint, || Box::new(MeanPooler));
+        let (plan, mean) = in_threes(&checkpoint);
         let model = source.with_shared(&mean).unwrap();
         let windows = text();
         let gradients = gradient(&source, &model, &windows, Trained::Attention).unwrap().heads;
@@ -76,6 +76,48 @@ fn every_family_passes_gradients_back() {
             }
         }
     }
+}
+
+/// The gradient of every tensor beside the heads, as files store it, is the difference quotient of the divergence along it.
+#[test]
+fn every_family_passes_gradients_back_to_norms_and_mlps() {
+    for (kind, differs) in kinds() {
+        let checkpoint = made(kind, &differs, 6);
+        let source = Model::load(&checkpoint).unwrap();
+        let ((_, mean), windows) = (in_threes(&checkpoint), text());
+        let with = |others: Option<BTreeMap<String, Vec<f32>>>| {
+            source.with_shared(&mean.clone().with_others(others)).unwrap()
+        };
+        let gradients = gradient(&source, &with(None), &windows, Trained::All).unwrap().others;
+        let experts = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"].contains(&kind);
+        let mut mlps = 0;
+        for (name, gradient_of) in &gradients {
+            mlps += usize::from(checkpoint.tensors().shape(name).unwrap().len() == 2);
+            let along = Array1::from(gradient_of.clone());
+            let norm = along.dot(&along).sqrt();
+            assert!(norm > 1e-7, "{kind}: no gradient of {name}");
+            let stored: Array1<f32> = checkpoint.tensor(name).unwrap().into_iter().collect();
+            let at = |step: f32| {
+                let moved = (&stored + &(&along * (step / norm))).to_vec();
+                let model = with(Some(BTreeMap::from([(name.clone(), moved)])));
+                gradient(&source, &model, &windows, Trained::Attention).unwrap().divergence
+            };
+            const STEP: f32 = 5e-3;
+            let slope = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);
+            let close = (slope - f64::from(norm)).abs() < 2e-2 * f64::from(norm) + 2e-4;
+            assert!(close, "{kind}, {name}: {slope} by differences, {norm} found");
+        }
+        assert_eq!(mlps == 0, experts, "{kind}: {:?}", gradients.keys());
+    }
+}
+
+/// Three groups a layer by their means.
+fn in_threes(checkpoint: &Checkpoint) -> (Plan, SharedHeads<'_>) {
+    let heads = checkpoint.architecture().kv_heads()[0];
+    let equal = Partition::from_labels(&(0..heads).map(|i| i % 3).collect::<Vec<_>>()).unwrap();
+    let plan = models::plan(checkpoint, &vec![equal; 2]);
+    let mean = shared_by(&plan, checkpoint, || Box::new(MeanPooler));
+    (plan, mean)
 }
 
 /// Shared heads with queries and outputs spelled out.
