@@ -285,8 +285,11 @@ def recorded(record, args, fit, course, best_step, step_tokens, accelerator):
     record = json.loads(json.dumps(record))
     text = windows.fingerprint(record["plan"]["source"].get("fingerprint") or "", fit)
     done = {"tokens": best_step * step_tokens, "steps": best_step, "text": text}
+    pooling = record["plan"]["pooling"]
     if best_step:
-        record["plan"]["pooling"]["distilled"] = done
+        # What was trained before is still there.
+        whole = args.train == "all" or pooling.get("distilled", {}).get("trained") == "all"
+        pooling["distilled"] = done | ({"trained": "all"} if whole else {})
     asked = {name: getattr(args, name) for name in ("train", "optimizer", "rate", "batch", "pull", "loss", "seed")}
     if args.train == "lora":
         asked["rank"] = args.rank
