@@ -21,7 +21,7 @@ use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
 use qcqa::text::Windows;
 use qcqa::{Progress, Run};
-use running::{Given, Slow, calibration_text, neighbours, novels, opened, runnable, shared_by, windows};
+use running::{Given, Slow, calibration_text, neighbours, novels, opened, runnable, shared_by, short_texts};
 use safetensors::Dtype;
 
 fn layers(shared: &SharedHeads<'_>) -> Vec<Pooled> {
@@ -142,15 +142,6 @@ fn whole(heads: &Heads, pooled: &Pooled) -> Pooled {
     pooled
 }
 
-/// Windows of novels-1m that are short: some to train on, some to validate.
-fn text(checkpoint: &Checkpoint, model: &Model) -> (Windows, Windows) {
-    let all = windows(checkpoint, model, &calibration_text());
-    let part = |first: usize, n: usize| {
-        Windows::new(all.tokens()[first * 64..(first + n) * 64].to_vec(), 64).unwrap()
-    };
-    (part(0, 24), part(64, 4))
-}
-
 fn distil<'a>(
     distill: &Distill,
     source: &Model,
@@ -164,7 +155,7 @@ fn distil<'a>(
 fn what_is_reported_is_what_an_evaluation_says_and_never_worse() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let plan = neighbours(&checkpoint, 2);
     for (descent, rate) in [(Descent::Muon, 2e-3), (Descent::AdamW, 1e-3), (Descent::AdamW, 30.0)] {
         let shared = shared_by(&plan, &checkpoint, || Box::new(LowRankPooler::default()));
@@ -191,7 +182,7 @@ fn what_is_reported_is_what_an_evaluation_says_and_never_worse() {
 fn copies_merge_to_nothing_lost_and_stay_so() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let alone: Vec<_> = (0..4).map(|_| Partition::singletons(8).unwrap()).collect();
     let shared = shared_by(&models::plan(&checkpoint, &alone), &checkpoint, || Box::new(MeanPooler));
     let before = layers(&shared);
@@ -205,7 +196,7 @@ fn copies_merge_to_nothing_lost_and_stay_so() {
 fn one_seed_one_result_on_any_number_of_threads() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let plan = neighbours(&checkpoint, 4);
     let both = [(Descent::Muon, Trained::All), (Descent::AdamW, Trained::Attention)];
     for (descent, trained) in both {
@@ -228,7 +219,7 @@ fn one_seed_one_result_on_any_number_of_threads() {
 fn validation_changes_no_step() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let poisoned = Windows::new((0..4 * 64).map(|t| t * 7 % 1000).collect(), 64).unwrap();
     let plan = neighbours(&checkpoint, 4);
     let [honest, other] = [&validation, &poisoned].map(|validation| {
@@ -263,7 +254,7 @@ fn broken_off<'a>(
 fn what_was_broken_off_goes_on_to_the_same_end() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let texts = (&fit, &validation);
     let plan = neighbours(&checkpoint, 2);
     let root = tempfile::tempdir().unwrap();
@@ -307,7 +298,7 @@ fn what_was_broken_off_goes_on_to_the_same_end() {
 fn a_damaged_state_is_refused_by_name() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("state");
     for contents in [&b"no tensors"[..], b"", b"\x02\0\0\0\0\0\0\0{}"] {
@@ -324,7 +315,7 @@ fn a_damaged_state_is_refused_by_name() {
 fn settings_that_cannot_be_are_refused() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let usual = || Distill::new(Effort::Tokens(256));
     for (distill, word) in [
         (usual().rate(0.0), "rate"),
@@ -344,7 +335,7 @@ fn settings_that_cannot_be_are_refused() {
 fn time_ends() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let shared = shared_by(&neighbours(&checkpoint, 2), &checkpoint, || Box::new(MeanPooler));
     let distill = Distill::new(Effort::Time(std::time::Duration::from_millis(300))).batch(2);
     let found = distil(&distill, &source, shared, (&fit, &validation));

@@ -20,18 +20,9 @@ use qcqa::pooler::{LowRankPooler, MeanPooler};
 use qcqa::runtime::Model;
 use qcqa::targets::{Expanded, Stock};
 use qcqa::text::Windows;
-use running::{calibration_text, neighbours, novels, shared_by, windows};
+use running::{neighbours, novels, shared_by, short_texts};
 
 type Tensors = BTreeMap<String, Vec<f32>>;
-
-/// Some windows of novels-1m to train on, and some to validate.
-fn text(checkpoint: &Checkpoint, model: &Model) -> (Windows, Windows) {
-    let all = windows(checkpoint, model, &calibration_text());
-    let part = |first: usize, n: usize| {
-        Windows::new(all.tokens()[first * 64..(first + n) * 64].to_vec(), 64).unwrap()
-    };
-    (part(0, 24), part(64, 4))
-}
 
 fn distilled<'a>(
     source: &Model,
@@ -48,7 +39,7 @@ fn distilled<'a>(
 fn all_weights_are_written_and_read_back() {
     let checkpoint = novels();
     let source = Model::load(&checkpoint).unwrap();
-    let (fit, validation) = text(&checkpoint, &source);
+    let (fit, validation) = short_texts(&checkpoint, &source);
     let texts = (&fit, &validation);
     let shared =
         || shared_by(&neighbours(&checkpoint, 2), &checkpoint, || Box::new(LowRankPooler::default()));

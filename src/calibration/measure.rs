@@ -50,10 +50,7 @@ impl Moments {
                 }
                 // What the last layer puts out is nobody's input.
                 if i + 1 < layers {
-                    model.share_out(length, &mut texts, |x| {
-                        *x = model.layer(i, x, &pass)?;
-                        Ok(())
-                    })?;
+                    model.pass_layer(i, &mut texts, &pass)?;
                 }
                 done += 1;
             }
@@ -121,10 +118,7 @@ pub(super) fn cross_moments(
             }
             below = inputs;
             if i + 1 < layers {
-                model.share_out(length, &mut texts, |x| {
-                    *x = model.layer(i, x, &pass)?;
-                    Ok(())
-                })?;
+                model.pass_layer(i, &mut texts, &pass)?;
             }
             done += 1;
         }

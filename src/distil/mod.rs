@@ -165,6 +165,7 @@ impl Distill {
         run: Run<'_>,
     ) -> Result<Distilled<'a>, RuntimeError> {
         shared.plan().no_pairs("distillation")?;
+        self.check_model(source)?;
         let model = source.with_shared(&shared)?;
         let work = self.work(&Usual::new(self.effort, source, &shared, fit.length()), fit, validation)?;
         let file = self.state.as_ref().map(|path| {
@@ -172,7 +173,6 @@ impl Distill {
             key.map(|key| StateFile { path: path.clone(), key })
         });
         let file = file.transpose()?;
-        self.check_model(source)?;
         let mut trainer = Trainer::new(source, model, work.descent, self.trained)?;
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,

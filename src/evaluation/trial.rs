@@ -140,11 +140,7 @@ impl<'a> Reading<'a> {
 
     /// Goes through this layer of the model, to before the next.
     pub(super) fn pass_layer(&mut self, model: &Model) -> Result<(), RuntimeError> {
-        let (layer, pass) = (self.layer, &self.pass);
-        model.share_out(self.windows.length(), &mut self.inputs, |x| {
-            *x = model.layer(layer, x, pass)?;
-            Ok(())
-        })?;
+        model.pass_layer(self.layer, &mut self.inputs, &self.pass)?;
         self.layer += 1;
         Ok(())
     }

@@ -7,9 +7,6 @@ use std::path::{Path, PathBuf};
 use fs4::fs_std::FileExt;
 use tempfile::{Builder, NamedTempFile};
 
-#[cfg(feature = "runtime")]
-use super::FileError;
-
 /// What hidden names begin with; short, because the name of an output may be as long as names can be.
 pub(crate) const HIDDEN: &str = ".qcqa.";
 /// Letters that tell one name from others.
@@ -33,8 +30,8 @@ pub(crate) fn temporary(directory: &Path) -> io::Result<NamedTempFile> {
 
 /// A file without a name where the system has its temporary ones, gone with this process.
 #[cfg(feature = "runtime")]
-pub(crate) fn unnamed() -> Result<File, FileError> {
-    tempfile::tempfile().map_err(|error| FileError::io("write", &std::env::temp_dir(), error))
+pub(crate) fn unnamed() -> io::Result<File> {
+    tempfile::tempfile()
 }
 
 /// Whether files can be made in a directory: one is, and is gone at once.

@@ -145,20 +145,20 @@ impl Tensor<'_> {
         let (dtype, layer, made) = match &self.numbers {
             Numbers::Stored(name, entry) => {
                 let files = self.job.source.files();
-                if let Some(numbers) = self.job.shared.others().and_then(|others| others.get(*name)) {
-                    let dtype = Dtype::from_stored(self.dtype).unwrap_or(self.job.source.float(name, entry)?);
-                    let bytes = self.encode(dtype, numbers.iter().copied())?;
-                    return self.sized(dtype, bytes);
-                }
                 if self.data_len() > LARGE {
                     // Those before are written.
                     files.forget_all();
                 }
-                if entry.dtype == self.dtype {
+                let other = self.job.shared.others().and_then(|others| others.get(*name));
+                if other.is_none() && entry.dtype == self.dtype {
                     return Ok(Cow::Borrowed(files.bytes(entry)));
                 }
                 let dtype = Dtype::from_stored(self.dtype).unwrap_or(self.job.source.float(name, entry)?);
-                return Ok(Cow::Owned(self.encode(dtype, self.job.source.tensor(name)?.into_iter())?));
+                let bytes = match other {
+                    Some(numbers) => self.encode(dtype, numbers.iter().copied())?,
+                    None => self.encode(dtype, self.job.source.tensor(name)?.into_iter())?,
+                };
+                return self.sized(dtype, bytes);
             }
             &Numbers::Norm(dtype, layer, like, part, slots) => {
                 return Ok(Cow::Owned(self.encode(dtype, self.norm(layer, like, part, slots)?.into_iter())?));

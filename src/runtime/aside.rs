@@ -19,6 +19,12 @@ pub(super) enum Own {
     Aside(Arc<Aside>),
 }
 
+impl From<Attention> for Own {
+    fn from(attention: Attention) -> Self {
+        Self::Held(Box::new(attention))
+    }
+}
+
 impl Own {
     /// It, perhaps without its matrices.
     pub(super) fn known(&self) -> &Attention {
@@ -41,7 +47,7 @@ pub(super) struct Aside {
 
 impl Aside {
     fn new(attention: &Attention) -> Result<Self, RuntimeError> {
-        let mut file = unnamed()?;
+        let mut file = unnamed().map_err(|error| failed("write", error))?;
         let matrices = [&attention.qkv, &attention.output];
         for matrix in matrices {
             let bytes: Vec<u8> = numbers(matrix)?.into_iter().flat_map(f32::to_le_bytes).collect();

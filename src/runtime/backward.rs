@@ -127,7 +127,7 @@ impl Rest {
             }
         };
         let (of_input, of_mlp) = self.mlp.backward(&input, &of_made, of.is_some())?;
-        if let Some(of) = of.as_deref_mut() {
+        if let (Some(of), Some(of_mlp)) = (of.as_deref_mut(), of_mlp) {
             of.mlp = of_mlp;
         }
         through(&self.mlp_norm, of.map(|of| &mut of.mlp_norm), read, &of_input)

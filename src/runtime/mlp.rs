@@ -85,13 +85,18 @@ impl Hidden {
 
     /// From what it read, (N, d), and the gradient of what it gave to that of what it read and, where asked for, of the weights of an
     /// MLP.
-    pub(super) fn backward(&self, x: &Tensor, gradient: &Tensor, weights: bool) -> Candle<(Tensor, Self)> {
+    pub(super) fn backward(
+        &self,
+        x: &Tensor,
+        gradient: &Tensor,
+        weights: bool,
+    ) -> Candle<(Tensor, Option<Self>)> {
         match self {
             Self::Dense(dense) => {
                 let (input, of_weights) = dense.backward(x, gradient, weights)?;
-                Ok((input, of_weights.map_or_else(|| self.clone(), Self::Dense)))
+                Ok((input, of_weights.map(Self::Dense)))
             }
-            Self::Experts(mixture) => Ok((mixture.backward(x, gradient)?, self.clone())),
+            Self::Experts(mixture) => Ok((mixture.backward(x, gradient)?, None)),
         }
     }
 }

@@ -337,6 +337,14 @@ impl Model {
         self.step(i, x, pass, None, &mut None)
     }
 
+    /// Some texts, (N, d) each, through layer `i`, which has keys and values of its own.
+    pub(crate) fn pass_layer(&self, i: usize, texts: &mut [Tensor], pass: &Pass) -> Result<(), RuntimeError> {
+        self.share_out(pass.positions.len(), texts, |x| {
+            *x = self.layer(i, x, pass)?;
+            Ok(())
+        })
+    }
+
     /// The output embedding, (vocabulary, d).
     pub(crate) fn output_embedding(&self) -> Result<Tensor, RuntimeError> {
         self.shelf.head()

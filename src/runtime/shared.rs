@@ -1,6 +1,5 @@
 //! A plan, put on a model that is already there.
 
-use super::aside::Own;
 use super::attention::Attention;
 use super::norms::HeadNorms;
 use super::shelf::Shelf;
@@ -39,7 +38,10 @@ impl Model {
             Ok((heads, vec![(shared.sharing(i), pooled)]))
         };
         let model = self.with_each(1, made, run)?.swap_remove(0);
-        shared.others().map_or(Ok(model.clone()), |others| model.with_rest(others))
+        match shared.others() {
+            Some(others) => model.with_rest(others),
+            None => Ok(model),
+        }
     }
 
     /// As many models as `made` gives shared heads for a layer. Progress is stage `"pool"`.
@@ -60,7 +62,7 @@ impl Model {
             });
             for (layer, found) in layers.into_iter().enumerate() {
                 for (model, attention) in all.iter_mut().zip(found?) {
-                    model.attention[first + layer] = Some(Own::Held(Box::new(attention)));
+                    model.attention[first + layer] = Some(attention.into());
                     model.lay_aside(first + layer)?;
                 }
             }
@@ -82,7 +84,7 @@ impl Model {
         pooled.check(heads, partition)?;
         let attention = self.shared_attention(heads, partition.into(), pooled)?;
         let mut model = self.clone();
-        model.attention[heads.layer()] = Some(Own::Held(Box::new(attention)));
+        model.attention[heads.layer()] = Some(attention.into());
         Ok(model)
     }
 
@@ -96,7 +98,7 @@ impl Model {
     ) -> Result<Self, RuntimeError> {
         let mut model = self.clone();
         let attention = self.shared_attention(heads, sharing, pooled)?;
-        model.attention[heads.layer()] = Some(Own::Held(Box::new(attention)));
+        model.attention[heads.layer()] = Some(attention.into());
         Ok(model)
     }
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use candle_core::{Result as Candle, Tensor};
 use ndarray::{Array1, Array2, Array3};
 
-use super::aside::Own;
 use super::attention::Attention;
 use super::backward::Backward;
 use super::layer::Weights;
@@ -141,7 +140,7 @@ impl Model {
     /// Puts other weights into layer `i`: into its attention, and where there are more into the rest.
     pub(crate) fn set_weights(&mut self, i: usize, weights: &LayerWeights) -> Result<(), RuntimeError> {
         let attention = self.attention(i)?.with_weights(weights)?;
-        self.attention[i] = Some(Own::Held(Box::new(attention)));
+        self.attention[i] = Some(attention.into());
         if !weights.rest.is_empty() {
             let rest = self.rest(i)?.with_trained(self.block(i)?, &weights.rest);
             self.rest[i] = Some(Arc::new(rest));

@@ -118,6 +118,15 @@ pub fn windows(checkpoint: &Checkpoint, model: &Model, text: &Path) -> Windows {
     Windows::new(ids, model.window()).unwrap()
 }
 
+/// Windows of novels-1m that are short: some to train on, some to validate.
+pub fn short_texts(checkpoint: &Checkpoint, model: &Model) -> (Windows, Windows) {
+    let all = windows(checkpoint, model, &calibration_text());
+    let part = |first: usize, n: usize| {
+        Windows::new(all.tokens()[first * 64..(first + n) * 64].to_vec(), 64).unwrap()
+    };
+    (part(0, 24), part(64, 4))
+}
+
 pub fn evaluation_text() -> PathBuf {
     models::novels().join("evaluation.txt")
 }

@@ -114,12 +114,9 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
             "--train says what a distillation trains: it needs --distill EFFORT, such as 2M",
         ));
     }
-    if let Some(effort) = args.distill {
-        written.check_state(
-            &beside(effort, &args.train, &written.out),
-            &[&checkpoint],
-            &args.asked.inputs(),
-        )?;
+    let distil = args.distill.map(|effort| beside(effort, &args.train, &written.out));
+    if let Some(distil) = &distil {
+        written.check_state(distil, &[&checkpoint], &args.asked.inputs())?;
     }
     let runtime = args.output.runtime()?;
     let target = runtime.map_or_else(|| target(&args.output.target), |runtime| Ok(runtime.widest()))?;
@@ -134,8 +131,8 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
         ));
     }
     let mut compress = args.asked.compress(Preset::LowRank, Some(target), calibration)?;
-    if let Some(effort) = args.distill {
-        compress = compress.distil(beside(effort, &args.train, &written.out));
+    if let Some(distil) = &distil {
+        compress = compress.distil(distil.clone());
     }
     if args.limit_cost || is_small(&checkpoint) {
         compress = compress.weighing_limits();
@@ -145,8 +142,8 @@ pub(super) fn compress(args: &CompressArgs, run: Run<'_>) -> Done {
     let compressed = compressed.for_target(target);
     let run = if args.distill.is_some() { run.to_the_end() } else { run };
     let report = compressed.write(&written.out, written.writing.options(), run)?;
-    if let (false, Some(effort)) = (compressed.interrupted, args.distill) {
-        beside(effort, &args.train, &written.out).forget()?;
+    if let (false, Some(distil)) = (compressed.interrupted, &distil) {
+        distil.forget()?;
     }
 
     let planned = Planned::new(compressed.plan(), &compressed.fronts, &checkpoint, calibration)?;

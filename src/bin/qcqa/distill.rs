@@ -138,7 +138,8 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
     let written = Checkpoint::open(&args.model)?;
     let read = args.calibration.files().collect::<Vec<_>>();
     args.written.check(&[&source, &written], &read)?;
-    args.written.check_state(&beside(args.effort, &args.train, out), &[&source, &written], &read)?;
+    let work = beside(args.effort, &args.train, out);
+    args.written.check_state(&work, &[&source, &written], &read)?;
     let shared = read_back(&source, &written, &plan, target).map_err(|e| about(&args.model, e))?;
     let (model, texts) = args.calibration.texts(&source, run)?;
 
@@ -151,7 +152,6 @@ pub(super) fn distill(args: &DistillArgs, run: Run<'_>) -> Done {
         let (text, json) = tell(&args.written, target, &report);
         return Ok(Output { text, json }.noting(&source));
     }
-    let work = beside(args.effort, &args.train, out);
     let found = work.run(&model, shared, texts.fit(), texts.validation(), run)?;
     // Whoever breaks off from here on wants what there is.
     let run = run.to_the_end();
