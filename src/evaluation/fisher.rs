@@ -16,12 +16,12 @@ use crate::runtime::{Model, Pass};
 use crate::text::RuntimeError;
 
 impl Sensitivity {
-    /// Estimates each layer at the numbers of groups that [`Sensitivity::measure`] measures: `½ mean_t (g_t · δ_t)²` over the
-    /// tokens t, where δ_t is the change of the layer's attention output when it alone is shared and g_t the gradient of
-    /// Σ_t ln p(y_t) at that output, for labels y_t drawn from the model's own predictions: the diagonal of the Fisher
-    /// information over tokens, and so of the rise of KL(source ‖ shared) (docs/method.md, "Which layers pay"). One pass
-    /// forward, one backward, and the attention of every option, whatever the number of layers. Progress is stage
-    /// `"sensitivity"`.
+    /// Estimates each layer at the numbers of groups that [`Sensitivity::measure`] measures: `½ Σ_b (Σ_{t ∈ b} g_t · δ_t)²` a token,
+    /// over blocks b of 8 tokens, where δ_t is the change of what the layer gives for token t when its attention alone is shared and
+    /// g_t the gradient of Σ_t ln p(y_t) with respect to that, for labels y_t drawn from the model's own predictions: of the Fisher
+    /// information, and so of KL(source ‖ shared), the part within blocks (docs/method.md, "Which layers pay"). One pass
+    /// forward, one backward, and the layer for every option, whatever the number of layers; several passes backward, with labels of
+    /// their own, over texts of fewer than 8192 tokens, which are too few for one. Progress is stage `"sensitivity"`.
     ///
     /// Memory: what enters every layer, for all windows. The same seed gives the same estimate.
     ///
@@ -52,15 +52,19 @@ impl Sensitivity {
         pairs: Option<(&LayerPairs<'_>, &[Front])>,
         run: Run<'_>,
     ) -> Result<(Self, PairSensitivity), RuntimeError> {
-        let (key, model) = (format!("fisher {} {}", run.seed(), Self::key(trial, fronts)?), trial.model);
+        let (key, model) =
+            (format!("fisher-blocks {} {}", run.seed(), Self::key(trial, fronts)?), trial.model);
         let layers = fronts.len();
         let total = layers as u64 + 1;
         run.step("sensitivity", 0, total)?;
         let pass = model.pass(trial.windows.length(), 0)?;
         let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
         let mut inputs = model.layer_inputs(&texts, &pass)?;
+        let tokens = trial.windows.tokens().len();
+        let draws = TOKENS.div_ceil(tokens).min(MOST_DRAWS);
         let ways = inputs.par_drain(..).zip(&texts).enumerate();
-        let ways = ways.map(|(i, (inputs, tokens))| Way::there(model, inputs, tokens, run.fork(i as u64)));
+        let ways =
+            ways.map(|(i, (inputs, tokens))| Way::there(model, inputs, tokens, draws, run.fork(i as u64)));
         let mut texts = ways.collect::<Result<Vec<_>, _>>()?;
         let mut estimates = vec![Vec::new(); layers];
         let mut both = PairSensitivity::default();
@@ -79,12 +83,11 @@ impl Sensitivity {
             let above: Vec<&Model> = upper.iter().map(|(_, model)| model).collect();
             let sums = texts.par_iter_mut().map(|way| way.back(model, i, [&alone, &above], &pass));
             let sums = sums.collect::<Result<Vec<_>, _>>()?;
-            let tokens = trial.windows.tokens().len() as f64;
             let ks = partitions.iter().map(|partition| partition.n_groups());
             let ks: Vec<usize> = ks.chain(lower.iter().chain(&upper).map(|(k, _)| *k)).collect();
             for (n, &k) in ks.iter().enumerate() {
                 // In the order of the text, on however many threads.
-                let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / tokens;
+                let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / (draws * tokens) as f64;
                 if !estimate.is_finite() {
                     return Err(RuntimeError::NotFinite {
                         what: format!("what layer {i} loses at {k} heads"),
@@ -103,12 +106,21 @@ impl Sensitivity {
     }
 }
 
+/// Neighbouring tokens whose effects are added before they are squared: what a layer does to one is much like what it does to the next, and
+/// later tokens read both. Of more the noise of the labels is larger than what is gained (docs/quality.md).
+const BLOCK: usize = 8;
+/// Tokens that are drawn for, those of a short text several times, and the most times.
+const TOKENS: usize = 8192;
+const MOST_DRAWS: usize = 8;
+
 /// One window on its way back.
 struct Way {
     /// What enters the layers that it has yet to go through, (T, d).
     inputs: Vec<Tensor>,
-    /// Gradient of what leaves the last of these, (T, d).
-    gradient: Tensor,
+    /// What leaves the last of these, (T, d).
+    given: Tensor,
+    /// Its gradient, (T, d), for every time that labels were drawn.
+    gradients: Vec<Tensor>,
 }
 
 impl Way {
@@ -117,17 +129,21 @@ impl Way {
         model: &Model,
         mut inputs: Vec<Tensor>,
         tokens: &[u32],
+        draws: usize,
         run: Run<'_>,
     ) -> Result<Self, RuntimeError> {
-        let last = inputs.pop().ok_or(Error::NoLayer { layer: 0, layers: 0 })?;
-        let mut rng = run.rng();
-        let draw: Vec<f32> = tokens.iter().map(|_| rng.random()).collect();
-        let gradient = model.drawn_gradient(&model.last(&last)?, &draw)?;
-        Ok(Self { inputs, gradient: model.last_backward(&last, &gradient)? })
+        let given = inputs.pop().ok_or(Error::NoLayer { layer: 0, layers: 0 })?;
+        let (own, mut rng) = (model.last(&given)?, run.rng());
+        let mut drawn = || {
+            let draw: Vec<f32> = tokens.iter().map(|_| rng.random()).collect();
+            Ok(model.last_backward(&given, &model.drawn_gradient(&own, &draw)?)?)
+        };
+        let gradients = (0..draws).map(|_| drawn()).collect::<Result<_, RuntimeError>>()?;
+        Ok(Self { inputs, given, gradients })
     }
 
     /// Back through layer `i`: for each model in which that layer alone is shared, and then for each in which it reads the layer below,
-    /// `Σ_t (g_t · δ_t)²`.
+    /// `Σ_b (Σ_{t ∈ b} g_t · δ_t)²`, summed over what was drawn.
     fn back(
         &mut self,
         model: &Model,
@@ -136,22 +152,32 @@ impl Way {
         pass: &Pass,
     ) -> Result<Vec<f64>, RuntimeError> {
         let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
-        let back = model.backward(i, &x, &self.gradient, pass, None)?;
         let input = model.attention_input(i, &x)?;
         let below = match self.inputs.last().filter(|_| !above.is_empty()) {
             Some(below) => Some(model.attention_input(i - 1, below)?),
             None => None,
         };
         let of = |attended: Tensor| {
-            let change = (attended - &back.output)?;
-            let effects: Vec<f32> = (change * &back.attention)?.sum(D::Minus1)?.to_vec1()?;
-            Ok(effects.into_iter().map(|e| f64::from(e).powi(2)).sum())
+            let change = (model.finish(i, &x, Some(&attended))? - &self.given)?;
+            let mut sum = 0.0;
+            for gradient in &self.gradients {
+                let effects: Vec<f32> = (&change * gradient)?.sum(D::Minus1)?.to_vec1()?;
+                // No block reaches into the next window.
+                let blocks = effects.chunks(pass.positions().len()).flat_map(|window| window.chunks(BLOCK));
+                sum += blocks
+                    .map(|block| block.iter().copied().map(f64::from).sum::<f64>().powi(2))
+                    .sum::<f64>();
+            }
+            Ok(sum)
         };
         let alone = shared.iter().map(|shared| of(shared.attend(i, &input, pass)?));
         let across = below.iter().flat_map(|below| above.iter().map(move |above| (above, below)));
         let across = across.map(|(above, below)| of(above.attend_above(i, [below, &input], pass)?));
-        let sums = alone.chain(across).collect();
-        self.gradient = back.input;
-        sums
+        let sums = alone.chain(across).collect::<Result<Vec<f64>, RuntimeError>>()?;
+        for gradient in &mut self.gradients {
+            *gradient = model.backward(i, &x, gradient, pass, None)?.input;
+        }
+        self.given = x;
+        Ok(sums)
     }
 }

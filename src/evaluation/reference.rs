@@ -63,11 +63,8 @@ impl<'a> Reference<'a> {
     pub fn compare(&self, model: &Model, run: Run<'_>) -> Result<Evaluation, RuntimeError> {
         comparable(self.model, model)?;
         let (windows, length, mut tally) = (self.read.windows, self.read.windows.length(), Tally::default());
-        let (together, abreast) = (model.together(length), model.abreast(length));
-        // What is read abreast is one tensor.
-        let tensors = self.read.inputs.chunks((together / abreast).max(1));
         let (mut done, total) = (0, windows.count() as u64);
-        for (tokens, theirs) in windows.batches((together / abreast).max(1) * abreast).zip(tensors) {
+        for (tokens, theirs) in self.read.parts(model) {
             run.step("evaluate", done, total)?;
             let own = tally.timed(|| model.rows(tokens, tokens.len() / length))?;
             self.score(&mut tally, model, tokens, [&own, theirs])?;
@@ -75,6 +72,17 @@ impl<'a> Reference<'a> {
         }
         run.step("evaluate", total, total)?;
         tally.finish(model)
+    }
+
+    /// KL(source ‖ model) in nats per token, for a model whose layers below are those that `read` has gone through.
+    pub(super) fn divergence(&self, read: &Reading<'_>, model: &Model) -> Result<f64, RuntimeError> {
+        let mut tally = Tally::default();
+        for ((tokens, inputs), (_, theirs)) in read.parts(model).zip(self.read.parts(model)) {
+            let own = read.through(model, inputs)?;
+            self.score(&mut tally, model, tokens, [&own, theirs])?;
+        }
+        let divergence = tally.finish(model)?.divergence.ok_or(RuntimeError::NoPredictions)?;
+        Ok(divergence.kl)
     }
 
     /// Adds the scores of some windows, of which the last layers of a model and of the source made these tensors.

@@ -2,8 +2,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::Trial;
 use super::trial::Reading;
+use super::{Reference, Trial};
 use crate::allocator::LayerCosts;
 use crate::budget::Limits;
 use crate::error::{Error, Result};
@@ -16,8 +16,7 @@ use crate::text::{RuntimeError, read_file};
 /// Numbers of groups that are measured; those between are interpolated.
 const MEASURED: &[usize] = &[1, 2, 3, 4, 6, 8, 12, 16];
 
-/// How much each layer pays for being grouped: the rise of the mean loss when that layer alone is, in nats per
-/// token of the calibration text.
+/// How much each layer pays for being grouped: KL(source ‖ shared) when that layer alone is, in nats per token of the text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sensitivity {
@@ -33,7 +32,8 @@ impl Sensitivity {
     /// Measures each layer at k ∈ {1, 2, 3, 4, 6, 8, 12, 16}, k < H, as far as its front has a partition into k
     /// groups. Progress is stage `"sensitivity"`.
     ///
-    /// The layers below the one that is grouped run once, not once for each k.
+    /// The layers below the one that is grouped run once, not once for each k. By KL and not by the loss, which differs between
+    /// two models that are equally far away by more than most layers pay, as long as the text is short.
     ///
     /// # Errors
     /// [`Error::LayerCount`] unless there is a front for each layer; as
@@ -42,8 +42,8 @@ impl Sensitivity {
         let (key, model) = (Self::key(trial, fronts)?, trial.model);
         let total = 1 + fronts.iter().map(|front| measured(front).count() as u64).sum::<u64>();
         run.step("sensitivity", 0, total)?;
+        let reference = Reference::new(model, trial.windows, run.unwatched())?;
         let mut reading = Reading::new(model, trial.windows)?;
-        let before = reading.loss(model)?;
         let mut done = 1;
         run.step("sensitivity", done, total)?;
         let mut layers = Vec::with_capacity(fronts.len());
@@ -52,7 +52,7 @@ impl Sensitivity {
             let mut rises = Vec::new();
             let partitions: Vec<&Partition> = measured(front).map(|point| &point.partition).collect();
             for (partition, grouped) in partitions.iter().zip(trial.regrouped(&heads, &partitions)?) {
-                rises.push((partition.n_groups(), reading.loss(&grouped)? - before));
+                rises.push((partition.n_groups(), reference.divergence(&reading, &grouped)?));
                 done += 1;
                 run.step("sensitivity", done, total)?;
             }
@@ -113,7 +113,7 @@ impl Sensitivity {
             }
         }
         let (text, moments) = (windows.fingerprint(model.id()), source.calibration().unwrap_or_default());
-        let head = format!("{text} {moments} {:?} {:?}", model.kv_heads(), pooler.spec());
+        let head = format!("kl {text} {moments} {:?} {:?}", model.kv_heads(), pooler.spec());
         let partitions = |front: &Front| {
             let labels: Vec<_> = measured(front).map(|p| p.partition.labels()).collect();
             format!("{labels:?}").into_bytes()
@@ -121,14 +121,13 @@ impl Sensitivity {
         Ok(fingerprint(sha256([head.into_bytes()].into_iter().chain(fronts.iter().map(partitions)))))
     }
 
-    /// The rises that were measured: for each layer, pairs of k and nats per token, k ascending. Negative where
-    /// grouping helped.
+    /// What was measured: for each layer, pairs of k and nats per token, k ascending.
     pub fn measured(&self) -> &[Vec<(usize, f64)>] {
         &self.layers
     }
 
-    /// The rise of a layer at k groups: linear between what was measured, 0 at k = H and where grouping helped;
-    /// below the least k measured, `None`.
+    /// What a layer pays at k groups: linear between what was measured, 0 at k = H and never less; below the least k
+    /// measured, `None`.
     ///
     /// # Panics
     /// When there is no such layer.

@@ -118,13 +118,26 @@ impl<'a> Reading<'a> {
         Ok(Self { windows, pass, layer: 0, inputs })
     }
 
+    /// The text in parts of as many windows as `model` computes together, with the tensors of each: what is read abreast is one
+    /// tensor.
+    pub(super) fn parts(&self, model: &Model) -> impl Iterator<Item = (&'a [u32], &[Tensor])> {
+        let (together, abreast) =
+            (model.together(self.windows.length()), model.abreast(self.windows.length()));
+        let tensors = (together / abreast).max(1);
+        self.windows.batches(tensors * abreast).zip(self.inputs.chunks(tensors))
+    }
+
+    /// What the model's further layers make of some of the tensors.
+    pub(super) fn through(&self, model: &Model, inputs: &[Tensor]) -> Result<Vec<Tensor>, RuntimeError> {
+        model.through(self.layer, inputs.to_vec(), &self.pass)
+    }
+
     /// The mean loss of a model whose layers below this one are those that the text went through.
     pub(super) fn loss(&self, model: &Model) -> Result<f64, RuntimeError> {
         let (length, mut losses) = (self.windows.length(), Vec::new());
-        let (together, abreast) = (model.together(length), model.abreast(length));
-        let tensors = self.inputs.chunks((together / abreast).max(1));
-        for (tokens, inputs) in self.windows.batches((together / abreast).max(1) * abreast).zip(tensors) {
-            let last = model.through(self.layer, inputs.to_vec(), &self.pass)?;
+        let abreast = model.abreast(length);
+        for (tokens, inputs) in self.parts(model) {
+            let last = self.through(model, inputs)?;
             for part in Part::all(model, tokens, &last, length) {
                 let of = |(x, tokens): (&Tensor, &[u32])| loss(&model.head(x)?, tokens, length);
                 let parts =

@@ -23,10 +23,6 @@ use crate::plan::Trained;
 pub(crate) struct Backward {
     /// Gradient of what the layer reads, (N, d).
     pub(crate) input: Tensor,
-    /// Gradient of what its attention puts out, (N, d).
-    pub(crate) attention: Tensor,
-    /// What its attention puts out, (N, d).
-    pub(crate) output: Tensor,
     /// Gradients of the weights, where they were asked for.
     pub(crate) weights: Option<LayerWeights>,
 }
@@ -104,7 +100,7 @@ impl Layer {
         if let (Some(weights), Some(of)) = (&mut weights, of) {
             weights.rest = of.trained(block)?;
         }
-        Ok(Backward { input: combined(&of_x, 1.0, &of_input, 1.0)?, attention, output, weights })
+        Ok(Backward { input: combined(&of_x, 1.0, &of_input, 1.0)?, weights })
     }
 }
 
