@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Distill;
 use super::trainer::Trainer;
-use crate::files::{FileError, Mapped, check_writable, is_there, parent_of, sync_directory, temporary};
+use crate::files::{Aside, FileError, Mapped, check_writable, is_there, parent_of, sync_directory};
 use crate::runtime::LayerWeights;
 use crate::text::RuntimeError;
 
@@ -116,12 +116,12 @@ impl StateFile {
         let header = serde_json::to_string(&header).map_err(crate::error::Error::plugin)?;
         let failed = |source| FileError::io("write", &self.path, source);
         let parent = parent_of(&self.path);
-        let file = temporary(parent).map_err(failed)?;
-        let metadata = Some(HashMap::from([(STATE.to_string(), header)]));
-        safetensors::serialize_to_file(tensors, metadata, file.path())
+        let aside = Aside::new(parent).map_err(failed)?;
+        let (file, metadata) = (aside.path().join("state"), HashMap::from([(STATE.to_string(), header)]));
+        safetensors::serialize_to_file(tensors, Some(metadata), &file)
             .map_err(|e| failed(io::Error::other(e)))?;
-        file.as_file().sync_all().map_err(failed)?;
-        file.persist(&self.path).map_err(|e| failed(e.error))?;
+        fs::OpenOptions::new().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed)?;
+        fs::rename(&file, &self.path).map_err(failed)?;
         Ok(sync_directory(parent)?)
     }
 }
@@ -169,4 +169,39 @@ fn check(path: &Path) -> Result<(), FileError> {
 
 fn name(what: &str, layer: usize, tensor: usize) -> String {
     format!("{what}.{layer}.{tensor}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::descent::Descent;
+    use crate::files::clear;
+    use crate::plan::Trained;
+    use crate::runtime::Model;
+
+    #[test]
+    fn runs_beside_it_that_clear_up_take_no_state() {
+        let model = Model::load(&Checkpoint::open("tests/data/novels-1m").unwrap()).unwrap();
+        let trainer = Trainer::new(&model, model.clone(), Descent::AdamW, Trained::Attention).unwrap();
+        let state = SavedState { best: trainer.weights.clone(), ..SavedState::default() };
+        let root = tempfile::tempdir().unwrap();
+        let file = StateFile { path: root.path().join("out.distilling"), key: String::new() };
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    clear(root.path());
+                }
+            });
+            let written: Vec<_> = (0..30).map(|_| file.write(&trainer, &state)).collect();
+            done.store(true, Ordering::Relaxed);
+            written.into_iter().for_each(|written| written.unwrap());
+        });
+        let left: Vec<_> = fs::read_dir(root.path()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(left, [file.path]);
+    }
 }

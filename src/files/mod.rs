@@ -19,9 +19,10 @@ pub(crate) use known::{is_safetensors, no_text};
 pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
+use temporary::temporary;
 #[cfg(feature = "runtime")]
-pub(crate) use temporary::unnamed;
-pub(crate) use temporary::{HIDDEN, check_writable, clear, temporary};
+pub(crate) use temporary::{Aside, unnamed};
+pub(crate) use temporary::{HIDDEN, check_writable, clear};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -13,6 +13,8 @@ pub(crate) const HIDDEN: &str = ".qcqa.";
 const LETTERS: usize = 12;
 /// What names of files end with.
 const END: &str = ".part";
+/// And those of the directories that such a file holds.
+const DIRECTORY: &str = "parts";
 
 /// A file in a directory that is to be renamed. Those that killed runs have left there go.
 pub(crate) fn temporary(directory: &Path) -> io::Result<NamedTempFile> {
@@ -25,6 +27,39 @@ pub(crate) fn temporary(directory: &Path) -> io::Result<NamedTempFile> {
         if file.path().exists() {
             return Ok(file);
         }
+    }
+}
+
+/// A hidden directory for files that a library writes under names of its own, and renames: no lock of ours is on these. It goes when it
+/// is dropped; what a killed run leaves goes with the file that holds it.
+#[cfg(feature = "runtime")]
+#[derive(Debug)]
+pub(crate) struct Aside {
+    directory: PathBuf,
+    _held: NamedTempFile,
+}
+
+#[cfg(feature = "runtime")]
+impl Aside {
+    /// In this directory.
+    pub(crate) fn new(parent: &Path) -> io::Result<Self> {
+        let held = temporary(parent)?;
+        let directory = held.path().with_extension(DIRECTORY);
+        fs::create_dir(&directory)?;
+        Ok(Self { directory, _held: held })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.directory
+    }
+}
+
+#[cfg(feature = "runtime")]
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // What stays is found by the next run.
+        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 
@@ -51,7 +86,7 @@ fn named(directory: &Path) -> io::Result<NamedTempFile> {
     builder.tempfile_in(directory)
 }
 
-/// Removes the files of runs that are no more, and says which. What cannot be removed stays.
+/// Removes the files of runs that are no more, with the directories that they held, and says which. What cannot be removed stays.
 pub(crate) fn clear(directory: &Path) -> Vec<PathBuf> {
     let mut left = Vec::new();
     for entry in directory.read_dir().into_iter().flatten().flatten() {
@@ -65,6 +100,10 @@ pub(crate) fn clear(directory: &Path) -> Vec<PathBuf> {
         let held = File::open(entry.path()).and_then(|file| Ok(file.try_lock_exclusive()?.then_some(file)));
         // The lock is held until the file is gone.
         if let Ok(Some(_lock)) = held {
+            match fs::remove_dir_all(entry.path().with_extension(DIRECTORY)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => continue,
+                _ => {}
+            }
             left.extend(fs::remove_file(entry.path()).is_ok().then(|| entry.path()));
         }
     }
@@ -94,6 +133,25 @@ mod tests {
         let next = temporary(root.path())?;
         assert!(held.path().exists() && next.path().exists() && !left.exists());
         assert_eq!(fs::read_dir(root.path())?.count(), 2 + others.len() + 1);
+        Ok(())
+    }
+
+    #[cfg(feature = "runtime")]
+    #[test]
+    fn a_directory_goes_with_the_file_that_holds_it() -> io::Result<()> {
+        let root = tempfile::tempdir()?;
+        let held = Aside::new(root.path())?;
+        fs::write(held.path().join("state"), "mine")?;
+        let left = named(root.path())?.into_temp_path().keep().map_err(io::Error::other)?;
+        let directory = left.with_extension(DIRECTORY);
+        fs::create_dir(&directory)?;
+        fs::write(directory.join("state"), "of one who was killed")?;
+        let alone = root.path().join(".qcqa.abcdefghijkl.parts");
+        fs::create_dir(&alone)?;
+        assert_eq!(clear(root.path()), [left]);
+        assert!(held.path().join("state").exists() && !directory.exists() && alone.exists());
+        drop(held);
+        assert_eq!(fs::read_dir(root.path())?.count(), 1);
         Ok(())
     }
 }
