@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
+use crate::run::Precision;
 use crate::runtime::{LayerWeights, combined, times};
 
 /// How weights follow their gradients.
@@ -54,12 +55,12 @@ impl Descent {
         step: u64,
         rate: f64,
     ) -> Result<LayerWeights> {
-        let memories = std::slice::from_mut(memory);
-        let mut all = self.step_all(&[weights], std::slice::from_ref(gradients), memories, step, rate)?;
-        Ok(all.swap_remove(0))
+        let (memories, of) = (std::slice::from_mut(memory), std::slice::from_ref(gradients));
+        Ok(self.step_all(&[weights], of, memories, step, rate, Precision::F32)?.swap_remove(0))
     }
 
-    /// The weights of some layers after step number `step`, each as if it were alone; matrices of one shape are made orthogonal at once.
+    /// The weights of some layers after step number `step`, each as if it were alone; matrices of one shape are made orthogonal at once,
+    /// [`Descent::Muon`]'s on a GPU by products of that precision.
     pub(crate) fn step_all(
         self,
         weights: &[&LayerWeights],
@@ -67,6 +68,7 @@ impl Descent {
         memories: &mut [Memory],
         step: u64,
         rate: f64,
+        precision: Precision,
     ) -> Result<Vec<LayerWeights>> {
         // What makes means of Adam's sums is left to the end, where it is one number.
         let [mean, square] = BETAS.map(|beta| (1.0 - beta) / (1.0 - beta.powf(step as f64 + 1.0)));
@@ -88,7 +90,7 @@ impl Descent {
         });
         let mut changes: Vec<Vec<Tensor>> = changes.collect::<Result<_>>()?;
         match self {
-            Self::Muon => all_orthogonal(&mut changes)?,
+            Self::Muon => all_orthogonal(&mut changes, precision)?,
             Self::MuonByHead => {
                 for (changes, weights) in changes.iter_mut().zip(weights) {
                     by_heads(&mut changes[..MATRICES], weights.head_dim)?;
@@ -124,7 +126,7 @@ const OUTPUTS: usize = MATRICES - 1;
 const AT_ONCE: usize = 1 << 26;
 
 /// [`orthogonal`] of all matrices of some layers, those of one shape side by side.
-fn all_orthogonal(layers: &mut [Vec<Tensor>]) -> Result<()> {
+fn all_orthogonal(layers: &mut [Vec<Tensor>], precision: Precision) -> Result<()> {
     let mut alike: BTreeMap<(usize, usize), Vec<(usize, usize)>> = BTreeMap::new();
     for (layer, tensors) in layers.iter().enumerate() {
         for (i, matrix) in tensors[..MATRICES].iter().enumerate() {
@@ -134,7 +136,7 @@ fn all_orthogonal(layers: &mut [Vec<Tensor>]) -> Result<()> {
     for ((a, b), places) in alike {
         for places in places.chunks((AT_ONCE / (a * b).max(1)).max(1)) {
             let matrices: Vec<&Tensor> = places.iter().map(|&(layer, i)| &layers[layer][i]).collect();
-            let turned = orthogonal(&Tensor::stack(&matrices, 0)?)?;
+            let turned = orthogonal(&Tensor::stack(&matrices, 0)?, precision)?;
             for (n, &(layer, i)) in places.iter().enumerate() {
                 layers[layer][i] = turned.get(n)?;
             }
@@ -150,7 +152,7 @@ fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
     let rows: Vec<Tensor> = matrices.iter().enumerate().map(|(i, m)| turned(i, m)).collect::<Result<_>>()?;
     let all = Tensor::cat(&rows, 0)?;
     let (heads, d) = (all.dim(0)? / h, all.dim(1)?);
-    let all = orthogonal(&all.reshape((heads, h, d))?)?.reshape((heads * h, d))?;
+    let all = orthogonal(&all.reshape((heads, h, d))?, Precision::F32)?.reshape((heads * h, d))?;
     let mut first = 0;
     for (i, (matrix, rows)) in matrices.iter_mut().zip(rows).enumerate() {
         *matrix = turned(i, &all.narrow(0, first, rows.dim(0)?)?)?;
@@ -162,7 +164,7 @@ fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
 /// Of each of some matrices, (n, a, b), roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration, as
 /// large as a step of Adam. The iteration is a polynomial of the Gram matrix times the matrix: where that is much longer than
 /// wide, the polynomial alone is iterated, on the short side.
-fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
+fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
     let (_, a, b) = matrices.dims3()?;
     let wide = if a <= b { matrices.clone() } else { matrices.t()?.contiguous()? };
     // Rows first: on a GPU a sum of all at once is one block's work.
@@ -170,7 +172,11 @@ fn orthogonal(matrices: &Tensor) -> Result<Tensor> {
     let x = wide.broadcast_div(&norm)?;
     // Elsewhere products may be rounded, which the square of a matrix does not bear.
     let exact = x.device().is_cpu();
-    let x = if exact && LONG * a.min(b) <= a.max(b) { by_gram(&x)? } else { by_matrix(x)? };
+    let x = match (exact, precision) {
+        (true, _) if LONG * a.min(b) <= a.max(b) => by_gram(&x)?,
+        (false, Precision::Bf16) => by_rounded(&x)?,
+        _ => by_matrix(x)?,
+    };
     let x = times(x, MUON_STEP * (a.max(b) as f64).sqrt())?;
     if a <= b { Ok(x) } else { x.t()?.contiguous() }
 }
@@ -188,6 +194,11 @@ fn by_matrix(mut x: Tensor) -> Result<Tensor> {
         x = combined(&x, first, &z.matmul(&x)?, 1.0)?;
     }
     Ok(x)
+}
+
+/// [`by_matrix`] in BF16, which the iteration bears.
+fn by_rounded(x: &Tensor) -> Result<Tensor> {
+    by_matrix(x.to_dtype(DType::BF16)?)?.to_dtype(x.dtype())
 }
 
 /// [`by_matrix`], but P ← (c₁ + c₃ Y + c₅ Y²) P and Y ← (c₁ + c₃ Y + c₅ Y²)² Y, which all commute, then P X.
@@ -221,7 +232,7 @@ mod tests {
     fn an_orthogonal_step_has_singular_values_near_one() {
         for (a, b) in [(4, 12), (12, 4)] {
             let matrix = Tensor::from_vec(numbers(a * b, 1), (1, a, b), &Device::Cpu).unwrap();
-            let made = orthogonal(&matrix)
+            let made = orthogonal(&matrix, Precision::F32)
                 .unwrap()
                 .squeeze(0)
                 .unwrap()
@@ -249,6 +260,17 @@ mod tests {
     }
 
     #[test]
+    fn a_rounded_iteration_is_nearly_the_exact_one() {
+        let matrix = Tensor::from_vec(numbers(2 * 8 * 24, 3), (2, 8, 24), &Device::Cpu).unwrap();
+        let x = (matrix / 20.0).unwrap();
+        let (rounded, exact) = (by_rounded(&x).unwrap(), by_matrix(x).unwrap());
+        let length = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+        let apart = length(&(&rounded - &exact).unwrap()) / length(&exact);
+        // A round multiplies by up to 3.4 what the one before has rounded.
+        assert!(0.0 < apart && apart < 0.15, "{apart}");
+    }
+
+    #[test]
     fn heads_one_by_one_are_what_each_is_alone() {
         let matrix =
             |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
@@ -259,7 +281,7 @@ mod tests {
             for head in 0..of.elem_count() / 16 {
                 let dim = usize::from(i == OUTPUTS);
                 let alone = of.narrow(dim, 2 * head, 2).unwrap().contiguous().unwrap().unsqueeze(0).unwrap();
-                let alone = orthogonal(&alone).unwrap().squeeze(0).unwrap();
+                let alone = orthogonal(&alone, Precision::F32).unwrap().squeeze(0).unwrap();
                 let apart = (alone - found.narrow(dim, 2 * head, 2).unwrap()).unwrap().abs().unwrap();
                 assert!(apart.max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-6, "{i}, {head}");
             }
@@ -281,8 +303,9 @@ mod tests {
             let memories = || weights.each_ref().map(|weights| descent.memory(weights).unwrap());
             let (mut together, mut alone) = (memories(), memories());
             for step in 0..2 {
+                let (weights_of, precision) = (weights.each_ref(), Precision::F32);
                 let all =
-                    descent.step_all(&weights.each_ref(), &gradients, &mut together, step, 0.1).unwrap();
+                    descent.step_all(&weights_of, &gradients, &mut together, step, 0.1, precision).unwrap();
                 for (n, all) in all.iter().enumerate() {
                     let one = descent.step(&weights[n], &gradients[n], &mut alone[n], step, 0.1).unwrap();
                     for (all, one) in all.tensors().zip(one.tensors()) {

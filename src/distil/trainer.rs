@@ -69,7 +69,8 @@ impl<'a> Trainer<'a> {
             let together = first..layers.min(first + TOGETHER);
             let weights: Vec<&LayerWeights> = self.weights[together.clone()].iter().collect();
             let (of, memories) = (&gradients[together.clone()], &mut self.memory[together.clone()]);
-            let moved = self.descent.step_all(&weights, of, memories, step, rate)?;
+            let precision = self.source.precision();
+            let moved = self.descent.step_all(&weights, of, memories, step, rate, precision)?;
             together.zip(moved).try_for_each(|(i, weights)| self.set(i, weights))?;
         }
         Ok(divergence)

@@ -1,4 +1,4 @@
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{numbers, times};
@@ -6,9 +6,9 @@ use super::{numbers, times};
 /// Numbers that a thread takes at a time.
 const PART: usize = 1 << 14;
 
-/// `share_x x + share_y y` of two tensors of one shape: on the CPU in one pass.
+/// `share_x x + share_y y` of two tensors of one shape: on the CPU, in f32, in one pass.
 pub(crate) fn combined(x: &Tensor, share_x: f64, y: &Tensor, share_y: f64) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if x.device().is_cpu() && x.dtype() == DType::F32 {
         return x
             .contiguous()?
             .apply_op2_no_bwd(&y.contiguous()?, &Combined([share_x as f32, share_y as f32]));
