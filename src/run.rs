@@ -56,7 +56,7 @@ pub enum Precision {
     #[default]
     F32,
     /// As [`Precision::F32`], but where weights that do not change are stored in BF16, what they are multiplied with is rounded to that (7
-    /// bits), too, and so is the product; and so are the products that make a step of Muon orthogonal. About twice as fast, on a
+    /// bits), too, and so is the product; and so are the products that make a distillation's steps of Muon orthogonal. About twice as fast, on a
     /// large model.
     Bf16,
 }

@@ -25,9 +25,9 @@ LEARN="--calibration ${calibration[*]} --calibration-windows $fit" && export LEA
 # One of these runs: compress METHOD SHARE, distill METHOD SHARE SEED, train SEED. Its figures are what `eval` says of its model.
 run() {
   set -euo pipefail
-  local device=() learn what=$1 out
+  local device=() visible=() learn what=$1 out
   read -ra learn <<< "$LEARN"
-  [ "$gpus" -eq 0 ] || device=(--device "cuda:$((SLOT % gpus))")
+  [ "$gpus" -eq 0 ] || device=(--device "cuda:$((SLOT % gpus))") visible=(env "CUDA_VISIBLE_DEVICES=$((SLOT % gpus))")
   out=$WORK/$(IFS=_ && echo "$*")
   case $what in
     compress)
@@ -37,8 +37,8 @@ run() {
       "$QCQA" distill "$WORK/compress_$2_$3" --source "$MODEL" --for "$tokens" --seed "$4" "${learn[@]}" "${device[@]}" --out "$out"
       ;;
     train)
-      [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$((SLOT % gpus))
-      "$python" recipes/heal/heal.py "$MODEL" "$WORK/whole" --kl 0 --loss 1 --tokens "$tokens" --seed "$2" "${learn[@]}" --out "$out"
+      "${visible[@]}" "$python" recipes/heal/heal.py "$MODEL" "$WORK/whole" --kl 0 --loss 1 --tokens "$tokens" \
+        --seed "$2" "${learn[@]}" --out "$out"
       ;;
   esac >> "$out.log" 2>&1 || { echo "$*: $(tail -n 3 "$out.log")" >&2 && return 1; }
   "$QCQA" eval "$out" --source "$MODEL" --text "$EVALUATION" --windows "$windows" "${device[@]}" --json > "$out.json"

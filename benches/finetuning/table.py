@@ -23,7 +23,7 @@ def needed(curve, aim):
         if q <= aim <= p:
             way = math.log(p / aim) / math.log(p / q) if p > q else 0.0
             return f"{math.exp(math.log(a) + (math.log(b) - math.log(a)) * way):.1%}"
-    return f"< {curve[0][0]:.1%}"
+    return "> 100%" if aim < min(perplexity for _, perplexity in curve) else f"< {curve[0][0]:.1%}"
 
 
 print(f"The source: {source['perplexity']:.2f}.", end="")

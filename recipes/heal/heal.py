@@ -234,10 +234,10 @@ class Healing:
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for ids, weight in self.mine(texts):
             own = self.own(ids)[0]
-            of = self.args.kl * divergences(self.theirs(ids)[0], own)[:, :-1]
+            if self.args.kl > 0:
+                total += self.args.kl * (divergences(self.theirs(ids)[0], own)[:, :-1] * weight).sum()
             if self.args.loss > 0:
-                of = of + self.args.loss * losses(own, ids)
-            total += (of * weight).sum()
+                total += self.args.loss * (losses(own, ids) * weight).sum()
         return self.sum(total) / (len(texts) * (len(texts[0]) - 1))
 
     def weights(self):
@@ -262,7 +262,7 @@ def local(p):
 
 
 def train(healing, args, fit, validation, log):
-    """Goes on until the end, and leaves the weights that were best; tokens and divergence on validation, and the best step."""
+    """Goes on until the end, and leaves the weights that were best; tokens and what validation has, and the best step."""
     order, batch, step_tokens = windows.Order(len(fit), args.seed), args.batch, args.batch * len(fit[0])
     total = max(1, args.tokens // step_tokens)
     until = min(total, args.steps or total)

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Distill;
 use super::trainer::Trainer;
-use crate::files::{Aside, FileError, Mapped, check_writable, is_there, parent_of, sync_directory};
+use crate::files::{FileError, HeldDirectory, Mapped, check_writable, is_there, parent_of, sync_directory};
 use crate::runtime::LayerWeights;
 use crate::text::RuntimeError;
 
@@ -116,8 +116,8 @@ impl StateFile {
         let header = serde_json::to_string(&header).map_err(crate::error::Error::plugin)?;
         let failed = |source| FileError::io("write", &self.path, source);
         let parent = parent_of(&self.path);
-        let aside = Aside::new(parent).map_err(failed)?;
-        let (file, metadata) = (aside.path().join("state"), HashMap::from([(STATE.to_string(), header)]));
+        let hidden = HeldDirectory::new(parent).map_err(failed)?;
+        let (file, metadata) = (hidden.path().join("state"), HashMap::from([(STATE.to_string(), header)]));
         safetensors::serialize_to_file(tensors, Some(metadata), &file)
             .map_err(|e| failed(io::Error::other(e)))?;
         fs::OpenOptions::new().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed)?;

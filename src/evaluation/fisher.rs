@@ -31,8 +31,8 @@ impl Sensitivity {
         Ok(Self::estimated(trial, fronts, None, run)?.0)
     }
 
-    /// As [`Sensitivity::estimate`], and of every pair of layers what both together lose where they share: the sum of the estimates at
-    /// both attention outputs, up to sharing nothing but the lower layer's input.
+    /// As [`Sensitivity::estimate`], and of every pair of layers what both together lose where they share: the sum of both layers'
+    /// estimates, each at what that layer gives, up to sharing nothing but the lower layer's input.
     ///
     /// # Errors
     /// As [`Sensitivity::estimate`]; what [`LayerPairs`] reports.

@@ -292,12 +292,6 @@ impl Tally {
     }
 }
 
-/// Sum and number of the negative log-likelihoods of tokens 2… of each window.
-fn loss(logits: &Tensor, tokens: &[u32], window: usize) -> Result<(f64, u64), RuntimeError> {
-    let scores = scores(logits, None, tokens, window)?;
-    Ok((scores.iter().map(|score| score.loss).sum(), scores.len() as u64))
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};

@@ -52,7 +52,14 @@ impl Sensitivity {
             let mut rises = Vec::new();
             let partitions: Vec<&Partition> = measured(front).map(|point| &point.partition).collect();
             for (partition, grouped) in partitions.iter().zip(trial.regrouped(&heads, &partitions)?) {
-                rises.push((partition.n_groups(), reference.divergence(&reading, &grouped)?));
+                let k = partition.n_groups();
+                let found = reference.divergence(&reading, &grouped).map_err(|error| match error {
+                    RuntimeError::NotFinite { .. } => {
+                        RuntimeError::NotFinite { what: format!("what layer {i} loses at {k} heads") }
+                    }
+                    other => other,
+                });
+                rises.push((k, found?));
                 done += 1;
                 run.step("sensitivity", done, total)?;
             }

@@ -1,7 +1,6 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
-use super::{Part, loss};
+use super::evaluate;
 use crate::error::{Error, Result};
 use crate::heads::{HeadSource, Heads};
 use crate::partition::Partition;
@@ -86,13 +85,14 @@ pub fn choose_model(
     windows: &Windows,
     run: Run<'_>,
 ) -> Result<(usize, Vec<f64>), RuntimeError> {
-    let first = models.first().ok_or(Error::setting("the number of models", 0, "at least 1"))?;
-    let reading = Reading::new(first, windows)?;
+    if models.is_empty() {
+        return Err(Error::setting("the number of models", 0, "at least 1").into());
+    }
     let total = models.len() as u64;
     let mut losses = Vec::with_capacity(models.len());
     for model in models {
         run.step("choose", losses.len() as u64, total)?;
-        losses.push(reading.loss(model)?);
+        losses.push(evaluate(model, windows, run.unwatched())?.loss);
     }
     run.step("choose", total, total)?;
     let best = (0..losses.len()).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap_or(0);
@@ -130,25 +130,6 @@ impl<'a> Reading<'a> {
     /// What the model's further layers make of some of the tensors.
     pub(super) fn through(&self, model: &Model, inputs: &[Tensor]) -> Result<Vec<Tensor>, RuntimeError> {
         model.through(self.layer, inputs.to_vec(), &self.pass)
-    }
-
-    /// The mean loss of a model whose layers below this one are those that the text went through.
-    pub(super) fn loss(&self, model: &Model) -> Result<f64, RuntimeError> {
-        let (length, mut losses) = (self.windows.length(), Vec::new());
-        let abreast = model.abreast(length);
-        for (tokens, inputs) in self.parts(model) {
-            let last = self.through(model, inputs)?;
-            for part in Part::all(model, tokens, &last, length) {
-                let of = |(x, tokens): (&Tensor, &[u32])| loss(&model.head(x)?, tokens, length);
-                let parts =
-                    last[part.tensors.clone()].par_iter().zip(part.tokens.par_chunks(abreast * length));
-                losses.extend(parts.map(of).collect::<Result<Vec<_>, RuntimeError>>()?);
-            }
-        }
-        let (sum, n) = losses.iter().fold((0.0, 0), |(sum, all), (loss, n)| (sum + loss, all + n));
-        let mean = sum / n as f64;
-        let what = || format!("the loss with layer {} grouped", self.layer);
-        if mean.is_finite() { Ok(mean) } else { Err(RuntimeError::NotFinite { what: what() }) }
     }
 
     /// Goes through this layer of the model, to before the next.

@@ -20,9 +20,9 @@ pub(crate) use mapped::Mapped;
 pub use place::{SVG_MARK, check_apart};
 pub(crate) use place::{is_empty, resolve};
 use temporary::temporary;
-#[cfg(feature = "runtime")]
-pub(crate) use temporary::{Aside, unnamed};
 pub(crate) use temporary::{HIDDEN, check_writable, clear};
+#[cfg(feature = "runtime")]
+pub(crate) use temporary::{HeldDirectory, unnamed};
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

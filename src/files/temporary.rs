@@ -34,19 +34,19 @@ pub(crate) fn temporary(directory: &Path) -> io::Result<NamedTempFile> {
 /// is dropped; what a killed run leaves goes with the file that holds it.
 #[cfg(feature = "runtime")]
 #[derive(Debug)]
-pub(crate) struct Aside {
+pub(crate) struct HeldDirectory {
     directory: PathBuf,
-    _held: NamedTempFile,
+    held: Option<NamedTempFile>,
 }
 
 #[cfg(feature = "runtime")]
-impl Aside {
+impl HeldDirectory {
     /// In this directory.
     pub(crate) fn new(parent: &Path) -> io::Result<Self> {
         let held = temporary(parent)?;
         let directory = held.path().with_extension(DIRECTORY);
         fs::create_dir(&directory)?;
-        Ok(Self { directory, _held: held })
+        Ok(Self { directory, held: Some(held) })
     }
 
     /// Where it is.
@@ -56,10 +56,12 @@ impl Aside {
 }
 
 #[cfg(feature = "runtime")]
-impl Drop for Aside {
+impl Drop for HeldDirectory {
     fn drop(&mut self) {
-        // What stays is found by the next run.
-        let _ = fs::remove_dir_all(&self.directory);
+        if fs::remove_dir_all(&self.directory).is_err() {
+            // The next run finds it by the file.
+            let _ = self.held.take().map(NamedTempFile::keep);
+        }
     }
 }
 
@@ -140,7 +142,7 @@ mod tests {
     #[test]
     fn a_directory_goes_with_the_file_that_holds_it() -> io::Result<()> {
         let root = tempfile::tempdir()?;
-        let held = Aside::new(root.path())?;
+        let held = HeldDirectory::new(root.path())?;
         fs::write(held.path().join("state"), "mine")?;
         let left = named(root.path())?.into_temp_path().keep().map_err(io::Error::other)?;
         let directory = left.with_extension(DIRECTORY);

@@ -180,8 +180,8 @@ impl<'a> Compress<'a> {
         Self { allocation: Allocation::By(Arc::new(allocator)), ..self }
     }
 
-    /// Divides the budget by what the model loses when one layer alone is grouped, measured on the windows of the calibration
-    /// that validate; where all layers must have one k there is nothing to divide.
+    /// Divides the budget by how far the model is from its source when one layer alone is grouped, estimated on the windows of the
+    /// calibration that validate; where all layers must have one k there is nothing to divide.
     pub fn by_sensitivity(self) -> Self {
         Self { allocation: Allocation::Measured, ..self }
     }

@@ -65,8 +65,8 @@ pub(super) struct MethodArgs {
     /// How the searched methods search: auto is exact up to 12 heads (8 for low-rank), local above; compare takes several
     #[arg(long, value_delimiter = ',', default_value = "auto", value_parser = optimizers(), hide_short_help = true)]
     pub(super) optimizer: Vec<String>,
-    /// How the layers share the budget; uniform unless said, but for low-rank and cla: sensitivity with a calibration text,
-    /// else exact
+    /// How the layers share the budget; uniform unless said, but with a calibration text sensitivity for low-rank and cla,
+    /// without one exact for cla
     #[arg(long, value_parser = allocations(), hide_short_help = true)]
     pub(super) allocation: Option<String>,
     /// How the errors of different layers are made comparable: as a share of their energies, or as they are (the paper)
