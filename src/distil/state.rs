@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Distill;
 use super::trainer::Trainer;
-use crate::files::{FileError, HeldDirectory, Mapped, check_writable, is_there, parent_of, sync_directory};
+use crate::files::{
+    FileError, HeldDirectory, Mapped, check_writable, is_there, parent_of, sync_directory, sync_file,
+};
 use crate::runtime::LayerWeights;
 use crate::text::RuntimeError;
 
@@ -120,7 +122,7 @@ impl StateFile {
         let (file, metadata) = (hidden.path().join("state"), HashMap::from([(STATE.to_string(), header)]));
         safetensors::serialize_to_file(tensors, Some(metadata), &file)
             .map_err(|e| failed(io::Error::other(e)))?;
-        fs::OpenOptions::new().write(true).open(&file).and_then(|file| file.sync_all()).map_err(failed)?;
+        sync_file(&file).map_err(failed)?;
         fs::rename(&file, &self.path).map_err(failed)?;
         Ok(sync_directory(parent)?)
     }

@@ -5,7 +5,7 @@ use rand::Rng;
 use rayon::prelude::*;
 
 use super::pairs::PairSensitivity;
-use super::sensitivity::{Sensitivity, measured};
+use super::sensitivity::{Sensitivity, measured, not_finite};
 use super::trial::Trial;
 use crate::cross_layer::LayerPairs;
 use crate::error::Error;
@@ -89,9 +89,7 @@ impl Sensitivity {
                 // In the order of the text, on however many threads.
                 let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / (draws * tokens) as f64;
                 if !estimate.is_finite() {
-                    return Err(RuntimeError::NotFinite {
-                        what: format!("what layer {i} loses at {k} heads"),
-                    });
+                    return Err(not_finite(i, k));
                 }
                 match n.checked_sub(partitions.len()) {
                     None => estimates[i].push((k, estimate)),

@@ -54,9 +54,7 @@ impl Sensitivity {
             for (partition, grouped) in partitions.iter().zip(trial.regrouped(&heads, &partitions)?) {
                 let k = partition.n_groups();
                 let found = reference.divergence(&reading, &grouped).map_err(|error| match error {
-                    RuntimeError::NotFinite { .. } => {
-                        RuntimeError::NotFinite { what: format!("what layer {i} loses at {k} heads") }
-                    }
+                    RuntimeError::NotFinite { .. } => not_finite(i, k),
                     other => other,
                 });
                 rises.push((k, found?));
@@ -175,6 +173,11 @@ impl Sensitivity {
             && self.layers.iter().zip(fronts).all(same)
             && self.heads.iter().copied().eq(fronts.iter().map(Front::n_heads))
     }
+}
+
+/// What is said where a layer's costs are no number.
+pub(super) fn not_finite(layer: usize, k: usize) -> RuntimeError {
+    RuntimeError::NotFinite { what: format!("what layer {layer} loses at {k} heads") }
 }
 
 /// The points of a front that are measured.

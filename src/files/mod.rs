@@ -102,6 +102,11 @@ pub(crate) fn parent_of(path: &Path) -> &Path {
     }
 }
 
+/// Makes a file lasting that a library has written and closed.
+pub(crate) fn sync_file(path: &Path) -> io::Result<()> {
+    File::options().write(true).open(path)?.sync_all()
+}
+
 /// Makes a directory's entries lasting.
 pub(crate) fn sync_directory(path: &Path) -> Result<(), FileError> {
     // Elsewhere directories cannot be opened, and renames are lasting by themselves.

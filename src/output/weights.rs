@@ -1,7 +1,6 @@
 //! The files of weights of an output, and how each kind is written.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +12,7 @@ use super::gguf::Gguf;
 use super::views::{Job, Tensor};
 use super::{Container, OutputModel};
 use crate::checkpoint::Checkpoint;
-use crate::files::FileError;
+use crate::files::{FileError, sync_file};
 
 /// The tensors of one file, by name.
 type Outputs<'a> = Vec<(&'a str, Tensor<'a>)>;
@@ -89,8 +88,7 @@ impl<'a> Weights<'a> {
         }
         for (file, like) in files.zip(&source.files().files) {
             let path = directory.join(file);
-            let synced = fs::OpenOptions::new().write(true).open(&path).and_then(|f| f.sync_all());
-            synced.map_err(|e| FileError::io("write", &path, e))?;
+            sync_file(&path).map_err(|e| FileError::io("write", &path, e))?;
             same_permissions(&like.path, &path)?;
         }
         Ok(())

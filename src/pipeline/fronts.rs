@@ -20,7 +20,7 @@ use crate::spec::Spec;
 /// The most windows that decide between groups: the order of two losses shows early.
 #[cfg(feature = "runtime")]
 const CHOOSING_WINDOWS: usize = 32;
-/// The most windows that measure how much each layer pays: losses of one text differ by little but what is measured.
+/// The most windows that tell how much each layer pays: it is compared with the same model on the same text.
 #[cfg(feature = "runtime")]
 const MEASURING_WINDOWS: usize = 16;
 
