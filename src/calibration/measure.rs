@@ -37,11 +37,11 @@ impl Moments {
             let mut texts = model.embed_rows(tokens, &pass)?;
             for (i, sum) in sums.iter_mut().enumerate() {
                 run.step("calibrate", done, total)?;
-                let inputs = texts.par_iter().map(|x| {
+                let inputs = model.each(&texts, |x| {
                     let x = model.attention_input(i, x)?;
-                    Ok::<_, RuntimeError>((model.key_energies(i, &x, length)?, x))
-                });
-                for (energies, x) in inputs.collect::<Result<Vec<_>, _>>()? {
+                    Ok((model.key_energies(i, &x, length)?, x))
+                })?;
+                for (energies, x) in inputs {
                     keys[i].extend(energies);
                     match &mut *sum {
                         Some(sum) => sum.add(&x)?,
@@ -108,8 +108,7 @@ pub(super) fn cross_moments(
         let mut below: Vec<Tensor> = Vec::new();
         for i in 0..layers {
             run.step("calibrate", done, total)?;
-            let inputs = texts.par_iter().map(|x| model.attention_input(i, x));
-            let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
+            let inputs = model.each(&texts, |x| model.attention_input(i, x))?;
             for (x, below) in inputs.iter().zip(&below) {
                 match &mut sums[i - 1] {
                     Some(sum) => sum.add(x, below)?,

@@ -32,18 +32,20 @@ const MUON_STEP: f64 = 0.2;
 const ROUNDS: usize = 5;
 const POLYNOMIAL: [f64; 3] = [3.4445, -4.7750, 2.0315];
 
-/// What an optimizer remembers of each tensor of a layer, in the order of [`LayerWeights::tensors`]: momentum for a
-/// matrix under Muon, else sums of gradients and of their squares, in which older ones fade: Adam's means but for a factor.
+/// What an optimizer remembers of each tensor of a layer, in the order of [`LayerWeights::tensors`]: sums of gradients, and under Adam
+/// of their squares, in which older ones fade: means but for a factor. Head by head the first of a layer's matrices has those of all.
 pub(crate) type Memory = Vec<Vec<Tensor>>;
 
 impl Descent {
     /// Of a layer that has not moved yet.
     pub(crate) fn memory(self, weights: &LayerWeights) -> Result<Memory> {
-        let of = |(i, tensor): (usize, &Tensor)| {
-            let n = if self.orthogonal(i) { 1 } else { 2 };
-            (0..n).map(|_| tensor.zeros_like()).collect()
+        let tensors: Vec<&Tensor> = weights.tensors().collect();
+        let of = |(i, tensor): (usize, &&Tensor)| match self {
+            Self::MuonByHead if i == 0 => Ok(vec![all_heads(&tensors[..MATRICES])?.zeros_like()?]),
+            Self::MuonByHead if self.orthogonal(i) => Ok(Vec::new()),
+            _ => (0..if self.orthogonal(i) { 1 } else { 2 }).map(|_| tensor.zeros_like()).collect(),
         };
-        weights.tensors().enumerate().map(of).collect()
+        tensors.iter().enumerate().map(of).collect()
     }
 
     /// The weights of a layer after step number `step`, counted from 0, at `rate`.
@@ -73,35 +75,37 @@ impl Descent {
         // What makes means of Adam's sums is left to the end, where it is one number.
         let [mean, square] = BETAS.map(|beta| (1.0 - beta) / (1.0 - beta.powf(step as f64 + 1.0)));
         let root = square.sqrt();
-        let changes = gradients.iter().zip(memories).map(|(gradients, memory)| {
-            let change = |(i, (gradient, memory)): (usize, (&Tensor, &mut Vec<Tensor>))| {
-                if self.orthogonal(i) {
-                    memory[0] = combined(&memory[0], 1.0 - FRESH, gradient, FRESH)?;
-                    return combined(gradient, FRESH, &memory[0], 1.0 - FRESH);
+        let changes = weights.iter().zip(gradients).zip(memories).map(|((weights, gradients), memory)| {
+            let gradients: Vec<&Tensor> = gradients.tensors().collect();
+            let (matrices, others) = gradients.split_at(if self == Self::AdamW { 0 } else { MATRICES });
+            let (of_matrices, of_others) = memory.split_at_mut(matrices.len());
+            let mut changes = match self {
+                Self::MuonByHead => {
+                    let change = ahead(&all_heads(matrices)?, &mut of_matrices[0][0])?;
+                    by_heads(&change, matrices, weights.head_dim, -rate)?
                 }
+                _ => (matrices.iter().zip(of_matrices))
+                    .map(|(gradient, memory)| ahead(gradient, &mut memory[0]))
+                    .collect::<Result<_>>()?,
+            };
+            for (&gradient, memory) in others.iter().zip(of_others) {
                 for ((sum, new), beta) in
                     memory.iter_mut().zip([gradient.clone(), gradient.sqr()?]).zip(BETAS)
                 {
                     *sum = combined(sum, beta, &new, 1.0)?;
                 }
-                &memory[0] / (memory[1].sqrt()? + EPSILON / root)?
-            };
-            gradients.tensors().zip(memory).enumerate().map(change).collect()
+                changes.push((&memory[0] / (memory[1].sqrt()? + EPSILON / root)?)?);
+            }
+            Ok(changes)
         });
         let mut changes: Vec<Vec<Tensor>> = changes.collect::<Result<_>>()?;
-        match self {
-            Self::Muon => all_orthogonal(&mut changes, precision)?,
-            Self::MuonByHead => {
-                for (changes, weights) in changes.iter_mut().zip(weights) {
-                    by_heads(&mut changes[..MATRICES], weights.head_dim)?;
-                }
-            }
-            Self::AdamW => {}
+        if self == Self::Muon {
+            all_orthogonal(&mut changes, -rate, precision)?;
         }
         let moved = weights.iter().zip(changes).map(|(weights, changes)| {
             let (mut changes, attention) = (changes.iter().enumerate(), weights.of_attention());
             weights.map(|weight| match changes.next() {
-                Some((i, change)) if self.orthogonal(i) => combined(weight, 1.0, change, -rate),
+                Some((i, change)) if self.orthogonal(i) => combined(weight, 1.0, change, 1.0),
                 Some((i, change)) => {
                     let rate = if i < attention { rate } else { rate * REST_RATE };
                     combined(weight, 1.0, change, -rate * mean / root)
@@ -125,8 +129,14 @@ const OUTPUTS: usize = MATRICES - 1;
 /// Numbers of matrices that are made orthogonal at once.
 const AT_ONCE: usize = 1 << 26;
 
+/// What is made orthogonal, but for a factor: the momentum, which takes a gradient in, and that gradient once more.
+fn ahead(gradient: &Tensor, momentum: &mut Tensor) -> Result<Tensor> {
+    *momentum = combined(momentum, 1.0 - FRESH, gradient, 1.0)?;
+    combined(gradient, 1.0, momentum, 1.0 - FRESH)
+}
+
 /// [`orthogonal`] of all matrices of some layers, those of one shape side by side.
-fn all_orthogonal(layers: &mut [Vec<Tensor>], precision: Precision) -> Result<()> {
+fn all_orthogonal(layers: &mut [Vec<Tensor>], rate: f64, precision: Precision) -> Result<()> {
     let mut alike: BTreeMap<(usize, usize), Vec<(usize, usize)>> = BTreeMap::new();
     for (layer, tensors) in layers.iter().enumerate() {
         for (i, matrix) in tensors[..MATRICES].iter().enumerate() {
@@ -136,7 +146,7 @@ fn all_orthogonal(layers: &mut [Vec<Tensor>], precision: Precision) -> Result<()
     for ((a, b), places) in alike {
         for places in places.chunks((AT_ONCE / (a * b).max(1)).max(1)) {
             let matrices: Vec<&Tensor> = places.iter().map(|&(layer, i)| &layers[layer][i]).collect();
-            let turned = orthogonal(&Tensor::stack(&matrices, 0)?, precision)?;
+            let turned = orthogonal(&Tensor::stack(&matrices, 0)?, rate, precision)?;
             for (n, &(layer, i)) in places.iter().enumerate() {
                 layers[layer][i] = turned.get(n)?;
             }
@@ -145,31 +155,37 @@ fn all_orthogonal(layers: &mut [Vec<Tensor>], precision: Precision) -> Result<()
     Ok(())
 }
 
-/// [`orthogonal`] of every head of a layer's matrices, all at once: rows of queries, keys and values, columns of outputs.
-fn by_heads(matrices: &mut [Tensor], h: usize) -> Result<()> {
-    let turned =
-        |i: usize, matrix: &Tensor| if i == OUTPUTS { matrix.t()?.contiguous() } else { Ok(matrix.clone()) };
-    let rows: Vec<Tensor> = matrices.iter().enumerate().map(|(i, m)| turned(i, m)).collect::<Result<_>>()?;
-    let all = Tensor::cat(&rows, 0)?;
-    let (heads, d) = (all.dim(0)? / h, all.dim(1)?);
-    let all = orthogonal(&all.reshape((heads, h, d))?, Precision::F32)?.reshape((heads * h, d))?;
-    let mut first = 0;
-    for (i, (matrix, rows)) in matrices.iter_mut().zip(rows).enumerate() {
-        *matrix = turned(i, &all.narrow(0, first, rows.dim(0)?)?)?;
-        first += rows.dim(0)?;
-    }
-    Ok(())
+/// The heads of a layer's matrices as rows, one after the other: rows of queries, keys and values, columns of outputs.
+fn all_heads(matrices: &[&Tensor]) -> Result<Tensor> {
+    let (outputs, rows) = (matrices[OUTPUTS].t()?.contiguous()?, &matrices[..OUTPUTS]);
+    Tensor::cat(&[rows, &[&outputs]].concat(), 0)
 }
 
-/// Of each of some matrices, (n, a, b), roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration, as
+/// [`orthogonal`] of every one of [`all_heads`], as the matrices lie of which these were.
+fn by_heads(all: &Tensor, matrices: &[&Tensor], h: usize, rate: f64) -> Result<Vec<Tensor>> {
+    let (rows, d) = all.dims2()?;
+    let all = orthogonal(&all.reshape((rows / h, h, d))?, rate, Precision::F32)?.reshape((rows, d))?;
+    let mut first = 0;
+    let part = |(i, matrix): (usize, &&Tensor)| {
+        let rows = matrix.elem_count() / d;
+        let part = all.narrow(0, first, rows)?;
+        first += rows;
+        if i == OUTPUTS { part.t()?.contiguous() } else { Ok(part) }
+    };
+    matrices.iter().enumerate().map(part).collect()
+}
+
+/// Of each of some matrices, (n, a, b), roughly the nearest whose singular values are all 1, by a Newton–Schulz iteration, `rate` times as
 /// large as a step of Adam. The iteration is a polynomial of the Gram matrix times the matrix: where that is much longer than
 /// wide, the polynomial alone is iterated, on the short side.
-fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
+fn orthogonal(matrices: &Tensor, rate: f64, precision: Precision) -> Result<Tensor> {
     let (_, a, b) = matrices.dims3()?;
     let wide = if a <= b { matrices.clone() } else { matrices.t()?.contiguous()? };
     // Rows first: on a GPU a sum of all at once is one block's work.
-    let norm = (wide.sqr()?.sum_keepdim(2)?.sum_keepdim(1)?.sqrt()? + 1e-7)?;
-    let x = wide.broadcast_div(&norm)?;
+    let length = wide.sqr()?.sum_keepdim(2)?.sum_keepdim(1)?.sqrt()?;
+    // So long that the polynomial's last coefficient is 1.
+    let size = POLYNOMIAL[2].powf(0.25);
+    let x = wide.broadcast_div(&length.affine(size.recip(), 1e-7)?)?;
     // Elsewhere products may be rounded, which the square of a matrix does not bear.
     let exact = x.device().is_cpu();
     let x = match (exact, precision) {
@@ -177,7 +193,7 @@ fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
         (false, Precision::Bf16) => by_rounded(&x)?,
         _ => by_matrix(x)?,
     };
-    let x = times(x, MUON_STEP * (a.max(b) as f64).sqrt())?;
+    let x = times(x, rate * MUON_STEP * (a.max(b) as f64).sqrt() / size)?;
     if a <= b { Ok(x) } else { x.t()?.contiguous() }
 }
 
@@ -185,12 +201,12 @@ fn orthogonal(matrices: &Tensor, precision: Precision) -> Result<Tensor> {
 /// round, of a · b two.
 const LONG: usize = 4;
 
-/// Rounds X ← (c₁ + c₃ Y + c₅ Y²) X, Y = X Xᵀ.
+/// Rounds X ← (c₁ + c₃ Y + c₅ Y²) X, Y = X Xᵀ, of and to c₅^¼ X: so Y comes √c₅ times as large, and Y² is as it is wanted.
 fn by_matrix(mut x: Tensor) -> Result<Tensor> {
     let [first, third, fifth] = POLYNOMIAL;
     for _ in 0..ROUNDS {
         let y = x.matmul(&x.t()?)?;
-        let z = combined(&y, third, &y.matmul(&y)?, fifth)?;
+        let z = combined(&y, third / fifth.sqrt(), &y.matmul(&y)?, 1.0)?;
         x = combined(&x, first, &z.matmul(&x)?, 1.0)?;
     }
     Ok(x)
@@ -208,7 +224,7 @@ fn by_gram(x: &Tensor) -> Result<Tensor> {
     let unit = Tensor::eye(y.dim(1)?, y.dtype(), y.device())?.broadcast_as(y.shape())?.contiguous()?;
     let mut all: Option<Tensor> = None;
     for round in 1..=ROUNDS {
-        let z = combined(&y, third, &y.matmul(&y)?, fifth)?;
+        let z = combined(&y, third / fifth.sqrt(), &y.matmul(&y)?, 1.0)?;
         let z = combined(&z, 1.0, &unit, first)?;
         if round < ROUNDS {
             y = z.matmul(&y)?.matmul(&z)?;
@@ -221,6 +237,7 @@ fn by_gram(x: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+    use ndarray::Array2;
 
     use super::*;
 
@@ -228,11 +245,15 @@ mod tests {
         (0..n).map(|i| ((i * 7919 + seed * 104_729 + i * i * 31) % 1009) as f32 / 504.0 - 1.0).collect()
     }
 
+    fn matrix(rows: usize, seed: usize) -> Tensor {
+        Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap()
+    }
+
     #[test]
     fn an_orthogonal_step_has_singular_values_near_one() {
         for (a, b) in [(4, 12), (12, 4)] {
             let matrix = Tensor::from_vec(numbers(a * b, 1), (1, a, b), &Device::Cpu).unwrap();
-            let made = orthogonal(&matrix, Precision::F32)
+            let made = orthogonal(&matrix, 1.0, Precision::F32)
                 .unwrap()
                 .squeeze(0)
                 .unwrap()
@@ -272,16 +293,14 @@ mod tests {
 
     #[test]
     fn heads_one_by_one_are_what_each_is_alone() {
-        let matrix =
-            |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
         let of = [matrix(6, 5), matrix(2, 6), matrix(2, 7), matrix(6, 8).t().unwrap().contiguous().unwrap()];
-        let mut found = of.clone();
-        by_heads(&mut found, 2).unwrap();
+        let matrices: Vec<&Tensor> = of.iter().collect();
+        let found = by_heads(&all_heads(&matrices).unwrap(), &matrices, 2, 1.0).unwrap();
         for (i, (of, found)) in of.iter().zip(&found).enumerate() {
             for head in 0..of.elem_count() / 16 {
                 let dim = usize::from(i == OUTPUTS);
                 let alone = of.narrow(dim, 2 * head, 2).unwrap().contiguous().unwrap().unsqueeze(0).unwrap();
-                let alone = orthogonal(&alone, Precision::F32).unwrap().squeeze(0).unwrap();
+                let alone = orthogonal(&alone, 1.0, Precision::F32).unwrap().squeeze(0).unwrap();
                 let apart = (alone - found.narrow(dim, 2 * head, 2).unwrap()).unwrap().abs().unwrap();
                 assert!(apart.max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-6, "{i}, {head}");
             }
@@ -290,8 +309,6 @@ mod tests {
 
     #[test]
     fn layers_side_by_side_are_what_each_is_alone() {
-        let matrix =
-            |rows: usize, seed| Tensor::from_vec(numbers(rows * 8, seed), (rows, 8), &Device::Cpu).unwrap();
         let layer = |kv: usize, seed| LayerWeights {
             matrices: [matrix(8, seed), matrix(kv, seed + 1), matrix(kv, seed + 2), matrix(8, seed + 3)],
             biases: [Some(Tensor::from_vec(numbers(8, seed), 8, &Device::Cpu).unwrap()), None, None, None],
@@ -314,6 +331,36 @@ mod tests {
                         assert!(apart.to_scalar::<f32>().unwrap() < 1e-6, "{descent:?}, {n}");
                     }
                 }
+            }
+        }
+    }
+
+    /// `M ← μ M + (1 − μ) G`, and the step goes by the iteration of `(1 − μ) G + μ M`, over its length at the start.
+    #[test]
+    fn muon_is_its_definition() {
+        let layer = |seed: usize| LayerWeights {
+            matrices: [(); 4].map(|()| matrix(3, seed)),
+            biases: [None, None, None, None],
+            rest: Vec::new(),
+            head_dim: 1,
+        };
+        let of = |numbers: Vec<f32>| Array2::from_shape_vec((3, 8), numbers).unwrap().mapv(f64::from);
+        let (mut weights, mut w, mut m) = (layer(1), of(numbers(24, 1)), Array2::<f64>::zeros((3, 8)));
+        let mut memory = Descent::Muon.memory(&weights).unwrap();
+        for step in 0..3 {
+            let g = of(numbers(24, step + 2));
+            weights = Descent::Muon.step(&weights, &layer(step + 2), &mut memory, step as u64, 0.1).unwrap();
+            m = &m * 0.95 + &g * 0.05;
+            let mut x = &g * 0.05 + &m * 0.95;
+            x /= x.mapv(|v| v * v).sum().sqrt();
+            for _ in 0..5 {
+                let y = x.dot(&x.t());
+                x = &x * 3.4445 + (&y * -4.7750 + y.dot(&y) * 2.0315).dot(&x);
+            }
+            w = &w - &(x * (0.1 * 0.2 * 8f64.sqrt()));
+            for found in weights.tensors() {
+                let apart = of(found.flatten_all().unwrap().to_vec1().unwrap()) - &w;
+                assert!(apart.iter().all(|apart| apart.abs() < 1e-5), "{step}: {apart}");
             }
         }
     }

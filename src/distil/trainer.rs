@@ -1,7 +1,6 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use crate::descent::{Descent, Memory};
 use crate::error::Result;
@@ -109,10 +108,12 @@ impl<'a> Trainer<'a> {
         sums: &mut [Option<LayerWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let entered = texts.par_iter().map(|tokens| source.embed(tokens, pass));
-        let theirs = source.through(0, entered.collect::<Result<_, _>>()?, pass)?;
-        let forward = |(theirs, inputs): (Tensor, Vec<Tensor>)| {
-            let theirs = source.last(&theirs)?;
+        let entered = source.each(texts, |tokens| source.embed(tokens, pass))?;
+        let theirs = source.through(0, entered, pass)?;
+        let both: Vec<(Tensor, Vec<Tensor>)> =
+            theirs.into_iter().zip(model.layer_inputs(texts, pass)?).collect();
+        let forward = model.each(&both, |(theirs, inputs)| {
+            let theirs = source.last(theirs)?;
             let last = &inputs[model.n_layers()];
             let own = model.last(last)?;
             let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
@@ -122,32 +123,23 @@ impl<'a> Trainer<'a> {
                 gradient = combined(&gradient, 1.0, &off, 1.0)?;
             }
             let gradient = model.last_backward(last, &times(gradient, share)?)?;
-            Ok((divergences, inputs, gradient))
-        };
-        let both = theirs.into_par_iter().zip(model.layer_inputs(texts, pass)?);
-        let forward = both.map(forward).collect::<Result<Vec<_>, RuntimeError>>()?;
-        let (mut divergence, mut inputs, mut gradients) = (0.0, Vec::new(), Vec::new());
-        for (found, of, gradient) in forward {
-            divergence += found.into_iter().sum::<f64>();
-            inputs.push(of);
-            gradients.push(gradient);
-        }
+            Ok((divergences.into_iter().sum::<f64>(), gradient))
+        })?;
+        let divergence = forward.iter().map(|(divergence, _)| divergence).sum();
+        let ways = both.into_iter().zip(forward).map(|((_, inputs), (_, gradient))| (inputs, gradient, None));
+        let mut ways: Vec<(Vec<Tensor>, Tensor, Option<LayerWeights>)> = ways.collect();
         for (i, sum) in sums.iter_mut().enumerate().rev() {
-            let layer = |(inputs, gradient): (&mut Vec<Tensor>, &Tensor)| {
+            model.share_out(&mut ways, |(inputs, gradient, weights)| {
                 inputs.truncate(i + 1);
-                model.backward(i, &inputs[i], gradient, pass, Some(self.trained))
-            };
-            let back = inputs.par_iter_mut().zip(&gradients).map(layer);
-            let back = back.collect::<Result<Vec<_>, RuntimeError>>()?;
-            gradients.clear();
-            for back in back {
-                gradients.push(back.input);
-                if let Some(weights) = back.weights {
-                    *sum = Some(match sum.take() {
-                        Some(sum) => sum.plus(&weights)?,
-                        None => weights,
-                    });
-                }
+                let back = model.backward(i, &inputs[i], gradient, pass, Some(self.trained))?;
+                (*gradient, *weights) = (back.input, back.weights);
+                Ok(())
+            })?;
+            for weights in ways.iter_mut().filter_map(|(_, _, weights)| weights.take()) {
+                *sum = Some(match sum.take() {
+                    Some(sum) => sum.plus(&weights)?,
+                    None => weights,
+                });
             }
         }
         Ok(divergence)
@@ -167,12 +159,11 @@ impl<'a> Trainer<'a> {
             if i == self.theirs.len() && kept <= self.model.kept() {
                 self.theirs.push(theirs.clone());
             }
-            let of = |(theirs, own): (Tensor, Tensor)| {
-                let own = self.model.last(&own)?;
-                self.model.divergences(&self.source.last(&theirs)?, &own)
+            let both: Vec<(Tensor, Tensor)> = theirs.into_iter().zip(last(&self.model)?).collect();
+            let of = |(theirs, own): &(Tensor, Tensor)| {
+                self.model.divergences(&self.source.last(theirs)?, &self.model.last(own)?)
             };
-            let both = theirs.into_par_iter().zip(last(&self.model)?);
-            for divergences in both.map(of).collect::<Result<Vec<_>, _>>()? {
+            for divergences in self.model.each(&both, of)? {
                 let predicted = divergences.chunks(length).flat_map(|window| &window[..length - 1]);
                 (sum, tokens) =
                     predicted.fold((sum, tokens), |(sum, n), divergence| (sum + divergence, n + 1));

@@ -2,7 +2,6 @@
 
 use candle_core::{D, Tensor};
 use rand::Rng;
-use rayon::prelude::*;
 
 use super::pairs::PairSensitivity;
 use super::sensitivity::{Sensitivity, measured, not_finite};
@@ -59,13 +58,15 @@ impl Sensitivity {
         run.step("sensitivity", 0, total)?;
         let pass = model.pass(trial.windows.length(), 0)?;
         let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
-        let mut inputs = model.layer_inputs(&texts, &pass)?;
+        let inputs = model.layer_inputs(&texts, &pass)?;
         let tokens = trial.windows.tokens().len();
         let draws = TOKENS.div_ceil(tokens).min(MOST_DRAWS);
-        let ways = inputs.par_drain(..).zip(&texts).enumerate();
-        let ways =
-            ways.map(|(i, (inputs, tokens))| Way::there(model, inputs, tokens, draws, run.fork(i as u64)));
-        let mut texts = ways.collect::<Result<Vec<_>, _>>()?;
+        let mut texts = {
+            let there: Vec<_> = inputs.into_iter().zip(&texts).enumerate().collect();
+            model.each(&there, |(i, (inputs, tokens))| {
+                Way::there(model, inputs.clone(), tokens, draws, run.fork(*i as u64))
+            })?
+        };
         let mut estimates = vec![Vec::new(); layers];
         let mut both = PairSensitivity::default();
         // Those of the layer that was gone through last and the one below: this one's part is yet to come.
@@ -81,13 +82,13 @@ impl Sensitivity {
             };
             let alone: Vec<&Model> = models.iter().chain(lower.iter().map(|(_, model)| model)).collect();
             let above: Vec<&Model> = upper.iter().map(|(_, model)| model).collect();
-            let sums = texts.par_iter_mut().map(|way| way.back(model, i, [&alone, &above], &pass));
-            let sums = sums.collect::<Result<Vec<_>, _>>()?;
+            model.share_out(&mut texts, |way| way.back(model, i, [&alone, &above], &pass))?;
             let ks = partitions.iter().map(|partition| partition.n_groups());
             let ks: Vec<usize> = ks.chain(lower.iter().chain(&upper).map(|(k, _)| *k)).collect();
             for (n, &k) in ks.iter().enumerate() {
                 // In the order of the text, on however many threads.
-                let estimate = 0.5 * sums.iter().map(|of| of[n]).sum::<f64>() / (draws * tokens) as f64;
+                let estimate =
+                    0.5 * texts.iter().map(|way| way.sums[n]).sum::<f64>() / (draws * tokens) as f64;
                 if !estimate.is_finite() {
                     return Err(not_finite(i, k));
                 }
@@ -119,6 +120,8 @@ struct Way {
     given: Tensor,
     /// Its gradient, (T, d), for every time that labels were drawn.
     gradients: Vec<Tensor>,
+    /// What the layer that it has gone through last would cost, for each model.
+    sums: Vec<f64>,
 }
 
 impl Way {
@@ -137,18 +140,18 @@ impl Way {
             Ok(model.last_backward(&given, &model.drawn_gradient(&own, &draw)?)?)
         };
         let gradients = (0..draws).map(|_| drawn()).collect::<Result<_, RuntimeError>>()?;
-        Ok(Self { inputs, given, gradients })
+        Ok(Self { inputs, given, gradients, sums: Vec::new() })
     }
 
     /// Back through layer `i`: for each model in which that layer alone is shared, and then for each in which it reads the layer below,
-    /// `Σ_b (Σ_{t ∈ b} g_t · δ_t)²`, summed over what was drawn.
+    /// `Σ_b (Σ_{t ∈ b} g_t · δ_t)²`, summed over what was drawn, into `sums`.
     fn back(
         &mut self,
         model: &Model,
         i: usize,
         [shared, above]: [&[&Model]; 2],
         pass: &Pass,
-    ) -> Result<Vec<f64>, RuntimeError> {
+    ) -> Result<(), RuntimeError> {
         let x = self.inputs.pop().ok_or(Error::NoLayer { layer: i, layers: i })?;
         let input = model.attention_input(i, &x)?;
         let below = match self.inputs.last().filter(|_| !above.is_empty()) {
@@ -171,11 +174,11 @@ impl Way {
         let alone = shared.iter().map(|shared| of(shared.attend(i, &input, pass)?));
         let across = below.iter().flat_map(|below| above.iter().map(move |above| (above, below)));
         let across = across.map(|(above, below)| of(above.attend_above(i, [below, &input], pass)?));
-        let sums = alone.chain(across).collect::<Result<Vec<f64>, RuntimeError>>()?;
+        self.sums = alone.chain(across).collect::<Result<_, RuntimeError>>()?;
         for gradient in &mut self.gradients {
             *gradient = model.backward(i, &x, gradient, pass, None)?.input;
         }
         self.given = x;
-        Ok(sums)
+        Ok(())
     }
 }

@@ -242,8 +242,7 @@ impl Tally {
         self.read += part.tokens.len() as u64;
         self.windows += (part.tokens.len() / part.window) as u64;
         self.timed(|| {
-            let logits = last[part.tensors.clone()].par_iter().map(|x| model.head(x));
-            let logits = logits.collect::<Result<Vec<_>, _>>()?;
+            let logits = model.each(&last[part.tensors.clone()], |x| model.head(x))?;
             logits.iter().try_for_each(|part| part.device().synchronize())?;
             Ok(logits)
         })

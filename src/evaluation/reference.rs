@@ -1,5 +1,4 @@
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::trial::Reading;
 use super::{Evaluation, Part, Tally, comparable};
@@ -94,8 +93,7 @@ impl<'a> Reference<'a> {
         [own, theirs]: [&[Tensor]; 2],
     ) -> Result<(), RuntimeError> {
         for part in Part::all(model, tokens, own, self.read.windows.length()) {
-            let source = theirs[part.tensors.clone()].par_iter().map(|x| self.model.head(x));
-            let source = source.collect::<Result<Vec<_>, _>>()?;
+            let source = self.model.each(&theirs[part.tensors.clone()], |x| self.model.head(x))?;
             let logits = tally.logits(model, &part, own)?;
             tally.add(&part, &logits, Some(&source))?;
         }

@@ -39,7 +39,8 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts, run: Run<'_>) -> Res
     let steps = (epochs * texts.count()).div_ceil(batch) as u64;
     let mut order = Order::new(texts.count(), run);
     let apart = if few { (batch * length / ASKED).clamp(1, APART) } else { 1 };
-    let all: Vec<Asked> = (0..apart).map(|first| Asked::every(apart, first, &texts.pass)).collect();
+    let all = (0..apart).map(|first| model.asked(i, apart, first, &texts.pass));
+    let all: Vec<Asked> = all.collect::<Result<_, _>>()?;
     for step in 0..steps {
         let asked = &all[step as usize % apart];
         let gradients = texts.map(&model, i, &order.batch(step, batch), |text| {

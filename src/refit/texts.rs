@@ -1,7 +1,6 @@
 //! A text on its way through a source and the model that is made of it.
 
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 
 use crate::error::Result;
 use crate::runtime::{Joint, Model, Pass, combined, squared_lengths, weighed};
@@ -59,15 +58,9 @@ impl Texts {
     /// The numbers of all windows, in parts of as many as are computed at once.
     pub(super) fn parts(&self, model: &Model) -> impl Iterator<Item = Vec<usize>> + use<> {
         let abreast = model.abreast(self.pass.positions().len());
-        let (at_once, count) =
-            (self.at_once(model).min(abreast * rayon::current_num_threads()), self.count());
+        let texts = if model.shares_out() { rayon::current_num_threads() } else { 1 };
+        let (at_once, count) = (abreast * texts, self.count());
         (0..count).step_by(at_once).map(move |first| (first..count.min(first + at_once)).collect())
-    }
-
-    /// Windows that are computed at the same time.
-    fn at_once(&self, model: &Model) -> usize {
-        let length = self.pass.positions().len();
-        model.abreast(length).saturating_mul(if model.shares_out() { model.at_once(length) } else { 1 })
     }
 
     /// Lets the source go through the attention of layer `i`.
@@ -108,30 +101,27 @@ impl Texts {
         })
     }
 
-    /// Changes all windows, some at a time.
+    /// Changes all windows, as many as one as are computed abreast.
     fn each(
         &mut self,
         model: &Model,
-        change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync,
+        change: impl Fn(&mut [Window], &Pass, DType) -> Result<(), RuntimeError> + Sync + Send,
     ) -> Result<(), RuntimeError> {
-        let at_once = self.at_once(model);
         let (pass, held, abreast) = (&self.pass, self.held, model.abreast(self.pass.positions().len()));
-        self.windows.chunks_mut(at_once).try_for_each(|windows| {
-            windows.par_chunks_mut(abreast).try_for_each(|windows| change(windows, pass, held))
-        })
+        let mut texts: Vec<&mut [Window]> = self.windows.chunks_mut(abreast).collect();
+        model.share_out(&mut texts, |windows| change(windows, pass, held))
     }
 
-    /// What is made of each of the windows with these numbers as layer `i`, which was entered, meets them; some at a time, in
-    /// their order.
+    /// What is made of each of the windows with these numbers as layer `i`, which was entered, meets them; in their order.
     pub(super) fn map<T: Send>(
         &self,
         model: &Model,
         i: usize,
         windows: &[usize],
-        make: impl Fn(&Text) -> Result<T, RuntimeError> + Sync,
+        make: impl Fn(&Text) -> Result<T, RuntimeError> + Sync + Send,
     ) -> Result<Vec<T>, RuntimeError> {
         let joint = model.joint(i)?;
-        let text = |chosen: &[usize]| {
+        let text = |chosen: &&[usize]| {
             let chosen: Vec<&Window> = chosen.iter().map(|&n| &self.windows[n]).collect();
             let (source, stream) =
                 (joined(chosen.iter().map(|w| &w.source))?, joined(chosen.iter().map(|w| &w.merged))?);
@@ -153,12 +143,7 @@ impl Texts {
             make(&Text { input: model.attention_input(i, &stream)?, target, weight })
         };
         let abreast = model.abreast(self.pass.positions().len());
-        let mut made = Vec::with_capacity(windows.len().div_ceil(abreast));
-        for windows in windows.chunks(self.at_once(model)) {
-            let part = windows.par_chunks(abreast).map(text);
-            made.extend(part.collect::<Result<Vec<_>, RuntimeError>>()?);
-        }
-        Ok(made)
+        model.each(&windows.chunks(abreast).collect::<Vec<_>>(), text)
     }
 
     /// The error of the attention output of layer `i` on at most [`JUDGED`] windows, as a share of the energy of what it should be, by the

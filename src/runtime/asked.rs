@@ -1,6 +1,6 @@
 //! Attention that some tokens of every window ask for: gradients of a layer's weights for a fraction of the work.
 
-use candle_core::{Result as Candle, Tensor};
+use candle_core::{Device, Result as Candle, Tensor};
 
 use super::attention::Attention;
 use super::layer::linear;
@@ -10,32 +10,37 @@ use super::rope::Rope;
 use super::weights::LayerWeights;
 use super::{Model, RuntimeError};
 
-/// Every n-th token of a window, from one on: those whose queries are computed, while all tokens have keys and values.
+/// Every n-th token of a window, from one on: those whose queries a layer computes, while all tokens have keys and values.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
-    /// Places in the window, ascending.
-    places: Vec<u32>,
+    /// Places in the window, ascending, on the device; `None` where all are asked.
+    places: Option<Tensor>,
     /// Where they stand.
     positions: Vec<usize>,
+    /// How their queries turn.
+    turn: Rope,
     /// What hides keys from them.
     mask: KeptMask,
 }
 
 impl Asked {
-    /// Those of a pass.
-    pub(crate) fn every(n: usize, first: usize, pass: &Pass) -> Self {
+    /// Those of a pass, for a layer that turns as `rope` does.
+    fn every([n, first]: [usize; 2], pass: &Pass, rope: &Rope, device: &Device) -> Candle<Self> {
         let places: Vec<u32> =
             (first..pass.positions().len()).step_by(n.max(1)).map(|place| place as u32).collect();
-        let positions = places.iter().map(|&place| pass.positions()[place as usize]).collect();
-        Self { places, positions, mask: KeptMask::default() }
+        let positions: Vec<usize> = places.iter().map(|&place| pass.positions()[place as usize]).collect();
+        let all = positions.len() == pass.positions().len();
+        let places = if all { None } else { Some(Tensor::new(places, device)?) };
+        let turn = places.as_ref().map_or(Ok(rope.clone()), |places| rope.at(places))?;
+        Ok(Self { places, positions, turn, mask: KeptMask::default() })
     }
 
     /// Their rows of windows of T tokens, (B·T, d) → (B·t, d).
     pub(crate) fn rows(&self, all: &Tensor, pass: &Pass) -> Candle<Tensor> {
+        let Some(places) = &self.places else { return Ok(all.clone()) };
         let (n, d) = all.dims2()?;
         let tokens = pass.positions().len();
-        let places = Tensor::new(&self.places[..], all.device())?;
-        all.reshape((n / tokens, tokens, d))?.index_select(&places, 1)?.reshape(((), d))
+        all.reshape((n / tokens, tokens, d))?.index_select(places, 1)?.reshape(((), d))
     }
 }
 
@@ -50,7 +55,7 @@ impl Attention {
         gradient: impl FnOnce(&Tensor) -> Candle<Tensor>,
     ) -> Candle<LayerWeights> {
         let (n_q, k, h) = (self.query_heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim);
-        let (len, turn) = (pass.positions().len(), rope.at(&asked.places)?);
+        let (len, turn) = (pass.positions().len(), &asked.turn);
         let own = asked.rows(x, pass)?;
         let part = |from: usize, n: usize, x: &Tensor| {
             let bias = self.bias.as_ref().map(|bias| bias.narrow(0, from, n)).transpose()?;
@@ -68,7 +73,7 @@ impl Attention {
         let [normed_query, normed_key] = self.norms.of([&query, &key])?;
         let normed_query = times(normed_query, self.scale_after)?;
         let turned = [
-            turn.apply(&heads(&normed_query, asked.places.len())?)?,
+            turn.apply(&heads(&normed_query, asked.positions.len())?)?,
             rope.apply(&heads(&normed_key, len)?)?,
             heads(&value, len)?,
         ];
@@ -93,6 +98,11 @@ impl Attention {
 }
 
 impl Model {
+    /// Every n-th token, from one on, for layer `i`.
+    pub(crate) fn asked(&self, i: usize, n: usize, first: usize, pass: &Pass) -> Result<Asked, RuntimeError> {
+        Ok(Asked::every([n, first], pass, pass.rope(i), self.place())?)
+    }
+
     /// Gradients of the weights of the attention of layer `i` on `input`, (N, d), where `gradient` makes that of its output at the tokens
     /// asked for, (B·t, d), of that output.
     pub(crate) fn attention_backward(
@@ -111,7 +121,6 @@ impl Model {
 mod tests {
     use std::path::Path;
 
-    use candle_core::Device;
     use ndarray::{Array1, Array2, Array3};
 
     use super::*;
@@ -132,7 +141,7 @@ mod tests {
     ) -> Candle<LayerWeights> {
         let (kept, output) = attention.kept(input, pass, rope)?;
         let len = pass.positions().len();
-        let share = |row: usize| if asked.places.contains(&((row % len) as u32)) { 1.0f32 } else { 0.0 };
+        let share = |row: usize| if asked.positions.contains(&(row % len)) { 1.0f32 } else { 0.0 };
         let shares: Vec<f32> = (0..output.dim(0)?).map(share).collect();
         let shares = Tensor::from_vec(shares, (output.dim(0)?, 1), output.device())?;
         let gradient = output.broadcast_mul(&shares)?;
@@ -143,7 +152,7 @@ mod tests {
     #[track_caller]
     fn agree(attention: &Attention, input: &Tensor, pass: &Pass, rope: &Rope) {
         for (n, first) in [(1, 0), (2, 1), (4, 3), (20, 5)] {
-            let asked = Asked::every(n, first, pass);
+            let asked = Asked::every([n, first], pass, rope, &Device::Cpu).unwrap();
             let found =
                 attention.backward_at(input, &asked, pass, rope, |output| Ok(output.clone())).unwrap();
             let expected = slowly(attention, input, &asked, pass, rope).unwrap();

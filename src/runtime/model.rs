@@ -179,8 +179,7 @@ impl Model {
     pub fn logits(&self, tokens: ArrayView2<'_, u32>) -> Result<Array3<f32>, RuntimeError> {
         let (batch, len) = tokens.dim();
         let flat: Vec<u32> = tokens.iter().copied().collect();
-        let parts = self.rows(&flat, batch)?.into_par_iter().map(|x| numbers(&self.head(&x)?));
-        let parts: Vec<Vec<f32>> = parts.collect::<Result<_, RuntimeError>>()?;
+        let parts = self.each(&self.rows(&flat, batch)?, |x| numbers(&self.head(x)?))?;
         self.shaped(parts.concat(), batch, len)
     }
 
@@ -207,7 +206,7 @@ impl Model {
     ) -> Result<Vec<Tensor>, RuntimeError> {
         let mut texts: Vec<(Tensor, Option<Handed>)> = texts.into_iter().map(|x| (x, None)).collect();
         for i in from..self.n_layers() {
-            self.share_out(pass.positions.len(), &mut texts, |(x, below)| {
+            self.share_out(&mut texts, |(x, below)| {
                 *x = self.step(i, x, pass, None, below)?;
                 Ok(())
             })?;
@@ -231,13 +230,11 @@ impl Model {
         texts: &[&[u32]],
         pass: &Pass,
     ) -> Result<Vec<Vec<Tensor>>, RuntimeError> {
-        let first = texts.par_iter().map(|tokens| Ok(vec![self.embed(tokens, pass)?]));
-        let mut inputs = first.collect::<Result<Vec<_>, RuntimeError>>()?;
+        let mut inputs = self.each(texts, |tokens| Ok(vec![self.embed(tokens, pass)?]))?;
         for i in 0..self.n_layers() {
-            inputs.par_iter_mut().try_for_each(|inputs| {
-                let next = self.layer(i, &inputs[i], pass)?;
-                inputs.push(next);
-                Ok::<_, RuntimeError>(())
+            self.share_out(&mut inputs, |inputs| {
+                inputs.push(self.layer(i, &inputs[i], pass)?);
+                Ok(())
             })?;
         }
         Ok(inputs)
@@ -339,7 +336,7 @@ impl Model {
 
     /// Some texts, (N, d) each, through layer `i`, which has keys and values of its own.
     pub(crate) fn pass_layer(&self, i: usize, texts: &mut [Tensor], pass: &Pass) -> Result<(), RuntimeError> {
-        self.share_out(pass.positions.len(), texts, |x| {
+        self.share_out(texts, |x| {
             *x = self.layer(i, x, pass)?;
             Ok(())
         })

@@ -14,9 +14,6 @@ const GPU_BATCH_TOKENS: usize = 1 << 14;
 const GPU_BATCH_LOGITS: usize = 1 << 28;
 /// Tokens that go through a layer together where it has to be read for them.
 const STORED_TOKENS: usize = 1 << 14;
-/// Numbers of the stream that go through such a layer at the same time: a layer makes some 16 of each on the way, and products with
-/// weights of that size are work for several threads.
-const STORED_AT_ONCE: usize = 1 << 22;
 /// Windows whose inputs of all layers are held for the way back, on the CPU.
 const HELD_WINDOWS: usize = 4;
 /// Numbers of the source that are kept for the next time.
@@ -53,28 +50,35 @@ impl Model {
         (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
     }
 
-    /// Whether texts share out over the threads. On a GPU they queue up one behind the other, and each that waits takes memory.
+    /// Whether texts are computed at the same time, shared out over the threads. Not on a GPU: there they queue up one behind the other,
+    /// and each that waits takes memory. Nor where the weights stay in files: such a model is so large that one text is work for all
+    /// threads, and what each thread has ever computed in, the system's allocator keeps for that thread.
     pub(crate) fn shares_out(&self) -> bool {
-        self.device.is_cpu()
+        self.device.is_cpu() && matches!(*self.shelf, Shelf::Held { .. })
     }
 
-    /// Rows of `len` tokens that are computed at the same time: as many as there are, unless the weights stay in files: then the model
-    /// is so large that a few rows are work for all threads.
-    pub(crate) fn at_once(&self, len: usize) -> usize {
-        match *self.shelf {
-            Shelf::Held { .. } => usize::MAX,
-            Shelf::Stored { .. } => (STORED_AT_ONCE / (len * self.width()).max(1)).max(1),
-        }
-    }
-
-    /// Changes all of some texts, each of as many rows of `len` tokens as are computed as one.
+    /// Changes all of some texts, each of as many rows as are computed as one.
     pub(crate) fn share_out<T: Send>(
         &self,
-        len: usize,
         texts: &mut [T],
-        change: impl Fn(&mut T) -> Result<(), RuntimeError> + Sync,
+        change: impl Fn(&mut T) -> Result<(), RuntimeError> + Sync + Send,
     ) -> Result<(), RuntimeError> {
-        texts.chunks_mut(self.at_once(len)).try_for_each(|texts| texts.par_iter_mut().try_for_each(&change))
+        if self.shares_out() {
+            return texts.par_iter_mut().try_for_each(change);
+        }
+        texts.iter_mut().try_for_each(change)
+    }
+
+    /// What is made of each of some texts, in their order.
+    pub(crate) fn each<T: Sync, R: Send>(
+        &self,
+        texts: &[T],
+        make: impl Fn(&T) -> Result<R, RuntimeError> + Sync + Send,
+    ) -> Result<Vec<R>, RuntimeError> {
+        if self.shares_out() {
+            return texts.par_iter().map(make).collect();
+        }
+        texts.iter().map(make).collect()
     }
 
     /// Rows of `len` tokens that are computed as one. On the CPU each is computed on its own: its tensors stay small, and rows
