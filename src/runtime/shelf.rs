@@ -162,10 +162,15 @@ impl Shelf {
 
     /// As [`Shelf::predicted`], in parts of at most so many numbers, or of one row.
     fn predicted_in_parts(&self, x: &Tensor, most: usize) -> Result<Tensor, RuntimeError> {
-        let (checkpoint, place) = match self {
+        let (checkpoint, place, recent) = match self {
             Self::Held { .. } => return Ok(linear(x, &self.head()?, &None)?),
-            Self::Stored { checkpoint, place, .. } => (checkpoint, place),
+            Self::Stored { checkpoint, place, recent, .. } => (checkpoint, place, recent),
         };
+        // Behind the last layer comes the first again: nobody asks for that one now.
+        recent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take_if(|held| matches!(held, Recent::Layer(..)));
         let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
         let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
         let (n, width) = x.dims2()?;
