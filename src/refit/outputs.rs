@@ -11,7 +11,7 @@ use super::texts::{Text, Texts};
 use crate::error::{Error, Result};
 use crate::low_rank::from_rows;
 use crate::run::map_ordered;
-use crate::runtime::{Model, weighed};
+use crate::runtime::{Model, added, weighed};
 use crate::text::RuntimeError;
 
 /// How strongly the output holds on to what it was, as a share of the mean diagonal of its normal equations.
@@ -36,10 +36,11 @@ pub(super) fn refit(model: &Model, i: usize, texts: &Texts) -> Result<Model, Run
     // f32 within a window, f64 over all; no more of the former at once than threads make.
     for windows in texts.parts(model) {
         for [squares, products] in texts.map(model, i, &windows, products_of)? {
-            let [squares, products] = [squares.to_dtype(DType::F64)?, products.to_dtype(DType::F64)?];
             sums = Some(match sums.take() {
-                None => [squares, products],
-                Some([all_squares, all_products]) => [(all_squares + squares)?, (all_products + products)?],
+                None => [squares.to_dtype(DType::F64)?, products.to_dtype(DType::F64)?],
+                Some([all_squares, all_products]) => {
+                    [added(all_squares, &squares)?, added(all_products, &products)?]
+                }
             });
         }
     }

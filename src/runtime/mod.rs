@@ -64,7 +64,7 @@ pub(crate) use asked::Asked;
 pub(crate) use head::Predicted;
 pub(crate) use model::{Joint, LONGEST_WINDOW};
 pub(crate) use ops::{
-    combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,
+    added, combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,
 };
 pub(crate) use pass::Pass;
 pub(crate) use weights::LayerWeights;

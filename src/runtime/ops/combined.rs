@@ -1,4 +1,4 @@
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, InplaceOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{numbers, times};
@@ -45,6 +45,36 @@ impl CustomOp2 for Combined {
     }
 }
 
+/// A sum in f64 and x in f32 more, of one shape: on the CPU in place and in one pass; nobody else may have the sum.
+pub(crate) fn added(sum: Tensor, x: &Tensor) -> Result<Tensor> {
+    if sum.device().is_cpu() {
+        sum.inplace_op2(&x.contiguous()?, &Added)?;
+        return Ok(sum);
+    }
+    sum + x.to_dtype(DType::F64)?
+}
+
+struct Added;
+
+impl InplaceOp2 for Added {
+    fn name(&self) -> &'static str {
+        "added"
+    }
+
+    fn cpu_fwd(&self, sum: &mut CpuStorage, at: &Layout, x: &CpuStorage, of: &Layout) -> Result<()> {
+        let (CpuStorage::F64(sum), Some((from, to))) = (sum, at.contiguous_offsets()) else {
+            candle_core::bail!("a sum must be contiguous and f64");
+        };
+        if at.shape() != of.shape() {
+            candle_core::bail!("{:?} cannot be added to {:?}", of.shape(), at.shape());
+        }
+        sum[from..to].par_chunks_mut(PART).zip(numbers(x, of)?.par_chunks(PART)).for_each(|(sum, x)| {
+            sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += f64::from(x));
+        });
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -58,5 +88,17 @@ mod tests {
         let found: Vec<Vec<f32>> = combined(&x, 2.0, &y, -1.0).unwrap().to_vec2().unwrap();
         assert_eq!(found, [[0.0, 0.0, 0.0], [5.0, 5.0, 5.0]]);
         assert!(combined(&x, 1.0, &x.t().unwrap(), 1.0).is_err());
+    }
+
+    #[test]
+    fn sums_are_wide_and_in_place() {
+        let of = |seed: f32| (Tensor::arange(seed, seed + 40_000.0, &Device::Cpu).unwrap() / 3.0).unwrap();
+        let (first, x) =
+            (of(1.0).reshape((200, 200)).unwrap(), of(7.0).reshape((200, 200)).unwrap().t().unwrap());
+        let sum = first.to_dtype(DType::F64).unwrap();
+        let expected: Vec<Vec<f64>> = (&sum + x.to_dtype(DType::F64).unwrap()).unwrap().to_vec2().unwrap();
+        let found = added(sum, &x).unwrap();
+        assert_eq!(found.to_vec2::<f64>().unwrap(), expected);
+        assert!(added(found, &of(0.0)).is_err());
     }
 }

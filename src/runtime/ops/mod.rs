@@ -14,7 +14,7 @@ pub(super) use activation::{
     activated, activated_backward, gated, gated_apart, gated_apart_backward, gated_backward,
 };
 pub(crate) use causal_softmax::{CausalSoftmax, KeptMask, visible};
-pub(crate) use combined::combined;
+pub(crate) use combined::{added, combined};
 pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
 pub(super) use gradients::{capped, capped_backward, layer_norm_backward, scores_backward};
 pub(super) use rows::{add_to_rows, rms_norm_backward};
