@@ -5,11 +5,11 @@ use candle_nn::rotary_emb;
 
 use crate::model::{Rotary, Rotation};
 
-/// Cosines and sines of a row of positions, and sines of the way back, (T, dims/2) each; `None` without rotation. Cloning shares them.
+/// Cosines and sines of a row of positions, (T, dims/2) each; `None` without rotation. Cloning shares them.
 #[derive(Debug, Clone)]
 pub(crate) struct Rope {
     rotation: Rotation,
-    tables: Option<[Tensor; 3]>,
+    tables: Option<[Tensor; 2]>,
 }
 
 impl Rope {
@@ -30,28 +30,27 @@ impl Rope {
             let values: Vec<f32> = angles.iter().map(|&a| (turn(a) * factor) as f32).collect();
             Tensor::from_vec(values, (positions.len(), rotation.dims() / 2), device)
         };
-        Ok(Self { rotation, tables: Some([table(f64::cos)?, table(f64::sin)?, table(|a| -a.sin())?]) })
+        Ok(Self { rotation, tables: Some([table(f64::cos)?, table(f64::sin)?]) })
     }
 
     /// For the tokens at these places of the row alone.
     pub(super) fn at(&self, places: &Tensor) -> candle_core::Result<Self> {
-        let of = |[cos, sin, back]: &[Tensor; 3]| {
-            let [cos, sin, back] = [cos, sin, back].map(|table| table.index_select(places, 0));
-            Ok::<_, candle_core::Error>([cos?, sin?, back?])
+        let of = |[cos, sin]: &[Tensor; 2]| {
+            Ok::<_, candle_core::Error>([cos.index_select(places, 0)?, sin.index_select(places, 0)?])
         };
         Ok(Self { rotation: self.rotation, tables: self.tables.as_ref().map(of).transpose()? })
     }
 
     /// Turns heads (B, n, T, h), contiguous.
     pub(super) fn apply(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
-        let Some([cos, sin, _]) = &self.tables else { return Ok(heads.clone()) };
+        let Some([cos, sin]) = &self.tables else { return Ok(heads.clone()) };
         self.turn(heads, cos, sin)
     }
 
     /// Turns them back, as gradients are.
     pub(super) fn apply_back(&self, heads: &Tensor) -> candle_core::Result<Tensor> {
-        let Some([cos, _, back]) = &self.tables else { return Ok(heads.clone()) };
-        self.turn(heads, cos, back)
+        let Some([cos, sin]) = &self.tables else { return Ok(heads.clone()) };
+        self.turn(heads, cos, &sin.neg()?)
     }
 
     fn turn(&self, heads: &Tensor, cos: &Tensor, sin: &Tensor) -> candle_core::Result<Tensor> {
