@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use super::{Evaluation, Reference, Tally, comparable};
+use super::{Evaluation, Reference, Tally, comparable, last};
 use crate::run::Run;
 use crate::runtime::{CachePolicy, KvCache, Model, Steps};
 use crate::text::RuntimeError;
@@ -103,6 +103,7 @@ impl Reference<'_> {
                 .chunks(abreast)
                 .map(|rows| Tensor::cat(rows, 0))
                 .collect::<candle_core::Result<Vec<_>>>()?;
+            let own = tally.timed(|| last(model, own))?;
             self.score(&mut tally, model, tokens, [&own, theirs])?;
         }
         Ok(Cached {

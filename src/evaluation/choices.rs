@@ -2,7 +2,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::scores::scores;
+use super::last;
+use super::scores::{Read, scores};
 use crate::error::Result;
 use crate::run::Run;
 use crate::runtime::Model;
@@ -135,8 +136,8 @@ fn log_likelihood(
     tokens.drain(..dropped);
     let start = start.saturating_sub(dropped).max(1);
     let mut sum = 0.0;
-    for last in model.rows(&tokens, 1)? {
-        let scores = scores(&model.head(&last)?, None, &tokens, tokens.len())?;
+    let last = last(model, model.rows(&tokens, 1)?)?;
+    for scores in scores(&mut [Read::new(model, &last)], &tokens, tokens.len())? {
         sum -= scores[start - 1..].iter().map(|score| score.loss).sum::<f64>();
     }
     if !sum.is_finite() {

@@ -15,13 +15,12 @@ mod scores;
 mod sensitivity;
 mod trial;
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use self::scores::scores;
+use self::scores::{Read, Score, scores};
 use crate::error::Result;
 use crate::run::Run;
 use crate::runtime::{KvCache, Model, Steps};
@@ -152,20 +151,15 @@ fn read_all(
             done += rows as u64;
             run.step("evaluate", done, total)
         };
-        let theirs = tallies[0].timed(|| read(source, tokens, rows))?;
-        step()?;
-        let mut others = Vec::with_capacity(models.len());
-        for (model, tally) in models.iter().zip(&mut tallies[1..]) {
-            others.push(tally.timed(|| read(model, tokens, rows))?);
+        let mut all = Vec::with_capacity(tallies.len());
+        for (model, tally) in [source].iter().chain(models).zip(&mut tallies) {
+            all.push((*model, tally.timed(|| last(model, read(model, tokens, rows)?))?));
             step()?;
         }
-        for part in Part::all(source, tokens, &theirs, windows.length()) {
-            let reference = tallies[0].logits(source, &part, &theirs)?;
-            tallies[0].add(&part, &reference, None)?;
-            for ((model, last), tally) in models.iter().zip(&others).zip(&mut tallies[1..]) {
-                let logits = tally.logits(model, &part, last)?;
-                tally.add(&part, &logits, Some(&reference))?;
-            }
+        let mut read: Vec<Read<'_>> = all.iter().map(|(model, last)| Read::new(model, last)).collect();
+        let scores = scores(&mut read, tokens, windows.length())?;
+        for ((tally, read), scores) in tallies.iter_mut().zip(&read).zip(scores) {
+            tally.add(read, scores, windows.length());
         }
     }
     let all = [source].into_iter().chain(models.iter().copied()).zip(tallies);
@@ -201,26 +195,9 @@ struct Tally {
     by_place: Vec<[f64; 2]>,
 }
 
-/// Some windows whose logits are there at once, among those that were read together.
-#[derive(Debug)]
-struct Part<'a> {
-    tokens: &'a [u32],
-    /// Tokens of a window.
-    window: usize,
-    /// Which of the tensors of those read together are of these windows.
-    tensors: Range<usize>,
-}
-
-impl<'a> Part<'a> {
-    /// All parts of the windows of `tokens`, which `model` has read as these tensors: all of one size, but the last may have less.
-    fn all(model: &Model, tokens: &'a [u32], last: &[Tensor], window: usize) -> impl Iterator<Item = Self> {
-        let size = last.first().map_or(1, |x| x.dims()[0]).max(1);
-        let most = (model.batch(window) * window / size).max(1);
-        tokens.chunks(most * size).enumerate().map(move |(i, tokens)| {
-            let first = i * most;
-            Self { tokens, window, tensors: first..first + tokens.len().div_ceil(size) }
-        })
-    }
+/// What the output embedding reads, of what the last layer gives.
+fn last(model: &Model, read: Vec<Tensor>) -> Result<Vec<Tensor>, RuntimeError> {
+    read.into_iter().map(|x| Ok(model.last(&x)?)).collect()
 }
 
 impl Tally {
@@ -232,37 +209,16 @@ impl Tally {
         Ok(made)
     }
 
-    /// The logits of a part of the windows of which the model's last layer made `last`; the clock runs.
-    fn logits(
-        &mut self,
-        model: &Model,
-        part: &Part<'_>,
-        last: &[Tensor],
-    ) -> Result<Vec<Tensor>, RuntimeError> {
-        self.read += part.tokens.len() as u64;
-        self.windows += (part.tokens.len() / part.window) as u64;
-        self.timed(|| {
-            let logits = model.each(&last[part.tensors.clone()], |x| model.head(x))?;
-            logits.iter().try_for_each(|part| part.device().synchronize())?;
-            Ok(logits)
-        })
-    }
-
-    /// Adds the scores of a part's logits, in the order of the text.
-    fn add(
-        &mut self,
-        part: &Part<'_>,
-        logits: &[Tensor],
-        source: Option<&[Tensor]>,
-    ) -> Result<(), RuntimeError> {
-        let size = logits.first().map_or(1, |logits| logits.dims()[0]);
-        let scored = part.tokens.par_chunks(size).zip(logits).enumerate().map(|(i, (tokens, logits))| {
-            scores(logits, source.map(|source| &source[i]), tokens, part.window)
-        });
-        self.by_place.resize(part.window - 1, [0.0; 2]);
-        for (i, score) in scored.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().enumerate() {
+    /// Adds the scores of some windows, in the order of the text.
+    fn add(&mut self, read: &Read<'_>, scores: Vec<Score>, window: usize) {
+        let windows = scores.len() / (window - 1).max(1);
+        self.read += (windows * window) as u64;
+        self.windows += windows as u64;
+        self.time += read.time;
+        self.by_place.resize(window - 1, [0.0; 2]);
+        for (i, score) in scores.into_iter().enumerate() {
             self.loss += score.loss;
-            let place = &mut self.by_place[i % (part.window - 1)];
+            let place = &mut self.by_place[i % (window - 1)];
             *place = [place[0] + score.loss, place[1] + score.against.map_or(0.0, |(kl, _)| kl)];
             if let Some((kl, same)) = score.against {
                 self.kl += kl;
@@ -271,7 +227,6 @@ impl Tally {
             }
             self.tokens += 1;
         }
-        Ok(())
     }
 
     fn finish(self, model: &Model) -> Result<Evaluation, RuntimeError> {
@@ -288,29 +243,5 @@ impl Tally {
             kv_bytes_per_token: model.kv_bytes_per_token(),
             divergence: self.compared.then_some(divergence),
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device};
-
-    use super::*;
-    use crate::checkpoint::Checkpoint;
-
-    #[test]
-    fn parts_are_whole_tensors_however_few_windows_the_last_has() {
-        let model = Model::load(&Checkpoint::open("tests/data/novels-1m").unwrap()).unwrap();
-        let (window, tokens) = (4, vec![0; 40]);
-        for sizes in [vec![3, 3, 3, 1], vec![4, 4, 2], vec![10], vec![9, 1]] {
-            let tensor = |n: &usize| Tensor::zeros((n * window, 2), DType::F32, &Device::Cpu).unwrap();
-            let last: Vec<Tensor> = sizes.iter().map(tensor).collect();
-            let parts: Vec<Part<'_>> = Part::all(&model, &tokens, &last, window).collect();
-            for part in &parts {
-                let rows: usize = last[part.tensors.clone()].iter().map(|x| x.dims()[0]).sum();
-                assert_eq!(rows, part.tokens.len(), "{sizes:?}");
-            }
-            assert_eq!(parts.last().unwrap().tensors.end, last.len());
-        }
     }
 }

@@ -1,7 +1,8 @@
 use candle_core::Tensor;
 
+use super::scores::{Read, scores};
 use super::trial::Reading;
-use super::{Evaluation, Part, Tally, comparable};
+use super::{Evaluation, Tally, comparable, last};
 use crate::error::Result;
 use crate::run::Run;
 use crate::runtime::Model;
@@ -27,7 +28,7 @@ use crate::text::{RuntimeError, Windows};
 #[derive(Debug)]
 pub struct Reference<'a> {
     pub(super) model: &'a Model,
-    /// Behind the last layer.
+    /// What the output embedding reads.
     pub(super) read: Reading<'a>,
     evaluation: Evaluation,
 }
@@ -42,9 +43,11 @@ impl<'a> Reference<'a> {
         let mut read = Reading::new(model, windows)?;
         tally.timed(|| (0..model.n_layers()).try_for_each(|_| read.pass_layer(model)))?;
         run.step("evaluate", 0, 1)?;
-        for part in Part::all(model, windows.tokens(), &read.inputs, windows.length()) {
-            let logits = tally.logits(model, &part, &read.inputs)?;
-            tally.add(&part, &logits, None)?;
+        read.inputs = tally.timed(|| last(model, std::mem::take(&mut read.inputs)))?;
+        for (tokens, own) in read.parts(model) {
+            let mut own = [Read::new(model, own)];
+            let scores = scores(&mut own, tokens, windows.length())?;
+            scores.into_iter().for_each(|scores| tally.add(&own[0], scores, windows.length()));
         }
         run.step("evaluate", 1, 1)?;
         Ok(Self { model, evaluation: tally.finish(model)?, read })
@@ -65,7 +68,7 @@ impl<'a> Reference<'a> {
         let (mut done, total) = (0, windows.count() as u64);
         for (tokens, theirs) in self.read.parts(model) {
             run.step("evaluate", done, total)?;
-            let own = tally.timed(|| model.rows(tokens, tokens.len() / length))?;
+            let own = tally.timed(|| last(model, model.rows(tokens, tokens.len() / length)?))?;
             self.score(&mut tally, model, tokens, [&own, theirs])?;
             done += (tokens.len() / length) as u64;
         }
@@ -77,14 +80,14 @@ impl<'a> Reference<'a> {
     pub(super) fn divergence(&self, read: &Reading<'_>, model: &Model) -> Result<f64, RuntimeError> {
         let mut tally = Tally::default();
         for ((tokens, inputs), (_, theirs)) in read.parts(model).zip(self.read.parts(model)) {
-            let own = read.through(model, inputs)?;
+            let own = last(model, read.through(model, inputs)?)?;
             self.score(&mut tally, model, tokens, [&own, theirs])?;
         }
         let divergence = tally.finish(model)?.divergence.ok_or(RuntimeError::NoPredictions)?;
         Ok(divergence.kl)
     }
 
-    /// Adds the scores of some windows, of which the last layers of a model and of the source made these tensors.
+    /// Adds the scores of some windows, of which the output embeddings of a model and of the source read these tensors.
     pub(super) fn score(
         &self,
         tally: &mut Tally,
@@ -92,11 +95,10 @@ impl<'a> Reference<'a> {
         tokens: &[u32],
         [own, theirs]: [&[Tensor]; 2],
     ) -> Result<(), RuntimeError> {
-        for part in Part::all(model, tokens, own, self.read.windows.length()) {
-            let source = self.model.each(&theirs[part.tensors.clone()], |x| self.model.head(x))?;
-            let logits = tally.logits(model, &part, own)?;
-            tally.add(&part, &logits, Some(&source))?;
-        }
+        let window = self.read.windows.length();
+        let mut read = [Read::new(self.model, theirs), Read::new(model, own)];
+        let scores = scores(&mut read, tokens, window)?;
+        scores.into_iter().skip(1).for_each(|scores| tally.add(&read[1], scores, window));
         Ok(())
     }
 }

@@ -1,11 +1,13 @@
 //! The output embedding, in blocks: what predictions differ by, and its gradient, without the logits of a whole text.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result as Candle, Tensor};
 use candle_nn::ops::softmax_last_dim;
 use ndarray::{Array3, ArrayView2};
 use rayon::prelude::*;
 
-use super::layer::{biased, linear, normed, normed_backward};
+use super::layer::{linear, normed, normed_backward};
 use super::model::numbers;
 use super::ops::{
     capped, capped_backward, exp, largest, numbers_on_cpu, sum_of_exp, sum_of_exp_apart, times,
@@ -15,6 +17,8 @@ use crate::error::Error;
 
 /// Numbers of logits held at once, of each of two models.
 const BLOCK_LOGITS: usize = 1 << 22;
+/// Numbers of an output embedding that are in memory at a time where it is in files.
+const PART: usize = 1 << 23;
 /// On a device with memory to spare and products that want to be large.
 const DEVICE_BLOCK_LOGITS: usize = 1 << 27;
 
@@ -36,9 +40,20 @@ impl Model {
         Ok(Array3::from_shape_vec((batch, len, self.width()), parts.concat()).map_err(Error::plugin)?)
     }
 
-    /// What the last layer gives, (N, d) → logits (N, vocabulary).
+    /// What the last layer gives, (N, d) → logits (N, vocabulary); some of the output embedding is in memory at a time where it is in
+    /// files.
     pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        Ok(self.logits_of(self.shelf.predicted(&self.last(x)?)?)?)
+        let (x, vocabulary) = (self.last(x)?, self.vocabulary());
+        let rows = (PART / self.width().max(1)).max(1);
+        if !self.in_files() || rows >= vocabulary {
+            return Ok(self.predicted(&x, &self.output_embedding()?, 0)?);
+        }
+        let made = Tensor::zeros((x.dim(0)?, vocabulary), x.dtype(), &self.device)?;
+        for first in (0..vocabulary).step_by(rows) {
+            let head = self.output_rows(first..vocabulary.min(first + rows))?;
+            made.slice_set(&self.predicted(&x, &head, first)?, 1, first)?;
+        }
+        Ok(made)
     }
 
     /// What passes back through [`Model::last`], (N, d).
@@ -46,15 +61,18 @@ impl Model {
         normed_backward(&self.ends.norm, x, gradient)
     }
 
-    /// Logits (N, vocabulary) of what the output embedding reads, (N, d).
-    pub(super) fn predicted(&self, x: &Tensor, head: &Tensor) -> Candle<Tensor> {
-        self.logits_of(linear(x, head, &None)?)
+    /// Logits (N, n) of what the output embedding reads, (N, d), for those n of the vocabulary from `first` on whose rows these are,
+    /// (n, d).
+    pub(crate) fn predicted(&self, x: &Tensor, rows: &Tensor, first: usize) -> Candle<Tensor> {
+        let bias =
+            self.ends.head_bias.as_ref().map(|bias| bias.narrow(0, first, rows.dim(0)?)).transpose()?;
+        let logits = times(linear(x, rows, &bias)?, self.ends.logit_scale)?;
+        self.ends.logit_cap.map_or(Ok(logits.clone()), |cap| capped(&logits, cap))
     }
 
-    /// Logits of what the output embedding makes, (N, vocabulary), which nobody else may have.
-    fn logits_of(&self, made: Tensor) -> Candle<Tensor> {
-        let logits = times(biased(made, &self.ends.head_bias)?, self.ends.logit_scale)?;
-        self.ends.logit_cap.map_or(Ok(logits.clone()), |cap| capped(&logits, cap))
+    /// Rows of the output embedding, (n, d).
+    pub(crate) fn output_rows(&self, rows: Range<usize>) -> Result<Tensor, RuntimeError> {
+        self.shelf.head(rows)
     }
 
     /// From logits and their gradient, (N, vocabulary), to that of what the output embedding read, (N, d).
@@ -101,7 +119,7 @@ impl Model {
     ) -> Result<(), RuntimeError> {
         let head = self.output_embedding()?;
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = |x: &Tensor| self.predicted(&x.narrow(0, first, n)?, &head);
+            let logits = |x: &Tensor| self.predicted(&x.narrow(0, first, n)?, &head, 0);
             let (source, own) = (logits(source)?, logits(own)?);
             let (found, back) = divergence(&source, &own)?;
             take(found, &own, back)?;
@@ -114,7 +132,7 @@ impl Model {
     pub(crate) fn drawn_gradient(&self, own: &Tensor, draw: &[f32]) -> Result<Tensor, RuntimeError> {
         let (mut gradients, head) = (Vec::new(), self.output_embedding()?);
         for (first, n) in self.blocks(own.dim(0)?) {
-            let logits = self.predicted(&own.narrow(0, first, n)?, &head)?;
+            let logits = self.predicted(&own.narrow(0, first, n)?, &head, 0)?;
             let probabilities: Vec<f32> = softmax_last_dim(&logits)?.flatten_all()?.to_vec1()?;
             let vocabulary = self.vocabulary();
             let mut back = probabilities;

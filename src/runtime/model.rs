@@ -344,7 +344,7 @@ impl Model {
 
     /// The output embedding, (vocabulary, d).
     pub(crate) fn output_embedding(&self) -> Result<Tensor, RuntimeError> {
-        self.shelf.head()
+        self.shelf.head(0..self.vocabulary)
     }
 }
 

@@ -1,21 +1,20 @@
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device as Place, Tensor};
 
 use super::aside::{Aside, Own};
 use super::attention::Attention;
-use super::layer::{Layer, Weights, linear};
+use super::layer::{Layer, Weights};
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::heads::HeadSource;
-use crate::model::{Block, Forward};
+use crate::model::Block;
 use crate::run::map_ordered;
 use crate::text::{RuntimeError, forward_of};
 
 /// Layers that are read side by side; as many are in memory in f32 on their way to a device.
 const ABREAST: usize = 4;
-/// Numbers of an output embedding that are in memory at a time where it is in files.
-const PART: usize = 1 << 23;
 
 /// Where the weights of a model are while it runs.
 #[derive(Debug)]
@@ -28,8 +27,8 @@ pub(super) enum Shelf {
         /// (vocabulary, d), of a model that predicts.
         head: Option<Tensor>,
     },
-    /// In the files of the checkpoint. One layer, or the output embedding, is in memory at a time, and of what models have laid
-    /// aside one attention.
+    /// In the files of the checkpoint. One layer, or some of the output embedding, is in memory at a time, and of what models have
+    /// laid aside one attention.
     Stored {
         checkpoint: Box<Checkpoint>,
         place: Place,
@@ -42,7 +41,8 @@ pub(super) enum Shelf {
 #[derive(Debug)]
 pub(super) enum Recent {
     Layer(usize, Arc<Layer>),
-    Head(Tensor),
+    /// Of the output embedding.
+    Rows(Range<usize>, Tensor),
 }
 
 impl Shelf {
@@ -135,53 +135,29 @@ impl Shelf {
         Ok(Attention::clone(&attention))
     }
 
-    /// The output embedding, (vocabulary, d); none of an encoder.
-    pub(super) fn head(&self) -> Result<Tensor, RuntimeError> {
+    /// Rows of the output embedding, (n, d); none of an encoder. Who asks for what was read the last has it.
+    pub(super) fn head(&self, rows: Range<usize>) -> Result<Tensor, RuntimeError> {
         let (checkpoint, place, recent) = match self {
-            Self::Held { head, .. } => return head.clone().ok_or(RuntimeError::NoPredictions),
+            Self::Held { head, .. } => {
+                let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
+                return Ok(head.narrow(0, rows.start, rows.len())?);
+            }
             Self::Stored { checkpoint, place, recent, .. } => (checkpoint, place, recent),
         };
         let mut recent = recent.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Recent::Head(head)) = &*recent {
-            return Ok(head.clone());
+        if let Some(Recent::Rows(known, head)) = &*recent {
+            if *known == rows {
+                return Ok(head.clone());
+            }
         }
+        // Behind the last layer comes the first again: nobody asks for what was read before now.
         *recent = None;
-        let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
-        let weights = Weights::of(checkpoint, place);
-        let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
-        let head = weights.take(head, &[*vocabulary, weights.width])?;
-        *recent = Some(Recent::Head(head.clone()));
+        let head = forward_of(checkpoint)?.head.as_ref().ok_or(RuntimeError::NoPredictions)?;
+        let ids: Vec<u32> = rows.clone().map(|row| row as u32).collect();
+        let numbers = checkpoint.rows_of(head, &ids)?;
+        let head = Tensor::from_vec(numbers, (rows.len(), checkpoint.architecture().hidden), place)?;
+        *recent = Some(Recent::Rows(rows, head.clone()));
         Ok(head)
-    }
-
-    /// What the output embedding makes of what it reads, (N, d) → (N, vocabulary); a part of it is in memory at a time where it is in
-    /// files.
-    pub(super) fn predicted(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
-        self.predicted_in_parts(x, PART)
-    }
-
-    /// As [`Shelf::predicted`], in parts of at most so many numbers, or of one row.
-    fn predicted_in_parts(&self, x: &Tensor, most: usize) -> Result<Tensor, RuntimeError> {
-        let (checkpoint, place, recent) = match self {
-            Self::Held { .. } => return Ok(linear(x, &self.head()?, &None)?),
-            Self::Stored { checkpoint, place, recent, .. } => (checkpoint, place, recent),
-        };
-        // Behind the last layer comes the first again: nobody asks for that one now.
-        recent
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take_if(|held| matches!(held, Recent::Layer(..)));
-        let Forward { vocabulary, head, .. } = forward_of(checkpoint)?;
-        let head = head.as_ref().ok_or(RuntimeError::NoPredictions)?;
-        let (n, width) = x.dims2()?;
-        let made = Tensor::zeros((n, *vocabulary), x.dtype(), place)?;
-        let most = (most / width.max(1)).max(1);
-        for first in (0..*vocabulary).step_by(most) {
-            let rows: Vec<u32> = (first as u32..(first + most).min(*vocabulary) as u32).collect();
-            let part = Tensor::from_vec(checkpoint.rows_of(head, &rows)?, (rows.len(), width), place)?;
-            made.slice_set(&linear(x, &part, &None)?, 1, first)?;
-        }
-        Ok(made)
     }
 
     /// The input embeddings of tokens, all of which are of the vocabulary: (N, d).
@@ -206,16 +182,13 @@ mod tests {
     use crate::runtime::Model;
 
     #[test]
-    fn parts_of_an_output_embedding_are_the_whole_of_it() -> Result<(), RuntimeError> {
+    fn rows_of_an_output_embedding_are_rows_of_the_whole() -> Result<(), RuntimeError> {
         let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
         let (held, read) = (Model::load(&checkpoint)?, Model::open_by_layers(&checkpoint)?);
-        let x = Tensor::randn(0f32, 1.0, (3, held.width()), &Place::Cpu)?;
-        let whole = held.shelf.predicted(&x)?.to_vec2::<f32>()?;
-        for rows in [1, 7, held.vocabulary() - 1, held.vocabulary(), 2 * held.vocabulary()] {
-            let parts = read.shelf.predicted_in_parts(&x, rows * held.width())?;
-            for (whole, part) in whole.iter().flatten().zip(parts.to_vec2::<f32>()?.iter().flatten()) {
-                assert!((whole - part).abs() < 1e-5 * (1.0 + whole.abs()), "{rows}");
-            }
+        let all = held.vocabulary();
+        let whole = held.shelf.head(0..all)?.to_vec2::<f32>()?;
+        for rows in [0..all, 0..1, 3..70, 3..70, all - 1..all] {
+            assert_eq!(read.shelf.head(rows.clone())?.to_vec2::<f32>()?, whole[rows.clone()], "{rows:?}");
         }
         Ok(())
     }

@@ -54,7 +54,12 @@ impl Model {
     /// and each that waits takes memory. Nor where the weights stay in files: such a model is so large that one text is work for all
     /// threads, and what each thread has ever computed in, the system's allocator keeps for that thread.
     pub(crate) fn shares_out(&self) -> bool {
-        self.device.is_cpu() && matches!(*self.shelf, Shelf::Held { .. })
+        self.device.is_cpu() && !self.in_files()
+    }
+
+    /// Whether the weights stay in the checkpoint's files.
+    pub(super) fn in_files(&self) -> bool {
+        matches!(*self.shelf, Shelf::Stored { .. })
     }
 
     /// Changes all of some texts, each of as many rows as are computed as one.
