@@ -177,7 +177,7 @@ impl Attention {
         seen: &[usize],
     ) -> Result<Kept> {
         let asked = softmax.visible.len();
-        let tiles = Tile::all(softmax, query.device());
+        let tiles = Tile::all(softmax, &query);
         let blocks = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
             let tile = |tile: &Tile| {

@@ -17,7 +17,32 @@ pub(crate) fn weighed(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
     if rows.device().is_cpu() {
         return rows.contiguous()?.apply_op2_no_bwd(&weights.contiguous()?, &Weighed);
     }
-    rows.broadcast_mul(weights)
+    if is_much(rows) { by_rows(rows, weights) } else { rows.broadcast_mul(weights) }
+}
+
+/// Whether a GPU takes longer to repeat numbers for all of these than for a few launches.
+fn is_much(rows: &Tensor) -> bool {
+    rows.rank() == 2 && rows.elem_count() > 1 << 21
+}
+
+/// [`weighed`], where a product with ones repeats the numbers.
+fn by_rows(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let ones = Tensor::ones((4, rows.dim(1)?), rows.dtype(), rows.device())?;
+    rows * in_parts(weights)?.matmul(&ones)?
+}
+
+/// Rows (N, d) times a number for each column, (d), which a product with ones repeats.
+fn by_columns(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
+    let ones = Tensor::ones((rows.dim(0)?, 4), rows.dtype(), rows.device())?;
+    rows * ones.matmul(&in_parts(&weights.unsqueeze(1)?)?.t()?)?
+}
+
+/// Numbers (N, 1) as sums of rows, (N, 4): products of a GPU round their factors to 11 bits, so two parts keep them; rows of a multiple
+/// of 4 lie as products want them.
+fn in_parts(numbers: &Tensor) -> Result<Tensor> {
+    let most = numbers.to_dtype(DType::BF16)?.to_dtype(numbers.dtype())?;
+    let (rest, nothing) = ((numbers - &most)?, most.zeros_like()?);
+    Tensor::cat(&[&most, &rest, &nothing, &nothing], 1)
 }
 
 struct Weighed;
@@ -151,10 +176,11 @@ fn rms_norm_backward_by_tensors(
     epsilon: f32,
     gradient: &Tensor,
 ) -> Result<Tensor> {
-    let scaled = gradient.broadcast_mul(weight)?;
+    let scaled =
+        if is_much(gradient) { by_columns(gradient, weight)? } else { gradient.broadcast_mul(weight)? };
     let share = (x.sqr()?.mean_keepdim(D::Minus1)? + f64::from(epsilon))?.powf(-0.5)?;
     let along = ((&scaled * x)?.mean_keepdim(D::Minus1)? * share.powf(3.0)?)?;
-    scaled.broadcast_mul(&share)? - x.broadcast_mul(&along)?
+    weighed(&scaled, &share)? - weighed(x, &along)?
 }
 
 struct RmsNormBackward(f32);
@@ -241,6 +267,9 @@ mod tests {
             let vector = numbers(1, d, seed + 3).squeeze(0).unwrap();
             let added = add_to_rows(x.copy().unwrap(), &vector).unwrap();
             prop_assert_eq!(apart(&added, &x.broadcast_add(&vector).unwrap()), 0.0);
+            let by_product = (by_rows(&x, &weights).unwrap(), by_columns(&x, &vector).unwrap());
+            prop_assert!(apart(&by_product.0, &x.broadcast_mul(&weights).unwrap()) < 1e-5);
+            prop_assert!(apart(&by_product.1, &x.broadcast_mul(&vector).unwrap()) < 1e-5);
             let found = rms_norm_backward(&x, &vector, 1e-3, &gradient).unwrap();
             let expected = rms_norm_backward_by_tensors(&x, &vector, 1e-3, &gradient).unwrap();
             let most = expected.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
