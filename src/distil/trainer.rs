@@ -6,7 +6,7 @@ use crate::descent::{Descent, Memory};
 use crate::error::Result;
 use crate::heads::Pooled;
 use crate::plan::Trained;
-use crate::runtime::{LayerWeights, Model, Pass, combined, squared_lengths, times, weighed};
+use crate::runtime::{LayerWeights, Model, Pass, There, combined, squared_lengths, times, weighed};
 use crate::text::{RuntimeError, Windows};
 
 /// Layers that go a step together: on a GPU many small products are one, and of large ones not all changes are held.
@@ -24,6 +24,8 @@ pub(super) struct Trainer<'a> {
     pub(super) memory: Vec<Memory>,
     /// What the source's last layer gives for the windows of a validation, as far as there is room.
     theirs: Vec<Vec<Tensor>>,
+    /// Numbers of traces that there is room for.
+    traced: usize,
 }
 
 impl<'a> Trainer<'a> {
@@ -40,6 +42,7 @@ impl<'a> Trainer<'a> {
             source,
             memory: memory.collect::<Result<_, _>>()?,
             weights,
+            traced: model.room_for_traces(),
             model,
             descent,
             trained,
@@ -110,11 +113,11 @@ impl<'a> Trainer<'a> {
         let (source, model) = (self.source, &self.model);
         let entered = source.each(texts, |tokens| source.embed(tokens, pass))?;
         let theirs = source.through(0, entered, pass)?;
-        let both: Vec<(Tensor, Vec<Tensor>)> =
-            theirs.into_iter().zip(model.layer_inputs(texts, pass)?).collect();
-        let forward = model.each(&both, |(theirs, inputs)| {
+        let both: Vec<(Tensor, There)> =
+            theirs.into_iter().zip(model.there(texts, pass, self.traced)?).collect();
+        let forward = model.each(&both, |(theirs, there)| {
             let theirs = source.last(theirs)?;
-            let last = &inputs[model.n_layers()];
+            let last = &there.inputs[model.n_layers()];
             let own = model.last(last)?;
             let (divergences, mut gradient) = model.divergence(&theirs, &own)?;
             if pull > 0.0 {
@@ -126,12 +129,13 @@ impl<'a> Trainer<'a> {
             Ok((divergences.into_iter().sum::<f64>(), gradient))
         })?;
         let divergence = forward.iter().map(|(divergence, _)| divergence).sum();
-        let ways = both.into_iter().zip(forward).map(|((_, inputs), (_, gradient))| (inputs, gradient, None));
-        let mut ways: Vec<(Vec<Tensor>, Tensor, Option<LayerWeights>)> = ways.collect();
+        let ways = both.into_iter().zip(forward).map(|((_, there), (_, gradient))| (there, gradient, None));
+        let mut ways: Vec<(There, Tensor, Option<LayerWeights>)> = ways.collect();
         for (i, sum) in sums.iter_mut().enumerate().rev() {
-            model.share_out(&mut ways, |(inputs, gradient, weights)| {
-                inputs.truncate(i + 1);
-                let back = model.backward(i, &inputs[i], gradient, pass, Some(self.trained))?;
+            model.share_out(&mut ways, |(there, gradient, weights)| {
+                let trace = there.trace(i);
+                let on = (&there.inputs[i], trace);
+                let back = model.backward(i, on, gradient, pass, Some(self.trained))?;
                 (*gradient, *weights) = (back.input, back.weights);
                 Ok(())
             })?;
@@ -212,4 +216,49 @@ pub fn gradient(
         }
     }
     Ok(Gradient { divergence, heads, others })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::heads::HeadSource;
+    use crate::partition::Partition;
+    use crate::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+    use crate::spec::Spec;
+
+    /// A source, and it with shared heads.
+    fn models() -> [Model; 2] {
+        let checkpoint = Checkpoint::open("tests/data/novels-1m").unwrap();
+        let source = Model::load(&checkpoint).unwrap();
+        let by_hand = Method::new("by hand", Spec::new("none"), Spec::new("none"), Spec::new("none"));
+        let groups = Partition::from_groups(8, &[vec![0, 1, 2], vec![3], vec![4, 5], vec![6, 7]]).unwrap();
+        let (pooling, layers) = (Pooling::new(Spec::new("mean")), vec![LayerPlan::new(groups, 0.0); 4]);
+        let plan = Plan::new(checkpoint.id().unwrap(), by_hand, pooling, layers, 0.5, 0).unwrap();
+        let shared = source.with_shared(&SharedHeads::new(&plan, &checkpoint).unwrap()).unwrap();
+        [source, shared]
+    }
+
+    /// All numbers of gradients, as they are.
+    fn bits(gradients: &[LayerWeights]) -> Vec<Vec<f32>> {
+        let tensors = gradients.iter().flat_map(LayerWeights::tensors);
+        tensors.map(|tensor| tensor.flatten_all().unwrap().to_vec1().unwrap()).collect()
+    }
+
+    #[test]
+    fn gradients_are_the_same_whatever_is_kept_on_the_way() {
+        let [source, model] = models();
+        let tokens: Vec<u32> = (0..5 * 16u32).map(|t| t * t % 1021).collect();
+        let windows: Vec<&[u32]> = tokens.chunks(16).collect();
+        for trained in [Trained::Attention, Trained::All] {
+            let mut trainer = Trainer::new(&source, model.clone(), Descent::AdamW, trained).unwrap();
+            assert_eq!(trainer.traced, 0, "the CPU has no room");
+            let [without, some, all] = [0, 1 << 17, usize::MAX].map(|room| {
+                trainer.traced = room;
+                let (divergence, gradients) = trainer.gradients(&windows, 0.3).unwrap();
+                (divergence, bits(&gradients))
+            });
+            assert!(without.1.len() >= 4 * 4 && without == some && without == all, "{trained:?}");
+        }
+    }
 }

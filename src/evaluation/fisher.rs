@@ -58,11 +58,11 @@ impl Sensitivity {
         run.step("sensitivity", 0, total)?;
         let pass = model.pass(trial.windows.length(), 0)?;
         let texts: Vec<&[u32]> = trial.windows.batches(model.abreast(trial.windows.length())).collect();
-        let inputs = model.layer_inputs(&texts, &pass)?;
+        let inputs = model.there(&texts, &pass, 0)?.into_iter().map(|there| there.inputs);
         let tokens = trial.windows.tokens().len();
         let draws = TOKENS.div_ceil(tokens).min(MOST_DRAWS);
         let mut texts = {
-            let there: Vec<_> = inputs.into_iter().zip(&texts).enumerate().collect();
+            let there: Vec<_> = inputs.zip(&texts).enumerate().collect();
             model.each(&there, |(i, (inputs, tokens))| {
                 Way::there(model, inputs.clone(), tokens, draws, run.fork(*i as u64))
             })?
@@ -176,7 +176,7 @@ impl Way {
         let across = across.map(|(above, below)| of(above.attend_above(i, [below, &input], pass)?));
         self.sums = alone.chain(across).collect::<Result<_, RuntimeError>>()?;
         for gradient in &mut self.gradients {
-            *gradient = model.backward(i, &x, gradient, pass, None)?.input;
+            *gradient = model.backward(i, (&x, None), gradient, pass, None)?.input;
         }
         self.given = x;
         Ok(())

@@ -1,12 +1,14 @@
 //! A layer, run backward: from the gradient of what it gives to that of what it reads and of its attention's weights.
 //!
-//! Written by hand, layer by layer: nothing but the layer's input is kept from the forward pass, and the layer is computed
-//! again. The runtime's fused steps record nothing from which a framework could differentiate.
+//! Written by hand, layer by layer: what the layer computes on the way ([`Trace`]) is kept from the forward pass where there is
+//! room; else nothing but its input is, and the layer is computed again. The runtime's fused steps record nothing from which a
+//! framework could differentiate.
 
 use candle_core::{Result, Tensor};
 
 use super::attention::{Attention, joined};
 use super::layer::{Layer, Normed, normed};
+use super::mlp::Above;
 use super::ops::{
     CausalSoftmax, capped_backward, combined, layer_norm_backward, rms_norm_backward, scores_backward, times,
 };
@@ -14,6 +16,7 @@ use super::pass::Pass;
 use super::rest::Rest;
 use super::rope::Rope;
 use super::tiles::Tile;
+use super::trace::Trace;
 use super::weights::LayerWeights;
 use crate::model::{Block, NormKind};
 use crate::plan::Trained;
@@ -59,30 +62,28 @@ fn through(
 
 impl Layer {
     /// Layer number `i` on x (N, d), where `gradient` (N, d) is that of what it gives; with gradients of the weights of its attention,
-    /// or of all of `block`, if any.
+    /// or of all of `block`, if any. Without a trace it is computed again.
     pub(super) fn backward(
         &self,
         (i, block): (usize, &Block),
-        x: &Tensor,
+        (x, trace): (&Tensor, Option<Trace>),
         gradient: &Tensor,
         pass: &Pass,
         trained: Option<Trained>,
     ) -> Result<Backward> {
         let rest = &self.rest;
         let mut of = (trained == Some(Trained::All)).then(|| rest.clone());
-        let input = rest.attention_input(x)?;
-        let (kept, output) = self.attention.kept(&input, pass, pass.rope(i))?;
-        let sum = rest.attention_sum(x, &output)?;
-        let y = rest.behind(&sum)?;
-        let read = if rest.parallel { x } else { &y };
+        let Trace { input, kept, output, sum, y, above } =
+            trace.map_or_else(|| self.trace(i, x, pass), Ok)?;
+        let (read, above) = (if rest.parallel { x } else { &y }, above.as_ref());
         let gradient = match &rest.sum_norms[1] {
             None => gradient.clone(),
             norm => {
                 let of = of.as_mut().map(|of| &mut of.sum_norms[1]);
-                through(norm, of, &rest.mlp_sum(&y, read)?, gradient)?
+                through(norm, of, &rest.mlp_sum(&y, read, above)?, gradient)?
             }
         };
-        let of_read = rest.feed_forward_backward(read, &gradient, of.as_mut())?;
+        let of_read = rest.feed_forward_backward((read, above), &gradient, of.as_mut())?;
         // What the sum behind the attention, and the stream before it, are given.
         let of_y = if rest.parallel { gradient } else { combined(&gradient, 1.0, &of_read, 1.0)? };
         let of_sum = through(&rest.sum_norms[0], of.as_mut().map(|of| &mut of.sum_norms[0]), &sum, &of_y)?;
@@ -109,7 +110,7 @@ impl Rest {
     /// go to `of`, where they are asked for.
     fn feed_forward_backward(
         &self,
-        read: &Tensor,
+        (read, above): (&Tensor, Option<&Above>),
         gradient: &Tensor,
         mut of: Option<&mut Self>,
     ) -> Result<Tensor> {
@@ -119,10 +120,10 @@ impl Rest {
             None => of_added,
             norm => {
                 let of = of.as_deref_mut().map(|of| &mut of.mlp_output_norm);
-                through(norm, of, &self.mlp.forward(&input)?, &of_added)?
+                through(norm, of, &self.mlp.made(&input, above)?, &of_added)?
             }
         };
-        let (of_input, of_mlp) = self.mlp.backward(&input, &of_made, of.is_some())?;
+        let (of_input, of_mlp) = self.mlp.backward(&input, above, &of_made, of.is_some())?;
         if let (Some(of), Some(of_mlp)) = (of.as_deref_mut(), of_mlp) {
             of.mlp = of_mlp;
         }
@@ -142,6 +143,17 @@ pub(super) struct Kept {
     blocks: Vec<Vec<KeptTile>>,
     /// What query heads read, (N, n_q·h).
     pub(super) heads: Tensor,
+}
+
+impl Kept {
+    /// All that it holds.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let tiles = self.blocks.iter().flatten();
+        let of_tiles = tiles.flat_map(|KeptTile { query, keys, values, probabilities, scores }| {
+            [query, keys, values, probabilities].into_iter().chain(scores)
+        });
+        self.projected.iter().chain([&self.heads]).chain(of_tiles)
+    }
 }
 
 /// Of groups with equally many query heads, at some tokens.

@@ -1,10 +1,10 @@
-//! MLPs and mixtures of them, forward and backward.
+//! MLPs, forward and backward.
 
-use candle_core::{D, DType, Result as Candle, Tensor};
-use candle_nn::ops::softmax;
+use candle_core::{DType, Result as Candle, Tensor};
 
 use super::RuntimeError;
-use super::layer::{Weights, biased, linear, narrow, wide};
+use super::experts::Mixture;
+use super::layer::{Weights, biased, narrow, wide};
 use super::ops::{activated, activated_backward, gated, gated_apart, gated_apart_backward, gated_backward};
 use crate::files::FileError;
 use crate::model::{Activation, Experts, FeedForward, Linear, Mlp};
@@ -31,15 +31,22 @@ pub(super) struct Dense {
     rounding: bool,
 }
 
-/// Experts and what chooses among them.
+/// What an activation reads.
 #[derive(Debug, Clone)]
-pub(super) struct Mixture {
-    /// (E, d).
-    router: Tensor,
-    router_bias: Option<Tensor>,
-    experts: Vec<Dense>,
-    chosen: usize,
-    normalised: bool,
+pub(super) enum Above {
+    /// Gates where there are any, then values, (N, m or 2m).
+    Whole(Tensor),
+    /// Gates and values, (N, m) each: on a GPU parts of rows take several times as long as whole ones.
+    Apart([Tensor; 2]),
+}
+
+impl Above {
+    pub(super) fn tensors(&self) -> &[Tensor] {
+        match self {
+            Self::Whole(all) => std::slice::from_ref(all),
+            Self::Apart(both) => both,
+        }
+    }
 }
 
 impl Hidden {
@@ -83,17 +90,34 @@ impl Hidden {
         }
     }
 
-    /// From what it read, (N, d), and the gradient of what it gave to that of what it read and, where asked for, of the weights of an
-    /// MLP.
+    /// What the activation of an MLP reads of x (N, d); of experts, each of which reads some tokens, nothing.
+    pub(super) fn above(&self, x: &Tensor) -> Candle<Option<Above>> {
+        match self {
+            Self::Dense(dense) => Ok(Some(dense.above(x, &dense.ready(&dense.up, x)?)?)),
+            Self::Experts(_) => Ok(None),
+        }
+    }
+
+    /// [`Hidden::forward`], from [`Hidden::above`] where that is known.
+    pub(super) fn made(&self, x: &Tensor, above: Option<&Above>) -> Candle<Tensor> {
+        match (self, above) {
+            (Self::Dense(dense), Some(above)) => dense.given(&dense.hidden(above)?),
+            _ => self.forward(x),
+        }
+    }
+
+    /// From what it read, (N, d), [`Hidden::above`] where that is known, and the gradient of what it gave to that of what it read and,
+    /// where asked for, of the weights of an MLP.
     pub(super) fn backward(
         &self,
         x: &Tensor,
+        above: Option<&Above>,
         gradient: &Tensor,
         weights: bool,
     ) -> Candle<(Tensor, Option<Self>)> {
         match self {
             Self::Dense(dense) => {
-                let (input, of_weights) = dense.backward(x, gradient, weights)?;
+                let (input, of_weights) = dense.backward(x, above, gradient, weights)?;
                 Ok((input, of_weights.map(Self::Dense)))
             }
             Self::Experts(mixture) => Ok((mixture.backward(x, gradient)?, None)),
@@ -148,9 +172,22 @@ impl Dense {
         if self.rounding && weight.dtype() == DType::BF16 { Ok(weight.clone()) } else { wide(weight, x) }
     }
 
-    /// What the activation reads, (N, d) → (N, m or 2m); `up` is ready.
-    fn widened(&self, x: &Tensor, up: &Tensor) -> Candle<Tensor> {
-        biased(product(x, &up.t()?)?, &self.up_bias)
+    /// What the activation reads of x (N, d); `up` is ready.
+    fn above(&self, x: &Tensor, up: &Tensor) -> Candle<Above> {
+        match self.has_gate && !x.device().is_cpu() {
+            true => self.apart(x, up),
+            false => Ok(Above::Whole(biased(product(x, &up.t()?)?, &self.up_bias)?)),
+        }
+    }
+
+    /// [`Dense::above`] on a GPU, of what has gates.
+    pub(super) fn apart(&self, x: &Tensor, up: &Tensor) -> Candle<Above> {
+        let (up, biases) = (Self::halves(up)?, self.up_bias.as_ref().map(Self::halves).transpose()?);
+        let [gates, values] = biases.map_or([None, None], |halves| halves.map(Some));
+        Ok(Above::Apart([
+            biased(product(x, &up[0].t()?)?, &gates)?,
+            biased(product(x, &up[1].t()?)?, &values)?,
+        ]))
     }
 
     /// The rows of gates and those of values, of what has both.
@@ -159,42 +196,51 @@ impl Dense {
         Ok([rows.narrow(0, 0, m)?, rows.narrow(0, m, m)?])
     }
 
-    /// [`Dense::widened`], gates and values apart, (N, m) each: on a GPU parts of rows take several times as long as whole ones.
-    fn widened_apart(&self, x: &Tensor, up: &[Tensor; 2]) -> Candle<[Tensor; 2]> {
-        let biases = self.up_bias.as_ref().map(Self::halves).transpose()?;
-        let [gates, values] = biases.map_or([None, None], |halves| halves.map(Some));
-        Ok([biased(product(x, &up[0].t()?)?, &gates)?, biased(product(x, &up[1].t()?)?, &values)?])
+    /// What the activation makes of what it reads, (N, m).
+    fn hidden(&self, above: &Above) -> Candle<Tensor> {
+        match above {
+            Above::Whole(all) if self.has_gate => gated(self.activation, all),
+            Above::Whole(all) => activated(self.activation, all),
+            Above::Apart(both) => gated_apart(self.activation, both),
+        }
+    }
+
+    /// (N, m) → (N, d).
+    fn given(&self, hidden: &Tensor) -> Candle<Tensor> {
+        biased(product(hidden, &self.ready(&self.down, hidden)?.t()?)?, &self.down_bias)
     }
 
     /// (N, d) → (N, d).
     pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let up = self.ready(&self.up, x)?;
-        let hidden = match (self.has_gate, x.device().is_cpu()) {
-            (true, true) => gated(self.activation, &self.widened(x, &up)?)?,
-            (true, false) => gated_apart(self.activation, &self.widened_apart(x, &Self::halves(&up)?)?)?,
-            (false, _) => activated(self.activation, &self.widened(x, &up)?)?,
-        };
-        biased(product(&hidden, &self.ready(&self.down, x)?.t()?)?, &self.down_bias)
+        let hidden = self.hidden(&self.above(x, &self.ready(&self.up, x)?)?)?;
+        self.given(&hidden)
     }
 
-    /// The gradient of what it read, and of its weights, which lie as they do.
-    fn backward(&self, x: &Tensor, gradient: &Tensor, weights: bool) -> Candle<(Tensor, Option<Self>)> {
+    /// The gradient of what it read, and of its weights, which lie as they do; what the activation reads is computed again unless known.
+    pub(super) fn backward(
+        &self,
+        x: &Tensor,
+        above: Option<&Above>,
+        gradient: &Tensor,
+        weights: bool,
+    ) -> Candle<(Tensor, Option<Self>)> {
+        // One widening for both products.
         let up = self.ready(&self.up, x)?;
         let of_hidden = product(gradient, &self.ready(&self.down, gradient)?)?;
-        let (input, hidden, of_above) = if self.has_gate && !x.device().is_cpu() {
-            let halves = Self::halves(&up)?;
-            let above = self.widened_apart(x, &halves)?;
-            let [of_gate, of_value] = gated_apart_backward(self.activation, &above, &of_hidden)?;
-            let input = (product(&of_gate, &halves[0])? + product(&of_value, &halves[1])?)?;
-            let hidden = weights.then(|| gated_apart(self.activation, &above)).transpose()?;
-            (input, hidden, vec![of_gate, of_value])
-        } else {
-            let above = self.widened(x, &up)?;
-            let (forward, back): (fn(_, &_) -> _, fn(_, &_, &_) -> _) =
-                if self.has_gate { (gated, gated_backward) } else { (activated, activated_backward) };
-            let of_above = back(self.activation, &above, &of_hidden)?;
-            let hidden = weights.then(|| forward(self.activation, &above)).transpose()?;
-            (product(&of_above, &up)?, hidden, vec![of_above])
+        let above = above.map_or_else(|| self.above(x, &up), |above| Ok(above.clone()))?;
+        let hidden = weights.then(|| self.hidden(&above)).transpose()?;
+        let (input, of_above) = match above {
+            Above::Apart(both) => {
+                let halves = Self::halves(&up)?;
+                let [of_gate, of_value] = gated_apart_backward(self.activation, &both, &of_hidden)?;
+                let input = (product(&of_gate, &halves[0])? + product(&of_value, &halves[1])?)?;
+                (input, vec![of_gate, of_value])
+            }
+            Above::Whole(all) => {
+                let back = if self.has_gate { gated_backward } else { activated_backward };
+                let of_above = back(self.activation, &all, &of_hidden)?;
+                (product(&of_above, &up)?, vec![of_above])
+            }
         };
         let Some(hidden) = hidden else { return Ok((input, None)) };
         let ups = of_above.iter().map(|of| of.t()?.matmul(x)).collect::<Candle<Vec<_>>>()?;
@@ -213,102 +259,6 @@ impl Dense {
 /// x (N, a) times a weight that is ready, (a, b), in the type of the weight.
 fn product(x: &Tensor, weight: &Tensor) -> Candle<Tensor> {
     x.to_dtype(weight.dtype())?.matmul(weight)?.to_dtype(x.dtype())
-}
-
-/// The tokens that go through one expert, and their shares.
-struct Visit {
-    tokens: Tensor,
-    /// (n, 1).
-    shares: Tensor,
-    /// Where each share stands among those of its token.
-    places: Vec<(usize, usize)>,
-}
-
-/// What every token chose: experts, and the share of each.
-struct Choice {
-    experts: Vec<Vec<usize>>,
-    shares: Vec<Vec<f32>>,
-    /// Of all experts.
-    all: Vec<Vec<f32>>,
-}
-
-impl Mixture {
-    fn choose(&self, x: &Tensor) -> Candle<Choice> {
-        let all = softmax(&linear(x, &self.router, &self.router_bias)?, D::Minus1)?.to_vec2::<f32>()?;
-        let chosen = self.chosen.min(self.experts.len());
-        let best = |row: &Vec<f32>| {
-            let mut order: Vec<usize> = (0..row.len()).collect();
-            order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-            order.truncate(chosen);
-            order
-        };
-        let experts: Vec<Vec<usize>> = all.iter().map(best).collect();
-        let shares = experts.iter().zip(&all).map(|(experts, row)| {
-            let shares: Vec<f32> = experts.iter().map(|&e| row[e]).collect();
-            let sum: f32 = if self.normalised { shares.iter().sum() } else { 1.0 };
-            shares.into_iter().map(|share| share / sum).collect()
-        });
-        Ok(Choice { shares: shares.collect(), experts, all })
-    }
-
-    /// Who goes through an expert; `None` where nobody does.
-    fn visit(&self, choice: &Choice, expert: usize, x: &Tensor) -> Candle<Option<Visit>> {
-        let rows = choice.experts.iter().enumerate();
-        let of =
-            |(token, chosen): (usize, &Vec<usize>)| Some((token, chosen.iter().position(|&e| e == expert)?));
-        let places: Vec<(usize, usize)> = rows.filter_map(of).collect();
-        if places.is_empty() {
-            return Ok(None);
-        }
-        let n = places.len();
-        let tokens: Vec<u32> = places.iter().map(|&(token, _)| token as u32).collect();
-        let shares: Vec<f32> = places.iter().map(|&(token, slot)| choice.shares[token][slot]).collect();
-        let tokens = Tensor::from_vec(tokens, n, x.device())?;
-        Ok(Some(Visit { tokens, shares: Tensor::from_vec(shares, (n, 1), x.device())?, places }))
-    }
-
-    fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let (choice, mut sum) = (self.choose(x)?, x.zeros_like()?);
-        for (e, expert) in self.experts.iter().enumerate() {
-            let Some(Visit { tokens, shares, .. }) = self.visit(&choice, e, x)? else { continue };
-            let made = expert.forward(&x.index_select(&tokens, 0)?)?.broadcast_mul(&shares)?;
-            sum = sum.index_add(&tokens, &made, 0)?;
-        }
-        Ok(sum)
-    }
-
-    fn backward(&self, x: &Tensor, gradient: &Tensor) -> Candle<Tensor> {
-        let (choice, mut sum) = (self.choose(x)?, x.zeros_like()?);
-        let mut of_shares: Vec<Vec<f32>> =
-            choice.shares.iter().map(|shares| vec![0.0; shares.len()]).collect();
-        for (e, expert) in self.experts.iter().enumerate() {
-            let Some(Visit { tokens, shares, places }) = self.visit(&choice, e, x)? else { continue };
-            let (read, of_made) = (x.index_select(&tokens, 0)?, gradient.index_select(&tokens, 0)?);
-            let worth = (expert.forward(&read)? * &of_made)?.sum(D::Minus1)?.to_vec1::<f32>()?;
-            places.iter().zip(worth).for_each(|(&(token, slot), worth)| of_shares[token][slot] = worth);
-            let (back, _) = expert.backward(&read, &of_made.broadcast_mul(&shares)?, false)?;
-            sum = sum.index_add(&tokens, &back, 0)?;
-        }
-        sum + self.scores_backward(&choice, &of_shares, x)?.matmul(&self.router)?
-    }
-
-    /// From the gradient of shares to that of all scores, (N, E).
-    fn scores_backward(&self, choice: &Choice, of_shares: &[Vec<f32>], x: &Tensor) -> Candle<Tensor> {
-        let n = self.experts.len();
-        let mut scores = vec![0.0f32; choice.all.len() * n];
-        for (token, row) in scores.chunks_exact_mut(n).enumerate() {
-            let (shares, of) = (&choice.shares[token], &of_shares[token]);
-            let mean: f32 = shares.iter().zip(of).map(|(share, of)| share * of).sum();
-            // Of a softmax over those chosen, or over all, of which the others' shares count for nothing.
-            if !self.normalised {
-                row.iter_mut().zip(&choice.all[token]).for_each(|(row, share)| *row = -share * mean);
-            }
-            for (slot, &expert) in choice.experts[token].iter().enumerate() {
-                row[expert] = shares[slot] * (of[slot] - mean);
-            }
-        }
-        Tensor::from_vec(scores, (choice.all.len(), n), x.device())
-    }
 }
 
 impl Weights<'_> {

@@ -36,6 +36,7 @@ mod cached;
 mod device;
 mod ends;
 mod energies;
+mod experts;
 mod handed;
 mod head;
 mod layer;
@@ -50,6 +51,7 @@ mod shared;
 mod shelf;
 mod sizes;
 mod tiles;
+mod trace;
 mod weights;
 
 pub use crate::text::RuntimeError;
@@ -67,4 +69,5 @@ pub(crate) use ops::{
     added, combined, largest, numbers_on_cpu, squared_lengths, sum_of_exp, sum_of_exp_apart, times, weighed,
 };
 pub(crate) use pass::Pass;
+pub(crate) use trace::There;
 pub(crate) use weights::LayerWeights;

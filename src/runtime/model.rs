@@ -224,22 +224,6 @@ impl Model {
         Ok(Array3::from_shape_vec(shape, logits).map_err(Error::plugin)?)
     }
 
-    /// Of each of some texts what enters every layer, and what the last one gives, (N, d) each.
-    pub(crate) fn layer_inputs(
-        &self,
-        texts: &[&[u32]],
-        pass: &Pass,
-    ) -> Result<Vec<Vec<Tensor>>, RuntimeError> {
-        let mut inputs = self.each(texts, |tokens| Ok(vec![self.embed(tokens, pass)?]))?;
-        for i in 0..self.n_layers() {
-            self.share_out(&mut inputs, |inputs| {
-                inputs.push(self.layer(i, &inputs[i], pass)?);
-                Ok(())
-            })?;
-        }
-        Ok(inputs)
-    }
-
     /// The device that it is on, as candle has it.
     pub(crate) fn place(&self) -> &Place {
         &self.device

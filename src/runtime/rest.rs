@@ -4,7 +4,7 @@ use candle_core::{DType, Result as Candle, Tensor};
 
 use super::RuntimeError;
 use super::layer::{Normed, Weights, normed};
-use super::mlp::Hidden;
+use super::mlp::{Above, Hidden};
 use super::model::numbers;
 use super::ops::combined;
 use crate::files::FileError;
@@ -81,7 +81,15 @@ impl Rest {
 
     /// The stream with what the MLP makes of `read`, (N, d).
     pub(super) fn added(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
-        normed(&self.sum_norms[1], &self.mlp_sum(stream, read)?)
+        normed(&self.sum_norms[1], &self.mlp_sum(stream, read, None)?)
+    }
+
+    /// [`Rest::added`], and what the activation of an MLP reads.
+    pub(super) fn added_with_above(&self, stream: &Tensor, read: &Tensor) -> Candle<(Tensor, Option<Above>)> {
+        let input = normed(&self.mlp_norm, read)?;
+        let above = self.mlp.above(&input)?;
+        let sum = self.with_made(stream, &self.mlp.made(&input, above.as_ref())?)?;
+        Ok((normed(&self.sum_norms[1], &sum)?, above))
     }
 
     /// What the norm behind the attention's sum makes of it.
@@ -93,9 +101,13 @@ impl Rest {
         combined(x, 1.0, &normed(&self.attention_output_norm, attended)?, self.residual)
     }
 
-    pub(super) fn mlp_sum(&self, stream: &Tensor, read: &Tensor) -> Candle<Tensor> {
-        let made = self.mlp.forward(&normed(&self.mlp_norm, read)?)?;
-        combined(stream, 1.0, &normed(&self.mlp_output_norm, &made)?, self.residual)
+    /// What the last norm reads; what the MLP's activation reads may be known.
+    pub(super) fn mlp_sum(&self, stream: &Tensor, read: &Tensor, above: Option<&Above>) -> Candle<Tensor> {
+        self.with_made(stream, &self.mlp.made(&normed(&self.mlp_norm, read)?, above)?)
+    }
+
+    fn with_made(&self, stream: &Tensor, made: &Tensor) -> Candle<Tensor> {
+        combined(stream, 1.0, &normed(&self.mlp_output_norm, made)?, self.residual)
     }
 
     /// What is trained of it, always in one order.

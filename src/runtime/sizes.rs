@@ -19,6 +19,9 @@ const HELD_WINDOWS: usize = 4;
 /// Numbers of the source that are kept for the next time.
 const KEPT: usize = 1 << 26;
 const GPU_KEPT: usize = 1 << 28;
+/// Numbers of a GPU for weights and traces together: twelve gigabytes. SmolLM2's sixteen windows of 512 tokens leave 2.7e9; weights of
+/// 7e9 leave no room, and need what there is beside them for the memory of a descent.
+const GPU_TRACED: u64 = 3 << 30;
 
 impl Model {
     /// Windows of `len` tokens whose inputs of all layers are held at once, and those of them that go there and back as one: on the
@@ -31,6 +34,11 @@ impl Model {
     /// Numbers that may be kept rather than computed again.
     pub(crate) fn kept(&self) -> usize {
         if self.device.is_cpu() { KEPT } else { GPU_KEPT }
+    }
+
+    /// Numbers that layers may leave on the way there for the way back; on the CPU none, where it is memory that is short, not time.
+    pub(crate) fn room_for_traces(&self) -> usize {
+        if self.device.is_cpu() { 0 } else { beside(self.checkpoint.numbers_of_all()) }
     }
 
     /// Rows of `len` tokens that go from layer to layer together.
@@ -90,5 +98,21 @@ impl Model {
     /// share out over the threads. On a GPU all that are held are.
     pub(crate) fn abreast(&self, len: usize) -> usize {
         if self.device.is_cpu() { 1 } else { self.batch(len) }
+    }
+}
+
+/// Numbers of traces beside so many of weights.
+fn beside(weights: u64) -> usize {
+    GPU_TRACED.saturating_sub(weights) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_models_leave_no_traces() {
+        assert!(beside(135_000_000) > 3_000_000_000);
+        assert_eq!(beside(6_700_000_000), 0);
     }
 }

@@ -11,6 +11,7 @@ use super::backward::Backward;
 use super::layer::Weights;
 use super::ops::{combined, times};
 use super::rest::Rest;
+use super::trace::Trace;
 use super::{Model, Pass, RuntimeError};
 use crate::error::{Error, shown};
 use crate::heads::{Pooled, Projection};
@@ -148,18 +149,18 @@ impl Model {
         Ok(())
     }
 
-    /// Layer `i`, run backward on what it read, (N, d), from the gradient (N, d) of what it gave.
+    /// Layer `i`, run backward on what it read, (N, d), and its trace where there is one, from the gradient (N, d) of what it gave.
     pub(crate) fn backward(
         &self,
         i: usize,
-        x: &Tensor,
+        on: (&Tensor, Option<Trace>),
         gradient: &Tensor,
         pass: &Pass,
         trained: Option<Trained>,
     ) -> Result<Backward, RuntimeError> {
         // What is handed on has gradients from above.
         [i, i + 1].into_iter().try_for_each(|i| self.own_keys(i, "a gradient"))?;
-        Ok(self.whole(i)?.backward((i, self.block(i)?), x, gradient, pass, trained)?)
+        Ok(self.whole(i)?.backward((i, self.block(i)?), on, gradient, pass, trained)?)
     }
 
     /// What the attention of layer `i` reads of `input`, (N, d), before its output projection, (N, n_q·h) in the order of
