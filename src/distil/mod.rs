@@ -2,9 +2,10 @@
 //!
 //! Minimises the mean of KL(source ‖ shared) over the tokens of a calibration text by queries, keys, values and outputs of
 //! all layers, or by their norms and MLPs, too ([`Trained`]), from wherever pooling and refits have left them (docs/method.md, "Distillation"). Memory is what enters
-//! every layer for a few windows, one layer's way back, and the descent's memory of what is trained; all weights that are not
-//! trained are the source's own.
+//! every layer for a few windows, on a GPU with room what it computes on the way, one layer's way back, the descent's memory of what is
+//! trained, and what the source gives for windows that come again; all weights that are not trained are the source's own.
 
+mod known;
 mod state;
 mod trainer;
 mod usual;
@@ -174,6 +175,7 @@ impl Distill {
         });
         let file = file.transpose()?;
         let mut trainer = Trainer::new(source, model, work.descent, self.trained)?;
+        trainer.keep(work.total.map(|total| total * work.batch as u64), fit, validation);
         let mut state = match file.as_ref().map(|file| file.read(&mut trainer)).transpose()?.flatten() {
             Some(state) => state,
             None => work.begin(&mut trainer)?,
@@ -235,8 +237,8 @@ impl Distill {
                 }
                 other => other?,
             }
-            let windows: Vec<&[u32]> =
-                order.batch(state.step, work.batch).into_iter().map(|n| texts[n]).collect();
+            let numbers = order.batch(state.step, work.batch).into_iter();
+            let windows: Vec<(usize, &[u32])> = numbers.map(|n| (n, texts[n])).collect();
             let share = share(state.step, state.total, WARM_UP, Fall::Cosine);
             let gone = state.total.map_or(0.0, |total| state.step as f64 / total as f64);
             let began_step = Instant::now();

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
+use super::known::Known;
 use crate::descent::{Descent, Memory};
 use crate::error::Result;
 use crate::heads::Pooled;
@@ -24,6 +25,8 @@ pub(super) struct Trainer<'a> {
     pub(super) memory: Vec<Memory>,
     /// What the source's last layer gives for the windows of a validation, as far as there is room.
     theirs: Vec<Vec<Tensor>>,
+    /// And for those that are trained on.
+    known: Known,
     /// Numbers of traces that there is room for.
     traced: usize,
 }
@@ -47,7 +50,17 @@ impl<'a> Trainer<'a> {
             descent,
             trained,
             theirs: Vec::new(),
+            known: Known::default(),
         })
+    }
+
+    /// Keeps what the source gives for the windows of `fit` where some are asked for again: where more than there are will be, or it is
+    /// not known how many. Those of a validation, which come again in any case, share the room.
+    pub(super) fn keep(&mut self, asked: Option<u64>, fit: &Windows, validation: Option<&Windows>) {
+        if asked.is_none_or(|asked| asked > fit.count() as u64) {
+            let validated = validation.map_or(0, |windows| windows.tokens().len() * self.model.width());
+            self.known = Known::new(self.model.kept().saturating_sub(validated));
+        }
     }
 
     /// Puts weights into layer `i`.
@@ -57,10 +70,10 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Goes one step on some windows, and gives the mean KL(source ‖ model) over their tokens before it.
+    /// Goes one step on some windows, each with its number, and gives the mean KL(source ‖ model) over their tokens before it.
     pub(super) fn step(
         &mut self,
-        windows: &[&[u32]],
+        windows: &[(usize, &[u32])],
         step: u64,
         rate: f64,
         pull: f64,
@@ -83,36 +96,60 @@ impl<'a> Trainer<'a> {
     ///
     /// Windows are added up one after the other, whoever computes them: as many threads as there are give one sum.
     pub(super) fn gradients(
-        &self,
-        windows: &[&[u32]],
+        &mut self,
+        windows: &[(usize, &[u32])],
         pull: f64,
     ) -> Result<(f64, Vec<LayerWeights>), RuntimeError> {
         let mut divergence = 0.0;
         let mut sums: Vec<Option<LayerWeights>> = vec![None; self.model.n_layers()];
-        let length = windows.first().map_or(0, |window| window.len());
+        let length = windows.first().map_or(0, |(_, window)| window.len());
         let pass = self.model.pass(length, 0)?;
-        let tokens: usize = windows.iter().map(|window| window.len()).sum();
+        let tokens: usize = windows.iter().map(|(_, window)| window.len()).sum();
         let share = 1.0 / tokens.max(1) as f64;
         let [held, abreast] = self.model.held(length);
         for held in windows.chunks(held) {
-            let texts = held.concat();
-            let abreast = texts.chunks(abreast * length).collect::<Vec<_>>();
-            divergence += self.add_gradients(&abreast, &pass, [share, pull], &mut sums)?;
+            let parts = held.chunks(abreast).map(|windows| {
+                let (numbers, texts): (Vec<usize>, Vec<&[u32]>) = windows.iter().copied().unzip();
+                (numbers, texts.concat())
+            });
+            let parts: Vec<(Vec<usize>, Vec<u32>)> = parts.collect();
+            let theirs = self.of_source(&parts, &pass)?;
+            let texts: Vec<&[u32]> = parts.iter().map(|(_, tokens)| &tokens[..]).collect();
+            divergence += self.add_gradients(theirs, &texts, &pass, [share, pull], &mut sums)?;
         }
         Ok((divergence * share, sums.into_iter().flatten().collect()))
     }
 
-    /// Adds the gradients of `share` times the sum over some texts to `sums`, and gives the sum of the divergences.
+    /// What the source's last layer gives for parts of as many windows as are computed as one, with their numbers. Where one of a part is
+    /// not known all of it are computed: what is kept changes no shape and no result.
+    fn of_source(
+        &mut self,
+        parts: &[(Vec<usize>, Vec<u32>)],
+        pass: &Pass,
+    ) -> Result<Vec<Tensor>, RuntimeError> {
+        let source = self.source;
+        let known = parts.iter().map(|(numbers, _)| self.known.of(numbers));
+        let mut theirs = known.collect::<candle_core::Result<Vec<Option<Tensor>>>>()?;
+        let missing: Vec<usize> = (0..parts.len()).filter(|&i| theirs[i].is_none()).collect();
+        let entered = source.each(&missing, |&i| source.embed(&parts[i].1, pass))?;
+        for (i, made) in missing.into_iter().zip(source.through(0, entered, pass)?) {
+            self.known.keep(&parts[i].0, &made)?;
+            theirs[i] = Some(made);
+        }
+        Ok(theirs.into_iter().flatten().collect())
+    }
+
+    /// Adds the gradients of `share` times the sum over some texts to `sums`, and gives the sum of the divergences; `theirs` is what the
+    /// source's last layer gives for them.
     fn add_gradients(
         &self,
+        theirs: Vec<Tensor>,
         texts: &[&[u32]],
         pass: &Pass,
         [share, pull]: [f64; 2],
         sums: &mut [Option<LayerWeights>],
     ) -> Result<f64, RuntimeError> {
         let (source, model) = (self.source, &self.model);
-        let entered = source.each(texts, |tokens| source.embed(tokens, pass))?;
-        let theirs = source.through(0, entered, pass)?;
         let both: Vec<(Tensor, There)> =
             theirs.into_iter().zip(model.there(texts, pass, self.traced)?).collect();
         let forward = model.each(&both, |(theirs, there)| {
@@ -205,8 +242,8 @@ pub fn gradient(
     if expected != found {
         return Err(RuntimeError::Vocabulary { expected, found });
     }
-    let trainer = Trainer::new(source, model.clone(), Descent::default(), trained)?;
-    let texts: Vec<&[u32]> = windows.batches(1).collect();
+    let mut trainer = Trainer::new(source, model.clone(), Descent::default(), trained)?;
+    let texts: Vec<(usize, &[u32])> = windows.batches(1).enumerate().collect();
     let (divergence, gradients) = trainer.gradients(&texts, 0.0)?;
     let (mut heads, mut others) = (Vec::with_capacity(gradients.len()), BTreeMap::new());
     for (i, of) in gradients.iter().enumerate() {
@@ -222,9 +259,11 @@ pub fn gradient(
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::descent::Order;
     use crate::heads::HeadSource;
     use crate::partition::Partition;
     use crate::plan::{LayerPlan, Method, Plan, Pooling, SharedHeads};
+    use crate::run::Run;
     use crate::spec::Spec;
 
     /// A source, and it with shared heads.
@@ -248,8 +287,8 @@ mod tests {
     #[test]
     fn gradients_are_the_same_whatever_is_kept_on_the_way() {
         let [source, model] = models();
-        let tokens: Vec<u32> = (0..5 * 16u32).map(|t| t * t % 1021).collect();
-        let windows: Vec<&[u32]> = tokens.chunks(16).collect();
+        let text = text(5);
+        let windows: Vec<(usize, &[u32])> = text.batches(1).enumerate().collect();
         for trained in [Trained::Attention, Trained::All] {
             let mut trainer = Trainer::new(&source, model.clone(), Descent::AdamW, trained).unwrap();
             assert_eq!(trainer.traced, 0, "the CPU has no room");
@@ -260,5 +299,74 @@ mod tests {
             });
             assert!(without.1.len() >= 4 * 4 && without == some && without == all, "{trained:?}");
         }
+    }
+
+    /// Windows of 16 tokens, all different.
+    fn text(windows: usize) -> Windows {
+        Windows::new((0..16 * windows as u32).map(|t| (t * t + t / 7) % 1021).collect(), 16).unwrap()
+    }
+
+    /// Three rounds of six windows end where they end whether the source is computed for every step, for some windows or once.
+    #[test]
+    fn steps_are_the_same_whatever_is_known() {
+        let ([source, model], text) = (models(), text(6));
+        let texts: Vec<&[u32]> = text.batches(1).collect();
+        let one = 16 * source.width();
+        for (descent, trained) in [(Descent::AdamW, Trained::All), (Descent::Muon, Trained::Attention)] {
+            let [none, some, all] = [0, 4 * one - 1, usize::MAX].map(|room| {
+                let mut trainer = Trainer::new(&source, model.clone(), descent, trained).unwrap();
+                trainer.known = Known::new(room);
+                let mut order = Order::new(texts.len(), Run::new(3));
+                let step = |step: u64| {
+                    let numbers = order.batch(step, 3).into_iter();
+                    let windows: Vec<(usize, &[u32])> = numbers.map(|n| (n, texts[n])).collect();
+                    trainer.step(&windows, step, 1e-3, 0.2).unwrap().to_bits()
+                };
+                let losses: Vec<u64> = (0..6).map(step).collect();
+                assert_eq!(trainer.known.len(), (room / one).min(6));
+                (losses, bits(&trainer.weights))
+            });
+            assert!(none == some && none == all && none.0[0] != none.0[5]);
+        }
+    }
+
+    /// Windows that are computed as one are known one by one, in whatever company they come again.
+    #[test]
+    fn parts_of_several_windows_are_known_whole_or_computed_whole() {
+        let ([source, model], text) = (models(), text(5));
+        let texts: Vec<&[u32]> = text.batches(1).collect();
+        let pass = source.pass(16, 0).unwrap();
+        let part = |numbers: &[usize]| {
+            (numbers.to_vec(), numbers.iter().map(|&n| texts[n]).collect::<Vec<_>>().concat())
+        };
+        let mut trainer = Trainer::new(&source, model, Descent::AdamW, Trained::Attention).unwrap();
+        let mut all = |room: Option<usize>| {
+            trainer.known = room.map_or(std::mem::take(&mut trainer.known), Known::new);
+            let parts = [part(&[0, 1]), part(&[3, 2]), part(&[1, 3]), part(&[4, 0]), part(&[2])];
+            let found = trainer.of_source(&parts, &pass).unwrap();
+            let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            (found.iter().map(numbers).collect::<Vec<_>>(), trainer.known.len())
+        };
+        let (expected, _) = all(Some(0));
+        assert!(expected[..4].iter().all(|part| part.len() == 2 * 16 * source.width()));
+        // Of window 2 there is one that was computed with another, and one that was alone.
+        for (room, known) in [(Some(usize::MAX), 6), (None, 6), (Some(3 * 16 * source.width()), 3), (None, 3)]
+        {
+            assert!(all(room) == (expected.clone(), known), "{known}");
+        }
+    }
+
+    #[test]
+    fn windows_are_kept_that_come_again() {
+        let [source, model] = models();
+        let (fit, validation) = (text(6), text(2));
+        let room = |asked, validation| {
+            let mut trainer =
+                Trainer::new(&source, model.clone(), Descent::AdamW, Trained::Attention).unwrap();
+            trainer.keep(asked, &fit, validation);
+            trainer.known.room()
+        };
+        assert_eq!([room(Some(6), None), room(Some(7), None)], [0, source.kept()]);
+        assert_eq!(room(None, Some(&validation)), source.kept() - 2 * 16 * source.width());
     }
 }
