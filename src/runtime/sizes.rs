@@ -18,9 +18,9 @@ const STORED_TOKENS: usize = 1 << 14;
 const HELD_WINDOWS: usize = 4;
 /// Numbers of the source that are kept for the next time.
 const KEPT: usize = 1 << 26;
-/// Four gigabytes: what a 576 wide SmolLM2 gives for 1.7 million tokens of calibration, validation among them, fits, and a text of which a
-/// part does not fit gains little, since most steps have a window of that part.
-const GPU_KEPT: usize = 1 << 30;
+/// Six gigabytes: two million tokens of calibration of a SmolLM2, 576 wide, fit. Of a text of which a part does not fit little is gained:
+/// most steps have a window of that part.
+const GPU_KEPT: usize = 3 << 29;
 /// Numbers of a GPU for weights and traces together: twelve gigabytes. SmolLM2's sixteen windows of 512 tokens leave 2.7e9; weights of
 /// 7e9 leave no room, and need what there is beside them for the memory of a descent.
 const GPU_TRACED: u64 = 3 << 30;
