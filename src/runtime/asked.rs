@@ -4,7 +4,7 @@ use candle_core::{Device, Result as Candle, Tensor};
 
 use super::attention::Attention;
 use super::layer::linear;
-use super::ops::{KeptMasks, times};
+use super::ops::{KeptMask, times};
 use super::pass::Pass;
 use super::rope::Rope;
 use super::weights::LayerWeights;
@@ -20,7 +20,7 @@ pub(crate) struct Asked {
     /// How their queries turn.
     turn: Rope,
     /// What hides keys from them.
-    mask: KeptMasks,
+    mask: KeptMask,
 }
 
 impl Asked {
@@ -32,7 +32,7 @@ impl Asked {
         let all = positions.len() == pass.positions().len();
         let places = if all { None } else { Some(Tensor::new(places, device)?) };
         let turn = places.as_ref().map_or(Ok(rope.clone()), |places| rope.at(places))?;
-        Ok(Self { places, positions, turn, mask: KeptMasks::default() })
+        Ok(Self { places, positions, turn, mask: KeptMask::default() })
     }
 
     /// Their rows of windows of T tokens, (B·T, d) → (B·t, d).

@@ -11,7 +11,7 @@ use super::cache::Past;
 use super::handed::Handed;
 use super::layer::{biased, linear};
 use super::norms::HeadNorms;
-use super::ops::{CausalSoftmax, KeptMasks, capped, times, visible};
+use super::ops::{CausalSoftmax, KeptMask, capped, times, visible};
 use super::pass::Pass;
 use super::rope::Rope;
 use super::tiles::Tile;
@@ -170,7 +170,7 @@ impl Attention {
         }
         let (query, handed) = self.read(x, pass, rope, past, below)?;
         let seen = &handed.positions[..];
-        let tiles = Tile::all(self.softmax(pass, seen), &query);
+        let tiles = Tile::all(self.softmax(pass, seen), query.device());
         let outputs = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &handed.keys, &handed.values)?;
             let read = tiles.iter().map(|tile| {
@@ -263,14 +263,13 @@ impl Attention {
         &self,
         asked: &[usize],
         seen: &[usize],
-        kept: Option<&KeptMasks>,
+        kept: Option<&KeptMask>,
     ) -> CausalSoftmax {
         let visible = match self.mask {
             Mask::Whole => vec![0..seen.len(); asked.len()],
             mask => visible(asked, seen, mask.reach()),
         };
-        let kept = kept.filter(|_| self.mask != Mask::Whole).map(|kept| (kept.clone(), 0));
-        CausalSoftmax { visible, keys: seen.len(), kept }
+        CausalSoftmax { visible, keys: seen.len(), kept: kept.filter(|_| self.mask != Mask::Whole).cloned() }
     }
 
     /// The sinks of a block's query heads; none where the model has none.

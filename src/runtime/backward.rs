@@ -189,7 +189,7 @@ impl Attention {
         seen: &[usize],
     ) -> Result<Kept> {
         let asked = softmax.visible.len();
-        let tiles = Tile::all(softmax, &query);
+        let tiles = Tile::all(softmax, query.device());
         let blocks = self.places().map(|place| {
             let [query, keys, values] = place.of(&query, &keys, &values)?;
             let tile = |tile: &Tile| {

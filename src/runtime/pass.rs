@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ops::KeptMasks;
+use super::ops::KeptMask;
 use super::rope::Rope;
 use super::{Model, RuntimeError};
 use crate::model::Mask;
@@ -15,7 +15,7 @@ pub(crate) struct Pass {
     /// Of every layer.
     pub(super) ropes: Vec<Rope>,
     /// What hides keys, kept for all layers that reach as far.
-    pub(super) masks: BTreeMap<usize, KeptMasks>,
+    pub(super) masks: BTreeMap<usize, KeptMask>,
 }
 
 impl Pass {
@@ -49,7 +49,7 @@ impl Model {
         }
         // Whoever looks at everything reaches as far as the most, with another mask.
         let causal = self.specs.iter().filter(|spec| spec.mask != Mask::Whole);
-        let masks = causal.map(|spec| (spec.mask.reach(), KeptMasks::default())).collect();
+        let masks = causal.map(|spec| (spec.mask.reach(), KeptMask::default())).collect();
         Ok(Pass { positions, ropes, masks })
     }
 }

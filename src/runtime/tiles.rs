@@ -2,15 +2,12 @@
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::ops::{CausalSoftmax, combined};
 
-/// Queries of a tile.
+/// Queries of a tile on a CPU.
 const QUERIES: usize = 128;
-/// And on a GPU as many tiles at most, of scores so many that not to compute some pays for the launches.
-const GPU_TILES: usize = 4;
-const GPU_SCORES: usize = 1 << 24;
 
 /// Queries that are computed together, and the keys that any of them may look at.
 #[derive(Debug)]
@@ -24,35 +21,21 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// What the softmax of queries (B, n_q, T, h) is computed in: on a CPU some queries each; elsewhere, where it is launches that cost,
-    /// all at once unless there are many.
-    pub(super) fn all(softmax: CausalSoftmax, query: &Tensor) -> Vec<Self> {
+    /// What a softmax is computed in: on a CPU some queries each; elsewhere all at once, for there it is launches that cost.
+    pub(super) fn all(softmax: CausalSoftmax, device: &Device) -> Vec<Self> {
         let tokens = softmax.visible.len();
-        let scores = query.dims()[..2].iter().product::<usize>() * tokens * softmax.keys;
-        let queries = match (query.device().is_cpu(), scores >= GPU_SCORES) {
-            (true, _) => QUERIES,
-            (false, true) => QUERIES.max(tokens.div_ceil(GPU_TILES)),
-            (false, false) => tokens,
-        };
-        Self::of_each(softmax, queries)
-    }
-
-    /// Tiles of so many queries.
-    fn of_each(softmax: CausalSoftmax, queries: usize) -> Vec<Self> {
-        let tokens = softmax.visible.len();
-        if tokens <= queries {
+        if !device.is_cpu() || tokens <= QUERIES {
             return vec![Self { queries: 0..tokens, tokens, keys: 0..softmax.keys, softmax }];
         }
         let tile = |(i, visible): (usize, &[Range<usize>])| {
             let ends = |of: fn(&Range<usize>) -> usize| visible.iter().map(of);
             let (first, last) = (ends(|r| r.start).min().unwrap_or(0), ends(|r| r.end).max().unwrap_or(0));
             let own = visible.iter().map(|range| range.start - first..range.end - first).collect();
-            let begin = i * queries;
-            let kept = softmax.kept.as_ref().map(|(kept, before)| (kept.clone(), before + begin));
-            let softmax = CausalSoftmax { visible: own, keys: last - first, kept };
+            let softmax = CausalSoftmax { visible: own, keys: last - first, kept: None };
+            let begin = i * QUERIES;
             Self { queries: begin..begin + visible.len(), tokens, keys: first..last, softmax }
         };
-        softmax.visible.chunks(queries).enumerate().map(tile).collect()
+        softmax.visible.chunks(QUERIES).enumerate().map(tile).collect()
     }
 
     /// Its part of what belongs to queries, (B, groups, r·T, h) → (B, groups, r·t, h).
@@ -94,10 +77,9 @@ impl Tile {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
     use proptest::prelude::*;
 
-    use super::super::ops::{KeptMasks, visible};
+    use super::super::ops::visible;
     use super::*;
 
     fn numbers(shape: (usize, usize, usize, usize), seed: usize) -> Tensor {
@@ -107,14 +89,12 @@ mod tests {
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
-    /// Attention, on the CPU or as elsewhere, and what it gives its keys of a gradient that is its output.
-    fn through(tiles: &[Tile], elsewhere: bool, [query, keys, values]: [&Tensor; 3]) -> Result<[Tensor; 2]> {
+    /// Attention, and what it gives its keys of a gradient that is its output.
+    fn through(tiles: &[Tile], [query, keys, values]: [&Tensor; 3]) -> Result<[Tensor; 2]> {
         let (mut read, mut given) = (Vec::new(), Vec::new());
         for tile in tiles {
             let (q, k, v) = (tile.of_queries(query)?, tile.of_keys(keys)?, tile.of_keys(values)?);
-            let scores = q.matmul(&k.t()?)?;
-            let weights =
-                if elsewhere { tile.softmax.by_mask(&scores, &[])? } else { tile.softmax.of(scores, &[])? };
+            let weights = tile.softmax.of(q.matmul(&k.t()?)?, &[])?;
             read.push(weights.matmul(&v)?);
             given.push(weights.t()?.matmul(&read[read.len() - 1])?);
         }
@@ -123,35 +103,23 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
-        /// Tiles together are the whole, whatever reaches how far, here and elsewhere, and whoever kept a mask before.
+        /// Tiles together are the whole, whatever reaches how far.
         #[test]
         fn tiles_are_the_whole(
             t in 1usize..3 * QUERIES, before in 0usize..70, reach in prop_oneof![1usize..300, Just(usize::MAX)], batch in 1usize..3,
-            groups in 1usize..3, r in 1usize..3, queries in 40usize..200,
+            groups in 1usize..3, r in 1usize..3,
         ) {
             let seen: Vec<usize> = (0..before + t).collect();
-            let masks = KeptMasks::default();
-            let softmax = |kept: bool| CausalSoftmax {
-                visible: visible(&seen[before..], &seen, reach),
-                keys: seen.len(),
-                kept: kept.then(|| (masks.clone(), 0)),
-            };
+            let softmax = || CausalSoftmax { visible: visible(&seen[before..], &seen, reach), keys: seen.len(), kept: None };
+            let whole = vec![Tile { queries: 0..t, tokens: t, keys: 0..seen.len(), softmax: softmax() }];
+            let tiles = Tile::all(softmax(), &Device::Cpu);
+            prop_assert_eq!(tiles.len(), t.div_ceil(QUERIES));
             let query = numbers((batch, groups, r * t, 4), 1);
             let [keys, values] = [2, 3].map(|seed| numbers((batch, groups, seen.len(), 4), seed));
-            let of = |tiles: &[Tile], elsewhere| through(tiles, elsewhere, [&query, &keys, &values]).unwrap();
-            let whole = of(&[Tile { queries: 0..t, tokens: t, keys: 0..seen.len(), softmax: softmax(false) }], false);
-            let here = Tile::all(softmax(false), &query.reshape((batch, groups * r, t, 4)).unwrap());
-            prop_assert_eq!(here.len(), t.div_ceil(QUERIES));
-            for (tiles, elsewhere) in [
-                (here, false),
-                (Tile::of_each(softmax(true), t), true),
-                (Tile::of_each(softmax(true), queries), true),
-                (Tile::of_each(softmax(true), QUERIES), true),
-            ] {
-                for (one, other) in whole.iter().zip(&of(&tiles, elsewhere)) {
-                    let apart = (one - other).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    prop_assert!(apart < 1e-4, "{apart}");
-                }
+            let of = |tiles: &[Tile]| through(tiles, [&query, &keys, &values]).unwrap();
+            for (one, other) in of(&whole).iter().zip(&of(&tiles)) {
+                let apart = (one - other).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                prop_assert!(apart < 1e-4, "{apart}");
             }
         }
     }

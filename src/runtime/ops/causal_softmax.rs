@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,14 +25,13 @@ pub(crate) struct CausalSoftmax {
     pub(crate) visible: Vec<Range<usize>>,
     /// Keys, S.
     pub(crate) keys: usize,
-    /// Where the mask is kept, spread over rows, and which of the queries there are the first of these: elsewhere than on the CPU an
-    /// addition of two tensors of one shape takes a tenth of one that repeats the other.
-    pub(crate) kept: Option<(KeptMasks, usize)>,
+    /// Where the mask is kept, spread over rows: elsewhere than on the CPU an addition of two tensors of one shape takes a tenth of one
+    /// that repeats the other.
+    pub(crate) kept: Option<KeptMask>,
 }
 
-/// Masks by the first query and the number of queries, each for as many heads as there were the most so far, (heads, t·s); for those
-/// who share what is visible.
-pub(crate) type KeptMasks = Arc<Mutex<BTreeMap<[usize; 2], Tensor>>>;
+/// A mask for as many heads as there were the most so far, (heads, T·S); for those who share what is visible.
+pub(crate) type KeptMask = Arc<Mutex<Option<Tensor>>>;
 
 impl CausalSoftmax {
     /// Of contiguous scores of these heads, one after the other: on the CPU in place, elsewhere of candle's operations. `sinks`:
@@ -47,12 +45,12 @@ impl CausalSoftmax {
     }
 
     /// Scores and −∞ where nothing may be looked at, then the softmax of whole rows: every query has to see a key.
-    pub(in crate::runtime) fn by_mask(&self, scores: &Tensor, sinks: &[f32]) -> Result<Tensor> {
+    fn by_mask(&self, scores: &Tensor, sinks: &[f32]) -> Result<Tensor> {
         let (t, s) = (self.visible.len(), self.keys);
         // Every dimension of a broadcast is a division for each number.
         let flat = scores.reshape(((), t * s))?;
         let masked = match &self.kept {
-            Some((kept, first)) => (&flat + self.spread(kept, [*first, t], &flat)?)?,
+            Some(kept) => (&flat + self.spread(kept, &flat)?)?,
             None => flat.broadcast_add(&self.mask(scores.device())?.reshape((1, t * s))?)?,
         };
         if sinks.is_empty() {
@@ -66,14 +64,14 @@ impl CausalSoftmax {
     }
 
     /// The mask as often as there are heads, of what is kept.
-    fn spread(&self, kept: &KeptMasks, queries: [usize; 2], flat: &Tensor) -> Result<Tensor> {
+    fn spread(&self, kept: &KeptMask, flat: &Tensor) -> Result<Tensor> {
         let (heads, size) = flat.dims2()?;
         let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mask) = kept.get(&queries).filter(|mask| mask.dims()[0] >= heads) {
+        if let Some(mask) = kept.as_ref().filter(|mask| mask.dims()[0] >= heads) {
             return mask.narrow(0, 0, heads);
         }
         let mask = self.mask(flat.device())?.reshape((1, size))?.broadcast_as((heads, size))?.contiguous()?;
-        kept.insert(queries, mask.clone());
+        *kept = Some(mask.clone());
         Ok(mask)
     }
 
@@ -175,7 +173,7 @@ mod tests {
             let scores = Tensor::from_vec(scores, (2, heads, t, keys.len()), &Device::Cpu).unwrap();
             let sinks: Vec<f32> = (0..heads * usize::from(sunk)).map(|head| head as f32 - 1.0).collect();
             let general = softmax.by_mask(&scores, &sinks).unwrap();
-            let keeping = CausalSoftmax { kept: Some((KeptMasks::default(), 0)), ..softmax.clone() };
+            let keeping = CausalSoftmax { kept: Some(KeptMask::default()), ..softmax.clone() };
             for heads in [1, 2] {
                 let some = scores.narrow(0, 0, heads).unwrap().contiguous().unwrap();
                 let apart = keeping.by_mask(&some, &sinks).unwrap() - general.narrow(0, 0, heads).unwrap();

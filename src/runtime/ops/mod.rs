@@ -13,7 +13,7 @@ use candle_core::{CpuStorage, Layout, Result, Storage};
 pub(super) use activation::{
     activated, activated_backward, gated, gated_apart, gated_apart_backward, gated_backward,
 };
-pub(crate) use causal_softmax::{CausalSoftmax, KeptMasks, visible};
+pub(crate) use causal_softmax::{CausalSoftmax, KeptMask, visible};
 pub(crate) use combined::{added, combined};
 pub(crate) use exponential::{exp, largest, sum_of_exp, sum_of_exp_apart};
 pub(super) use gradients::{capped, capped_backward, layer_norm_backward, scores_backward};
