@@ -129,7 +129,7 @@ impl Dense {
     fn load(weights: &Weights<'_>, mlp: &Mlp) -> Result<Self, RuntimeError> {
         let (d, m) = (weights.width, weights.intermediate(mlp)?);
         let above: Vec<&Linear> = mlp.gate.iter().chain([&mlp.up]).collect();
-        let rows = match above[..] {
+        let up = match above[..] {
             // Both halves of one tensor: as it is.
             [gate, up]
                 if gate.weight == up.weight
@@ -137,9 +137,17 @@ impl Dense {
                     && !gate.interleaved
                     && gate.stacked.is_none() =>
             {
-                vec![weights.weight(&gate.clone().part(0, 1), 2 * m, d)?]
+                weights.weight(&gate.clone().part(0, 1), 2 * m, d)?
             }
-            _ => above.iter().map(|linear| weights.weight(linear, m, d)).collect::<Result<_, _>>()?,
+            [one] => weights.weight(one, m, d)?,
+            // Into its place: where layers are read from files this is the most that is there at once.
+            _ => {
+                let all = Tensor::zeros((above.len() * m, d), DType::F32, weights.device)?;
+                for (i, linear) in above.iter().enumerate() {
+                    all.slice_set(&weights.weight(linear, m, d)?, 0, i * m)?;
+                }
+                all
+            }
         };
         let biases = above.iter().map(|linear| weights.bias(linear, m));
         let biases: Vec<Option<Tensor>> = biases.collect::<Result<_, _>>()?;
@@ -151,7 +159,7 @@ impl Dense {
             Some(Tensor::cat(&biases, 0)?)
         };
         Ok(Self {
-            up: narrow(Tensor::cat(&rows, 0)?)?,
+            up: narrow(up)?,
             up_bias,
             down: narrow(weights.weight(&mlp.down, d, m)?)?,
             down_bias: weights.bias(&mlp.down, d)?,
