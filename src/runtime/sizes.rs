@@ -6,10 +6,9 @@ use super::shelf::Shelf;
 use super::{Model, RuntimeError};
 use crate::run::Device;
 
-/// Tokens computed at once, and numbers of logits held at once.
+/// Tokens computed at once.
 const BATCH_TOKENS: usize = 4096;
-const BATCH_LOGITS: usize = 1 << 25;
-/// On a GPU, where with few tokens the queueing of its work takes longer than the work; the logits are 1 GB.
+/// On a GPU, where with few tokens the queueing of its work takes longer than the work; and numbers of logits: 1 GB.
 const GPU_BATCH_TOKENS: usize = 1 << 14;
 const GPU_BATCH_LOGITS: usize = 1 << 28;
 /// Tokens that go through a layer together where it has to be read for them.
@@ -51,13 +50,16 @@ impl Model {
         }
     }
 
-    /// Rows of `len` tokens whose logits are held at once: as many as keep the device busy and the memory small.
+    /// Rows of `len` tokens that are computed at once: as many as keep the device busy and the memory small; on a GPU their logits are
+    /// held, too.
     pub(crate) fn batch(&self, len: usize) -> usize {
-        let (tokens, logits) = match self.device() {
-            Device::Cpu => (BATCH_TOKENS, BATCH_LOGITS),
-            Device::Cuda(_) | Device::Metal => (GPU_BATCH_TOKENS, GPU_BATCH_LOGITS),
+        let tokens = match self.device() {
+            Device::Cpu => BATCH_TOKENS,
+            Device::Cuda(_) | Device::Metal => {
+                GPU_BATCH_TOKENS.min(GPU_BATCH_LOGITS / self.vocabulary().max(1))
+            }
         };
-        (tokens.min(logits / self.vocabulary().max(1)) / len).max(1)
+        (tokens / len).max(1)
     }
 
     /// Whether texts are computed at the same time, shared out over the threads. Not on a GPU: there they queue up one behind the other,
