@@ -43,9 +43,14 @@ impl Model {
     /// What the last layer gives, (N, d) → logits (N, vocabulary); some of the output embedding is in memory at a time where it is in
     /// files.
     pub(crate) fn head(&self, x: &Tensor) -> Result<Tensor, RuntimeError> {
+        let rows = if self.in_files() { PART / self.width().max(1) } else { self.vocabulary() };
+        self.head_in_parts(x, rows.max(1))
+    }
+
+    /// As [`Model::head`], so many rows of the output embedding at a time.
+    fn head_in_parts(&self, x: &Tensor, rows: usize) -> Result<Tensor, RuntimeError> {
         let (x, vocabulary) = (self.last(x)?, self.vocabulary());
-        let rows = (PART / self.width().max(1)).max(1);
-        if !self.in_files() || rows >= vocabulary {
+        if rows >= vocabulary {
             return Ok(self.predicted(&x, &self.output_embedding()?, 0)?);
         }
         let made = Tensor::zeros((x.dim(0)?, vocabulary), x.dtype(), &self.device)?;
@@ -230,6 +235,32 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    /// Of weights that are held or in files, with a bias for every token.
+    #[test]
+    fn parts_of_an_output_embedding_predict_what_the_whole_does() -> Result<(), RuntimeError> {
+        let checkpoint = Checkpoint::open("tests/data/novels-1m")?;
+        let (mut held, mut read) = (Model::load(&checkpoint)?, Model::open_by_layers(&checkpoint)?);
+        let all = held.vocabulary();
+        let bias = Tensor::arange(0f32, all as f32, &Device::Cpu)?;
+        for model in [&mut held, &mut read] {
+            let ends = std::sync::Arc::get_mut(&mut model.ends).expect("nobody else has it");
+            ends.head_bias = Some(bias.clone());
+        }
+        let x = Tensor::randn(0f32, 1.0, (3, held.width()), &Device::Cpu)?;
+        let whole = held.head(&x)?.to_vec2::<f32>()?;
+        assert!(whole.iter().all(|row| row[all - 1] > all as f32 / 2.0), "the bias counts");
+        for rows in [1, 7, all - 1, all, 2 * all] {
+            for model in [&held, &read] {
+                let parts = model.head_in_parts(&x, rows)?.to_vec2::<f32>()?;
+                for (whole, part) in whole.iter().flatten().zip(parts.iter().flatten()) {
+                    assert!((whole - part).abs() < 1e-5 * (1.0 + whole.abs()), "{rows}");
+                }
+            }
+        }
+        Ok(())
+    }
 
     proptest! {
         /// What other devices compute is what the CPU computes, and both are the definition.
