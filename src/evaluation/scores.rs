@@ -128,9 +128,9 @@ fn add(
     let size = logits[0].first().map_or(1, |logits| logits.dims()[0]).max(1);
     sums.par_chunks_exact_mut(logits.len()).enumerate().for_each(|(t, sums)| {
         let row = |model: usize| &numbers[model][t / size][t % size * part.len()..][..part.len()];
+        let next = tokens.get(t + 1).map(|&next| next as usize);
         for at in (0..part.len()).step_by(CHUNK) {
             let chunk = at..part.len().min(at + CHUNK);
-            let next = tokens.get(t + 1).map(|&next| next as usize);
             let (source, own) = sums.split_at_mut(1);
             let theirs = &row(0)[chunk.clone()];
             let less = source[0].take(theirs, part.start + at, next);

@@ -101,7 +101,7 @@ impl Hidden {
     /// [`Hidden::forward`], from [`Hidden::above`] where that is known.
     pub(super) fn made(&self, x: &Tensor, above: Option<&Above>) -> Candle<Tensor> {
         match (self, above) {
-            (Self::Dense(dense), Some(above)) => dense.given(&dense.hidden(above)?),
+            (Self::Dense(dense), Some(above)) => dense.made(above),
             _ => self.forward(x),
         }
     }
@@ -213,15 +213,15 @@ impl Dense {
         }
     }
 
-    /// (N, m) → (N, d).
-    fn given(&self, hidden: &Tensor) -> Candle<Tensor> {
-        biased(product(hidden, &self.ready(&self.down, hidden)?.t()?)?, &self.down_bias)
+    /// What it gives, (N, d), from what the activation reads.
+    fn made(&self, above: &Above) -> Candle<Tensor> {
+        let hidden = self.hidden(above)?;
+        biased(product(&hidden, &self.ready(&self.down, &hidden)?.t()?)?, &self.down_bias)
     }
 
     /// (N, d) → (N, d).
     pub(super) fn forward(&self, x: &Tensor) -> Candle<Tensor> {
-        let hidden = self.hidden(&self.above(x, &self.ready(&self.up, x)?)?)?;
-        self.given(&hidden)
+        self.made(&self.above(x, &self.ready(&self.up, x)?)?)
     }
 
     /// The gradient of what it read, and of its weights, which lie as they do; what the activation reads is computed again unless known.

@@ -2,7 +2,6 @@
 
 use super::attention::Attention;
 use super::norms::HeadNorms;
-use super::shelf::Shelf;
 use super::{Model, RuntimeError};
 use crate::checkpoint::Dtype;
 use crate::error::Error;
@@ -52,7 +51,7 @@ impl Model {
         run: Run<'_>,
     ) -> Result<Vec<Self>, RuntimeError> {
         let (n, mut all) = (self.n_layers(), vec![self.clone(); models]);
-        let abreast = if matches!(*self.shelf, Shelf::Stored { .. }) { 1 } else { ABREAST };
+        let abreast = if self.in_files() { 1 } else { ABREAST };
         for first in (0..n).step_by(abreast) {
             run.step("pool", first as u64, n as u64)?;
             let layers = map_ordered(abreast.min(n - first), |layer| {

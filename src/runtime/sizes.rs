@@ -44,10 +44,7 @@ impl Model {
 
     /// Rows of `len` tokens that go from layer to layer together.
     pub(crate) fn together(&self, len: usize) -> usize {
-        match *self.shelf {
-            Shelf::Held { .. } => self.batch(len),
-            Shelf::Stored { .. } => (STORED_TOKENS / len).max(1),
-        }
+        if self.in_files() { (STORED_TOKENS / len).max(1) } else { self.batch(len) }
     }
 
     /// Rows of `len` tokens that are computed at once: as many as keep the device busy and the memory small; on a GPU their logits are

@@ -1,8 +1,9 @@
 //! What the steps of a layer pass back: for each the gradient of what it reads, given that of what it gives.
 
-use candle_core::{CpuStorage, D, DType, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{CpuStorage, D, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
+use super::rows::{FEW, in_parts};
 use super::{numbers, rms_norm_backward};
 
 /// From what queries read to their scores, through the softmax over keys: `p ⊙ (g − Σ p g)`, g = `of_read` valuesᵀ, of
@@ -27,23 +28,15 @@ pub(in crate::runtime) fn scores_backward(
     }
 }
 
-/// Numbers from which a number taken off each row takes a GPU longer than a dozen launches.
-const FEW: usize = 1 << 21;
-
 /// `g − Σ p g` as one product, of `of_read` with `worth` beside it and the values with ones: on a GPU to take a number off each
-/// row takes longer than the product. It rounds its factors to 11 bits, so `worth` stands there in two parts; rows of a multiple
-/// of 4 lie as products want them.
+/// row takes longer than the product.
 fn by_one_product(
     probabilities: &Tensor,
     of_read: &Tensor,
     values: &Tensor,
     worth: &Tensor,
 ) -> Result<Tensor> {
-    let less = worth.neg()?;
-    let most = less.to_dtype(DType::BF16)?.to_dtype(less.dtype())?;
-    let rest = (less - &most)?;
-    let nothing = most.zeros_like()?;
-    let of_read = Tensor::cat(&[of_read, &most, &rest, &nothing, &nothing], D::Minus1)?;
+    let of_read = Tensor::cat(&[of_read, &in_parts(&worth.neg()?)?], D::Minus1)?;
     let (b, g, s, _) = values.dims4()?;
     let values =
         Tensor::cat(&[values, &Tensor::ones((b, g, s, 4), values.dtype(), values.device())?], D::Minus1)?;

@@ -20,9 +20,12 @@ pub(crate) fn weighed(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
     if is_much(rows) { by_rows(rows, weights) } else { rows.broadcast_mul(weights) }
 }
 
-/// Whether a GPU takes longer to repeat numbers for all of these than for a few launches.
+/// Numbers from which to repeat one for each row takes a GPU longer than a dozen launches.
+pub(super) const FEW: usize = 1 << 21;
+
+/// Whether rows (N, d) are so many.
 fn is_much(rows: &Tensor) -> bool {
-    rows.rank() == 2 && rows.elem_count() > 1 << 21
+    rows.rank() == 2 && rows.elem_count() > FEW
 }
 
 /// [`weighed`], where a product with ones repeats the numbers.
@@ -37,12 +40,12 @@ fn by_columns(rows: &Tensor, weights: &Tensor) -> Result<Tensor> {
     rows * ones.matmul(&in_parts(&weights.unsqueeze(1)?)?.t()?)?
 }
 
-/// Numbers (N, 1) as sums of rows, (N, 4): products of a GPU round their factors to 11 bits, so two parts keep them; rows of a multiple
+/// Numbers (…, 1) as sums of rows, (…, 4): products of a GPU round their factors to 11 bits, so two parts keep them; rows of a multiple
 /// of 4 lie as products want them.
-fn in_parts(numbers: &Tensor) -> Result<Tensor> {
+pub(super) fn in_parts(numbers: &Tensor) -> Result<Tensor> {
     let most = numbers.to_dtype(DType::BF16)?.to_dtype(numbers.dtype())?;
     let (rest, nothing) = ((numbers - &most)?, most.zeros_like()?);
-    Tensor::cat(&[&most, &rest, &nothing, &nothing], 1)
+    Tensor::cat(&[&most, &rest, &nothing, &nothing], D::Minus1)
 }
 
 struct Weighed;
