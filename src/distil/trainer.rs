@@ -23,9 +23,8 @@ pub(super) struct Trainer<'a> {
     /// Those of the model, as they are trained.
     pub(super) weights: Vec<LayerWeights>,
     pub(super) memory: Vec<Memory>,
-    /// What the source's last layer gives for the windows of a validation, as far as there is room.
-    theirs: Vec<Vec<Tensor>>,
-    /// And for those that are trained on.
+    /// What the source's last layer gives for the windows of a validation, and for those that are trained on.
+    validated: Known,
     known: Known,
     /// Numbers of traces that there is room for.
     traced: usize,
@@ -46,10 +45,10 @@ impl<'a> Trainer<'a> {
             memory: memory.collect::<Result<_, _>>()?,
             weights,
             traced: model.room_for_traces(),
+            validated: Known::new(model.kept()),
             model,
             descent,
             trained,
-            theirs: Vec::new(),
             known: Known::default(),
         })
     }
@@ -113,30 +112,11 @@ impl<'a> Trainer<'a> {
                 (numbers, texts.concat())
             });
             let parts: Vec<(Vec<usize>, Vec<u32>)> = parts.collect();
-            let theirs = self.of_source(&parts, &pass)?;
+            let theirs = of_source(self.source, &mut self.known, &parts, &pass)?;
             let texts: Vec<&[u32]> = parts.iter().map(|(_, tokens)| &tokens[..]).collect();
             divergence += self.add_gradients(theirs, &texts, &pass, [share, pull], &mut sums)?;
         }
         Ok((divergence * share, sums.into_iter().flatten().collect()))
-    }
-
-    /// What the source's last layer gives for parts of as many windows as are computed as one, with their numbers. Where one of a part is
-    /// not known all of it are computed: what is kept changes no shape and no result.
-    fn of_source(
-        &mut self,
-        parts: &[(Vec<usize>, Vec<u32>)],
-        pass: &Pass,
-    ) -> Result<Vec<Tensor>, RuntimeError> {
-        let source = self.source;
-        let known = parts.iter().map(|(numbers, _)| self.known.of(numbers));
-        let mut theirs = known.collect::<candle_core::Result<Vec<Option<Tensor>>>>()?;
-        let missing: Vec<usize> = (0..parts.len()).filter(|&i| theirs[i].is_none()).collect();
-        let entered = source.each(&missing, |&i| source.embed(&parts[i].1, pass))?;
-        for (i, made) in missing.into_iter().zip(source.through(0, entered, pass)?) {
-            self.known.keep(&parts[i].0, &made)?;
-            theirs[i] = Some(made);
-        }
-        Ok(theirs.into_iter().flatten().collect())
     }
 
     /// Adds the gradients of `share` times the sum over some texts to `sums`, and gives the sum of the divergences; `theirs` is what the
@@ -189,18 +169,18 @@ impl<'a> Trainer<'a> {
     /// The mean KL(source ‖ model) over the tokens predicted of some windows, the same ones every time: all tokens but the last of each.
     pub(super) fn divergence(&mut self, windows: &Windows) -> Result<f64, RuntimeError> {
         let length = windows.length();
-        let (mut sum, mut tokens, mut kept) = (0.0, 0, 0);
-        for (i, texts) in windows.batches(self.model.together(length)).enumerate() {
-            let last = |model: &Model| model.rows(texts, texts.len() / length);
-            let theirs = match self.theirs.get(i) {
-                Some(theirs) => theirs.clone(),
-                None => last(self.source)?,
-            };
-            kept += texts.len() * self.model.width();
-            if i == self.theirs.len() && kept <= self.model.kept() {
-                self.theirs.push(theirs.clone());
-            }
-            let both: Vec<(Tensor, Tensor)> = theirs.into_iter().zip(last(&self.model)?).collect();
+        let (pass, abreast) = (self.model.pass(length, 0)?, self.model.abreast(length));
+        let (mut sum, mut tokens, mut number) = (0.0, 0, 0);
+        for texts in windows.batches(self.model.together(length)) {
+            let parts = texts.chunks(abreast * length).map(|part| {
+                let first = number;
+                number += part.len() / length;
+                ((first..number).collect(), part.to_vec())
+            });
+            let parts: Vec<(Vec<usize>, Vec<u32>)> = parts.collect();
+            let theirs = of_source(self.source, &mut self.validated, &parts, &pass)?;
+            let own = self.model.rows(texts, texts.len() / length)?;
+            let both: Vec<(Tensor, Tensor)> = theirs.into_iter().zip(own).collect();
             let of = |(theirs, own): &(Tensor, Tensor)| {
                 self.model.divergences(&self.source.last(theirs)?, &self.model.last(own)?)
             };
@@ -212,6 +192,25 @@ impl<'a> Trainer<'a> {
         }
         Ok(sum / tokens.max(1) as f64)
     }
+}
+
+/// What the source's last layer gives for parts of as many windows as are computed as one, with their numbers. Where one of a part is
+/// not known all of it are computed: what is kept changes no shape and no result.
+fn of_source(
+    source: &Model,
+    known: &mut Known,
+    parts: &[(Vec<usize>, Vec<u32>)],
+    pass: &Pass,
+) -> Result<Vec<Tensor>, RuntimeError> {
+    let theirs = parts.iter().map(|(numbers, _)| known.of(numbers));
+    let mut theirs = theirs.collect::<candle_core::Result<Vec<Option<Tensor>>>>()?;
+    let missing: Vec<usize> = (0..parts.len()).filter(|&i| theirs[i].is_none()).collect();
+    let entered = source.each(&missing, |&i| source.embed(&parts[i].1, pass))?;
+    for (i, made) in missing.into_iter().zip(source.through(0, entered, pass)?) {
+        known.keep(&parts[i].0, &made)?;
+        theirs[i] = Some(made);
+    }
+    Ok(theirs.into_iter().flatten().collect())
 }
 
 /// How far a model is from its source on a text, and which way is up.
@@ -343,7 +342,7 @@ mod tests {
         let mut all = |room: Option<usize>| {
             trainer.known = room.map_or(std::mem::take(&mut trainer.known), Known::new);
             let parts = [part(&[0, 1]), part(&[3, 2]), part(&[1, 3]), part(&[4, 0]), part(&[2])];
-            let found = trainer.of_source(&parts, &pass).unwrap();
+            let found = of_source(&source, &mut trainer.known, &parts, &pass).unwrap();
             let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             (found.iter().map(numbers).collect::<Vec<_>>(), trainer.known.len())
         };
